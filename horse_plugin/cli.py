@@ -1,0 +1,183 @@
+"""The ``horse`` command. It parses and prints; everything else happens in the package."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import HorseError, UsageError
+
+app = typer.Typer(
+    help="Change thousands of facts in a language model at once, with HORSE.\n\n"
+    "With --debug, anywhere on the line, errors show where they come from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Hparams = Annotated[Path, typer.Option(help="YAML with the settings, see hparams/HORSE.")]
+Data = Annotated[str, typer.Option(help="Facts: JSON, JSONL, Parquet, or a hub data-set id.")]
+NEdits = Annotated[int | None, typer.Option(help="How many records, from the start.", min=1)]
+
+
+@app.command()
+def train(
+    hparams: Hparams,
+    train: Annotated[str, typer.Option(help="Training facts.")],
+    val: Annotated[str, typer.Option(help="Validation facts: they choose the archive to keep.")],
+    out: Annotated[Path, typer.Option(help="Folder for the archive.")],
+    n_edits: Annotated[int | None, typer.Option(help="Facts in one training step.", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the facts.", min=1)] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUT.")] = False,
+):
+    """Train a hypernetwork; the best archive by validation score stays in OUT."""
+    from . import HORSETrainer
+
+    settings = _hparams(hparams, n_edits=n_edits, max_epochs=epochs)
+    trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
+    folder = trainer.run()
+    best = trainer.best
+    console.print(
+        f"Best at step {best['step']}: efficacy {_figure(best['efficacy'])}, generalization "
+        f"{_figure(best['generalization'])}, specificity {_figure(best['specificity'])}."
+    )
+    console.print(f"Archive: {folder}", soft_wrap=True)
+
+
+@app.command()
+def edit(
+    hparams: Hparams,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the delta and results.json.")],
+    archive: Annotated[Path | None, typer.Option(help="Trained archive; none: untrained.")] = None,
+    n_edits: NEdits = None,
+    save_model: Annotated[
+        Path | None, typer.Option(help="Also save the edited model here.")
+    ] = None,
+):
+    """Edit all the facts at once, measure the edit, save it as a delta."""
+    from . import Evaluator, HorseEditor, load_records, results
+
+    settings = _hparams(hparams, archive=archive and str(archive))
+    records = load_records(data, n_edits)
+    if not settings.archive:
+        _say("No archive: the hypernetwork is untrained. `horse train` makes one.")
+    editor = HorseEditor.from_hparams(settings)
+    evaluator = Evaluator(editor.backbone, records, settings.batch_tokens, settings.max_length)
+    before = evaluator.evaluate()
+    delta = editor.edit(records)
+    after = evaluator.evaluate()
+    rows = [
+        results.row("unedited", Path(data).stem, settings, before),
+        results.row(settings.alg_name, Path(data).stem, settings, after, delta.about["seconds"]),
+    ]
+    delta.save(out)
+    results.save(out / "results.json", rows)
+    if save_model:
+        editor.save_model(save_model)
+    _table(rows)
+    console.print(f"Delta: {out}", soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    hparams: Hparams,
+    data: Data,
+    delta: Annotated[Path | None, typer.Option(help="An edit to measure; none: the model.")] = None,
+    n_edits: NEdits = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write results.json.")] = None,
+):
+    """Measure the model, or an edit of it, on facts."""
+    from . import Evaluator, HorseEditor, load_records, results
+
+    settings = _hparams(hparams, archive=None)
+    settings.archive = None  # a delta is applied as it is; no network is needed
+    records = load_records(data, n_edits)
+    loaded = HorseEditor.load_delta(delta) if delta else None
+    editor = HorseEditor.from_hparams(settings)
+    evaluator = Evaluator(editor.backbone, records, settings.batch_tokens, settings.max_length)
+    if loaded:
+        editor.apply(loaded)
+    name = loaded.about["hparams"]["alg_name"] if loaded else "unedited"
+    rows = [results.row(name, Path(data).stem, settings, evaluator.evaluate())]
+    if out:
+        results.save(out, rows)
+    _table(rows)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the archive, the edit and the report.")],
+    hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
+):
+    """Train on real facts, edit 200 at once, show what happened. Needs no file of yours."""
+    from .demo import run
+
+    settings = _hparams(hparams) if hparams else None
+    outcome = run(out, settings)
+    _table(outcome.rows)
+    facts = Table("prompt", "before", "after", "asked for", title="Ten of the edited facts")
+    for example in outcome.examples:
+        facts.add_row(*example)
+    console.print(facts)
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
+def _hparams(path: Path, **overrides):
+    from . import HORSEHyperParams
+
+    settings = HORSEHyperParams.from_hparams(path)
+    for key, value in overrides.items():
+        if value is not None:
+            setattr(settings, key, value)
+    return settings
+
+
+def _table(rows: list[dict]):
+    figures = ("efficacy", "generalization", "specificity", "locality", "portability")
+    shown = [f for f in figures if any(r[f] is not None for r in rows)]
+    table = Table("method", "edits", *shown, "seconds", title=f"{rows[0]['dataset']}, percent")
+    for r in rows:
+        seconds = "" if r["edit_seconds"] is None else f"{r['edit_seconds']:.1f}"
+        table.add_row(r["method"], str(r["n_edits"]), *(_figure(r[f]) for f in shown), seconds)
+    console.print(table)
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _say(message: str):
+    print(message, file=sys.stderr)
+
+
+def run():
+    """Entry point: exit code 0 done, 1 failed, 2 bad usage; one line on an error."""
+    debug = "--debug" in sys.argv[1:]
+    if debug:  # anywhere on the line, not only before the command
+        sys.argv = [a for a in sys.argv if a != "--debug"]
+    else:
+        warnings.showwarning = lambda message, *args, **kwargs: _say(f"warning: {message}")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except HorseError as error:
+        if debug:
+            raise
+        _say(f"horse: {error}")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        _say("horse: stopped.")
+        sys.exit(1)
+    except Exception as error:  # a bug of ours or of a library below: still one line
+        if debug:
+            raise
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        _say(f"horse: {type(error).__name__}: {reason} (--debug shows where)")
+        sys.exit(1)

@@ -1,0 +1,202 @@
+"""One YAML file for training and editing.
+
+Keys keep EasyEdit's names, so a MALMEN file becomes a HORSE file by changing ``alg_name``.
+"""
+
+import difflib
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from .errors import UsageError
+
+# Keys of EasyEdit's MALMEN and MEND files that say how *its* trainer runs. HORSE has no use for
+# them; they are accepted, so that a file people already have loads unchanged.
+EASYEDIT_ONLY = frozenset(
+    ["debug", "dropout", "train_base", "no_grad_layers", "silent", "log_interval", "eval_log_interval", "final_eval", "early_stop_key", "eval_only", "save", "val_batch_size", "model_save_pt", "opt", "stats_dir"]
+)
+
+SPREADS = ("orthogonal", "gram_schmidt", "uniform", "decay")
+LOC_LOSSES = ("ce", "kl")
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass
+class HORSEHyperParams:
+    """Settings of one HORSE run; every key but ``model_name`` has a default.
+
+    Raises:
+        UsageError: from :meth:`from_hparams` or the constructor, naming the key and the file.
+    """
+
+    # The model.
+    model_name: str
+    alg_name: str = "HORSE"
+    model_class: str = "AutoModelForCausalLM"
+    tokenizer_class: str = "AutoTokenizer"
+    tokenizer_name: str | None = None  # null: the model's own
+    device: int | str | None = None  # null: the GPU if there is one
+    model_parallel: bool = False  # spread one model over several devices
+    half: bool | None = None  # true: bf16, false: fp32, null: what the hardware does best
+    dtype: str | None = None  # fp32, bf16 or fp16; overrides `half`
+    trust_remote_code: bool = False
+    inner_params: list[str] = field(default_factory=list)  # empty: found (Sec. 2.1)
+    archive: str | None = None  # folder of a trained hypernetwork
+
+    # The method.
+    rank: int = 256  # of A and B in the hypernetwork (Sec. 2.3)
+    n_blocks: int = 2
+    strength: float = 0.15  # mean row norm of R over that of the module's output: sets eta
+    lr: float | None = None  # absolute eta (Eq. 4); given, it replaces `strength`
+    spread: str = "orthogonal"  # Eq. 6; or gram_schmidt, uniform (MALMEN), decay (Eq. 5)
+    spread_strength: float = 1.0  # 1: Eq. 6 as printed, 0: no projection
+    token: str = "ans"  # edit at the answer tokens; HORSE knows no other place
+
+    # Training (Eq. 7).
+    n_edits: int = 500  # records in one training step
+    max_epochs: int = 1
+    max_iters: int | None = None  # stop after so many steps, whatever max_epochs says
+    meta_lr: float = 1e-4  # Adam, for the network
+    eta_meta_lr: float = 1e-2  # Adam, for log(eta) and lambda (and the spread, if trained)
+    train_spread: bool = False  # let training move spread_strength
+    edit_coef: float = 1.0  # weight of the loss on the edit prompts
+    gen_coef: float = 1.0  # ... on the rephrased prompts
+    loc_coef: float = 1.0  # ... on the unrelated prompts
+    loc_loss: str = "ce"  # ce: their true answer, kl: what the unedited model said
+    max_grad_norm: float = 1.0
+    val_interval: int = 10  # steps between two validations
+    val_steps: int = 1  # validation edits, of n_edits records each
+    early_stop_patience: int | None = None  # validations without a better score
+    seed: int = 0
+
+    # Running.
+    batch_size: int = 1000  # requests that EasyEdit's batch_edit hands over at once
+    editor_batch_size: int = 8192  # answer tokens in one pass of the hypernetwork
+    batch_tokens: int = 4096  # padded tokens in one pass of the model
+    max_length: int | None = None  # longest prompt + answer in tokens; null: the model's limit
+    trunk_cache_gb: float = 2.0  # memory for trunk states kept between steps
+    results_dir: str = "./results"
+
+    def __post_init__(self):
+        for f in fields(self):
+            setattr(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
+        for key, allowed in (
+            ("alg_name", ("HORSE", "MALMEN")),
+            ("spread", SPREADS),
+            ("loc_loss", LOC_LOSSES),
+            ("dtype", (None, *DTYPES)),
+        ):
+            if getattr(self, key) not in allowed:
+                names = ", ".join(a for a in allowed if a)
+                raise UsageError(f"{key}: {getattr(self, key)!r} is not one of {names}.")
+        for key in ("rank", "n_edits", "max_epochs", "batch_tokens", "editor_batch_size"):
+            if getattr(self, key) < 1:
+                raise UsageError(f"{key}: must be at least 1, got {getattr(self, key)}.")
+        for key in ("strength", "meta_lr", "max_grad_norm"):
+            if not getattr(self, key) > 0:
+                raise UsageError(f"{key}: must be above 0, got {getattr(self, key)}.")
+
+    @classmethod
+    def from_hparams(cls, path) -> "HORSEHyperParams":
+        """Read a YAML file; ``path`` may leave out ``.yaml``."""
+        path = Path(path)
+        if not path.is_file():
+            path = path.with_name(path.name + ".yaml")
+        try:
+            keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such hparams file.") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"{path}: not a readable YAML file ({_first_line(error)}).") from None
+        if not isinstance(keys, dict):
+            raise UsageError(f"{path}: expected `key: value` lines, found {type(keys).__name__}.")
+        try:
+            return cls.from_dict(keys)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, keys: dict) -> "HORSEHyperParams":
+        """Build from plain keys; ``alg`` counts as ``alg_name``, as in EasyEdit's TRAINING files."""
+        keys = dict(keys)
+        if "alg" in keys:
+            keys.setdefault("alg_name", keys["alg"])
+            del keys["alg"]
+        known = {f.name for f in fields(cls)}
+        for key in list(keys):
+            if key in EASYEDIT_ONLY:
+                del keys[key]
+            elif key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f" Did you mean {near[0]}?" if near else " See hparams/HORSE for the keys."
+                raise UsageError(f"unknown key {key!r}.{hint}")
+        if "model_name" not in keys:
+            raise UsageError("model_name is missing: name a model folder or hub id.")
+        if keys.get("token") == "mask":  # MALMEN's files; HORSE edits at the answer tokens only
+            del keys["token"]
+        return cls(**keys)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def _first_line(error) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _checked(name, value, annotation):
+    """Return ``value`` as the annotated type, or say what was expected."""
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    for kind in options:
+        origin = typing.get_origin(kind) or kind
+        if origin is types.NoneType:
+            if value is None:
+                return None
+        elif origin is bool or isinstance(value, bool):
+            if origin is bool and isinstance(value, bool):
+                return value
+        elif origin is float:
+            number = _number(value)
+            if number is not None:
+                return number
+        elif origin is int:
+            number = value if isinstance(value, int) else None
+            if number is None and (_number(value) or 0.5).is_integer():
+                number = int(_number(value))
+            if number is not None and not (isinstance(value, str) and str in options):
+                return number
+        elif origin is list:
+            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+                return list(value)
+            if value is None:
+                return []
+        elif isinstance(value, origin):
+            return value
+    expected = " or ".join(_NAMES.get(typing.get_origin(k) or k, str(k)) for k in options)
+    raise UsageError(f"{name}: expected {expected}, got {value!r}.")
+
+
+_NAMES = {
+    bool: "true/false",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    list: "a list of names",
+    types.NoneType: "null",
+}
+
+
+def _is_union(annotation) -> bool:
+    return typing.get_origin(annotation) in (types.UnionType, typing.Union)
+
+
+def _number(value) -> float | None:
+    """A finite float; YAML reads ``1e-5`` as text, which EasyEdit's files are full of."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if number - number == 0 else None

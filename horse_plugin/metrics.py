@@ -1,0 +1,117 @@
+"""Efficacy, generalization, specificity, locality and portability, in batches.
+
+All are teacher-forced token accuracies, one per record, in percent when averaged: the share of
+answer tokens that the model predicts when it reads the prompt and the answer before them. They
+equal what EasyEdit computes one record at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .backbone import Backbone
+from .prompts import batches, tokenize
+from .records import EditRecord, Query
+
+
+@torch.no_grad()
+def predict(
+    backbone: Backbone, queries: Sequence[Query], batch_tokens: int, max_length: int | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(predicted tokens, answer tokens) of each query, teacher-forced, on the CPU."""
+    prompts = tokenize(backbone.tokenizer, queries, max_length)
+    results = [None] * len(prompts)
+    for batch in batches(prompts, batch_tokens, backbone.device):
+        predicted = backbone.logits(batch).argmax(-1).cpu()
+        sizes = [len(p.answer) for p in batch.prompts]
+        parts = zip(predicted.split(sizes), batch.labels.cpu().split(sizes), strict=True)
+        for i, pair in zip(batch.index, parts, strict=True):
+            results[i] = pair
+    return results
+
+
+@dataclass
+class Evaluation:
+    """Figures of one model on a list of records.
+
+    Attributes:
+        records: a dict per record with its efficacy, generalization, specificity, locality and
+            portability as shares (0 to 1), or None where the record has no such prompt.
+    """
+
+    records: list[dict[str, float | None]]
+
+    def mean(self, name: str) -> float | None:
+        """Mean over the records that have the figure, in percent."""
+        values = [r[name] for r in self.records if r[name] is not None]
+        return 100 * sum(values) / len(values) if values else None
+
+    def summary(self) -> dict[str, float | None]:
+        return {name: self.mean(name) for name in FIGURES}
+
+    def score(self) -> float:
+        """One number to choose by: the mean of efficacy, generalization and specificity."""
+        means = [self.mean(n) for n in ("efficacy", "generalization", "specificity")]
+        means = [m for m in means if m is not None]
+        return sum(means) / len(means)
+
+
+FIGURES = ("efficacy", "generalization", "specificity", "locality", "portability")
+
+
+class Evaluator:
+    """Measures an edit on its records. Make it before the edit: locality compares with the model
+    as it is then.
+
+    Args:
+        backbone: the model, unedited.
+        records: what will be edited, or any records to measure on.
+        batch_tokens, max_length: as in the hparams.
+    """
+
+    def __init__(self, backbone, records: Sequence[EditRecord], batch_tokens=4096, max_length=None):
+        self.backbone, self.records = backbone, list(records)
+        self._limits = batch_tokens, max_length
+        self._before = self._predict("unrelated")
+        self._memo = None
+
+    def _queries(self, kind: str) -> list[tuple[Query, ...]]:
+        return [(r.edit,) if kind == "edit" else getattr(r, kind) for r in self.records]
+
+    def _predict(self, kind: str) -> list[list]:
+        """Predictions on one kind of prompt, grouped by record."""
+        groups = self._queries(kind)
+        flat = iter(predict(self.backbone, [q for g in groups for q in g], *self._limits))
+        return [[next(flat) for _ in g] for g in groups]
+
+    def evaluate(self) -> Evaluation:
+        """Measure the model as it is now."""
+        shares = {
+            name: [
+                _mean(_share(p, answer) for p, answer in record) for record in self._predict(kind)
+            ]
+            for name, kind in (
+                ("efficacy", "edit"),
+                ("generalization", "equivalent"),
+                ("portability", "portability"),
+            )
+        }
+        now = self._predict("unrelated")
+        shares["specificity"] = [_mean(_share(p, answer) for p, answer in r) for r in now]
+        shares["locality"] = [
+            _mean(_share(p, q) for (p, _), (q, _) in zip(after, before, strict=True))
+            for after, before in zip(now, self._before, strict=True)
+        ]
+        return Evaluation(
+            [{name: shares[name][i] for name in FIGURES} for i in range(len(self.records))]
+        )
+
+
+def _share(predicted: torch.Tensor, wanted: torch.Tensor) -> float:
+    return (predicted == wanted).double().mean().item()
+
+
+def _mean(values) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,109 @@
+"""Eq. 7: the losses of the edited model, and their gradient in the hypernetwork's parameters."""
+
+import torch
+import torch.nn.functional as F
+
+from .backbone import Backbone
+from .errors import HorseError
+from .hypernetwork import HyperNetwork
+from .prompts import Prompt, batches
+from .ridge import Ridge
+from .trace import Trace
+
+KINDS = ("edit", "rephrase", "unrelated")
+
+
+class Objective:
+    """The first term of Eq. 7 on one step's prompts, and its gradient at the edited weights.
+
+    Args:
+        backbone: the model, unedited while this object is made.
+        prompts: for each of ``KINDS``, its prompts; a kind may be empty.
+        hparams: ``edit_coef``, ``gen_coef``, ``loc_coef``, ``loc_loss``, ``batch_tokens``.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: dict[str, list[Prompt]], hparams):
+        self.backbone = backbone
+        self.coefs = dict(
+            zip(KINDS, (hparams.edit_coef, hparams.gen_coef, hparams.loc_coef), strict=True)
+        )
+        used = [(kind, p) for kind in KINDS if self.coefs[kind] for p in prompts[kind]]
+        self.kind_of = torch.tensor([KINDS.index(kind) for kind, _ in used])
+        self.n_tokens = {
+            kind: sum(len(p.answer) for k, p in used if k == kind) or 1 for kind in KINDS
+        }
+        self.batches = list(batches([p for _, p in used], hparams.batch_tokens, backbone.device))
+        self.reference = self._reference() if hparams.loc_loss == "kl" else None
+
+    def _kinds(self, batch) -> torch.Tensor:
+        """The kind of prompt that each answer token of the batch belongs to."""
+        return self.kind_of[list(batch.index)].to(batch.rows.device)[batch.rows]
+
+    @torch.no_grad()
+    def _reference(self) -> list[torch.Tensor]:
+        """Log-probabilities of the unedited model at the unrelated prompts, batch by batch."""
+        unrelated = KINDS.index("unrelated")
+        return [
+            self.backbone.logits(b)
+            .to(self.backbone.edit_dtype)
+            .log_softmax(-1)[self._kinds(b) == unrelated]
+            for b in self.batches
+        ]
+
+    def gradients(self) -> tuple[dict[str, float], list[torch.Tensor]]:
+        """Mean loss per answer token of each kind, and g_l = ∂L/∂W_l, d×d'.
+
+        L is the sum of the three means, weighted by the coefficients.
+        """
+        totals = torch.zeros(len(KINDS), dtype=self.backbone.edit_dtype)
+        scale = torch.tensor([self.coefs[k] / self.n_tokens[k] for k in KINDS], dtype=totals.dtype)
+        with self.backbone.weight_gradients() as (grads, collect), torch.enable_grad():
+            for i, batch in enumerate(self.batches):
+                losses, kinds = self._token_losses(i, batch), self._kinds(batch)
+                (losses * scale.to(losses.device)[kinds]).sum().backward()
+                collect()
+                totals.index_add_(0, kinds.cpu(), losses.detach().cpu())
+        means = {k: totals[i].item() / self.n_tokens[k] for i, k in enumerate(KINDS)}
+        return means, list(grads.values())
+
+    def _token_losses(self, i: int, batch) -> torch.Tensor:
+        logits = self.backbone.logits(batch).to(self.backbone.edit_dtype)
+        losses = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+        if self.reference is None:
+            return losses
+        unrelated = (self._kinds(batch) == KINDS.index("unrelated")).to(logits.device)
+        kl = F.kl_div(
+            logits[unrelated].log_softmax(-1), self.reference[i], log_target=True, reduction="none"
+        ).sum(-1)
+        return losses.masked_scatter(unrelated, kl)
+
+
+def backward(
+    network: HyperNetwork, traced: Trace, shifts_to_gradients, step: int = 0
+) -> dict[str, float]:
+    """Leave in the network's parameters the gradient of the loss through the whole edit.
+
+    The edit is differentiated by hand where it is linear: with g = ∂L/∂W at the edited weights,
+    ∂L/∂R = H(HᵀH + e^λI)⁻¹g and ∂L/∂λ = −e^λ⟨(HᵀH + e^λI)⁻¹g, ΔW⟩ (Eq. 7); autograd takes them
+    from R to η, the spread and the network.
+
+    Args:
+        shifts_to_gradients: maps ΔW_1 … ΔW_T to (losses, g_1 … g_T) of the model edited so.
+    """
+    residuals = network.residuals(traced.keys, traced.grads)
+    ridges = [
+        Ridge(h, lamda.exp()) for h, lamda in zip(traced.keys, network.lamda.detach(), strict=True)
+    ]
+    shifts = [ridge.shift(r.detach()) for ridge, r in zip(ridges, residuals, strict=True)]
+    losses, weight_grads = shifts_to_gradients(shifts)
+    for l, g in enumerate(weight_grads):
+        if not g.isfinite().all():
+            raise HorseError(f"step {step}: the gradient at edit module {l} is not finite.")
+    surrogate = sum(
+        (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda
+        for ridge, g, r, shift, lamda in zip(
+            ridges, weight_grads, residuals, shifts, network.lamda, strict=True
+        )
+    )
+    surrogate.backward()
+    return losses

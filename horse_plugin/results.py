@@ -1,0 +1,44 @@
+"""Rows of ``results.json``: one measured model each, comparable across methods."""
+
+import json
+import resource
+import sys
+
+import torch
+
+from . import archive
+from .editor import versions
+from .metrics import Evaluation
+
+
+def row(method: str, dataset: str, hparams, evaluation: Evaluation, edit_seconds=None) -> dict:
+    """One object of ``results.json``; figures in percent, null where none applies.
+
+    Args:
+        method: a name such as ``HORSE`` or ``unedited``.
+        dataset: what the records came from.
+        edit_seconds: what the edit took, loading and evaluation left out.
+    """
+    return {
+        "method": method,
+        "dataset": dataset,
+        "model": hparams.model_name,
+        "n_edits": len(evaluation.records),
+        **evaluation.summary(),
+        "edit_seconds": edit_seconds,
+        "peak_memory_mb": peak_memory_mb(),
+        "seed": hparams.seed,
+        "versions": versions(),
+    }
+
+
+def peak_memory_mb() -> float:
+    """Peak memory so far: of the GPU where there is one, of the process otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def save(path, rows: list[dict]):
+    archive.write(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

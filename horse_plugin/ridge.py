@@ -1,0 +1,85 @@
+"""The ridge closed form of Eq. 2, in its dual or primal form, by Cholesky.
+
+Rows are answer tokens here, columns features: the transpose of the paper's notation.
+"""
+
+import warnings
+
+import torch
+
+
+class Ridge:
+    """Solves with (HᵀH + μI)⁻¹ for one module's keys H, factorised once.
+
+    With fewer tokens than features the n×n dual is factorised, by the push-through identity
+    (HᵀH + μI)⁻¹Hᵀ = Hᵀ(HHᵀ + μI)⁻¹; otherwise the d×d primal.
+
+    Args:
+        keys: H, n×d.
+        mu: μ = e^λ > 0, a number or a tensor with one element.
+    """
+
+    def __init__(self, keys: torch.Tensor, mu):
+        self.keys, self.mu = keys, torch.as_tensor(mu, dtype=keys.dtype, device=keys.device)
+        self.dual = keys.shape[0] < keys.shape[1]
+        gram = keys @ keys.T if self.dual else keys.T @ keys
+        self._factor = _cholesky(gram, self.mu)
+
+    def factors(self, residual: torch.Tensor) -> torch.Tensor:
+        """Z, n×d', with ΔW = HᵀZ; only where ``dual`` holds."""
+        return self._inverse(residual)
+
+    def shift(self, residual: torch.Tensor) -> torch.Tensor:
+        """ΔW = (HᵀH + μI)⁻¹HᵀR, d×d' (Eq. 2)."""
+        if self.dual:
+            return self.keys.T @ self._inverse(residual)
+        return self._inverse(self.keys.T @ residual)
+
+    def residual_grad(self, weight_grad: torch.Tensor) -> torch.Tensor:
+        """∂L/∂R = H(HᵀH + μI)⁻¹g, n×d', for g = ∂L/∂W, d×d' (the trace in Eq. 7)."""
+        if self.dual:
+            return self._inverse(self.keys @ weight_grad)
+        return self.keys @ self._inverse(weight_grad)
+
+    def lamda_grad(self, weight_grad: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """∂L/∂λ = −e^λ⟨(HᵀH + μI)⁻¹g, ΔW⟩ for μ = e^λ, a scalar.
+
+        In the dual, μ(HᵀH + μI)⁻¹g = g − Hᵀ(HHᵀ + μI)⁻¹Hg.
+        """
+        if self.dual:
+            scaled = weight_grad - self.keys.T @ self._inverse(self.keys @ weight_grad)
+        else:
+            scaled = self.mu * self._inverse(weight_grad)
+        return -(scaled * shift).sum()
+
+    def _inverse(self, right: torch.Tensor) -> torch.Tensor:
+        """(Gram + μI)⁻¹ · right, in the factor's precision, returned in that of ``right``."""
+        return torch.cholesky_solve(right.to(self._factor.dtype), self._factor).to(right.dtype)
+
+
+def _cholesky(gram: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
+    """Lower Cholesky factor of Gram + μI.
+
+    fp32 first, then fp64, then fp64 with growing jitter; anything but the first warns.
+
+    Raises:
+        ValueError: the Gram matrix holds NaN or infinity.
+    """
+    if not gram.isfinite().all():
+        raise ValueError("the Gram matrix of the keys is not finite")
+    diagonal = gram.diagonal()
+    factor, failed = torch.linalg.cholesky_ex(gram + mu * torch.eye(len(gram)).to(gram))
+    if not failed:
+        return factor
+    gram, mu = gram.double(), mu.double()
+    eye = torch.eye(len(gram)).to(gram)
+    jitter = 0.0
+    for jitter in (0.0, 1e-12, 1e-9, 1e-6):
+        factor, failed = torch.linalg.cholesky_ex(gram + (mu + jitter * diagonal.mean()) * eye)
+        if not failed:
+            break
+    else:
+        raise ValueError("the ridge system stays singular in float64; raise lambda")
+    extra = f" with {jitter:g} of its mean diagonal added" if jitter else ""
+    warnings.warn(f"ridge: ill-conditioned system solved in float64{extra}", stacklevel=3)
+    return factor

@@ -1,0 +1,94 @@
+"""Keys and value gradients at the answer tokens, for all edit modules in one pass (Sec. 2.1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .backbone import Backbone
+from .prompts import Prompt, batches
+
+
+@dataclass
+class Trace:
+    """What the hypernetwork sees of an edit; lists run over the edit modules, lowest first.
+
+    Attributes:
+        keys: H_l, n×d, the inputs of each edit module at the n answer positions.
+        grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
+        value_norms: the mean norm of a row of its outputs there.
+
+    All in ``Backbone.edit_dtype``. Rows are in the order of the prompts, the tokens of one answer in sequence.
+    """
+
+    keys: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    value_norms: list[float]
+
+
+def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> Trace:
+    """Run the prompts through the unedited model, forward and backward.
+
+    The graph starts at the lowest edit module's output: nothing below it needs a gradient. The
+    cross-entropy is summed, so that a token's gradient does not depend on its batch.
+    """
+    seen = {name: _Seen(backbone.edit_device, backbone.edit_dtype) for name in backbone.modules}
+    places = []
+    for batch in batches(prompts, batch_tokens, backbone.device):
+        states = backbone.trunk(batch)
+        hooks = [
+            module.register_forward_hook(seen[name].hook(batch, leaf=l == 0))
+            for l, (name, module) in enumerate(backbone.modules.items())
+        ]
+        try:
+            with torch.enable_grad():
+                logits = backbone.top(batch, states)
+                F.cross_entropy(
+                    logits.to(backbone.edit_dtype), batch.labels.to(logits.device), reduction="sum"
+                ).backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for s in seen.values():
+            s.collect()
+        places.append(_places(batch))
+    order = torch.cat(places).argsort(stable=True).to(backbone.edit_device)
+    return Trace(
+        keys=[torch.cat(s.keys)[order] for s in seen.values()],
+        grads=[torch.cat(s.grads)[order] for s in seen.values()],
+        value_norms=[torch.cat(s.norms).mean().item() for s in seen.values()],
+    )
+
+
+def _places(batch) -> torch.Tensor:
+    """For each answer token of the batch, the index of its prompt."""
+    return torch.tensor(batch.index)[batch.rows.cpu()]
+
+
+class _Seen:
+    """What one edit module lets through, gathered over batches."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.kept = {"device": device, "dtype": dtype}
+        self.keys, self.grads, self.norms = [], [], []
+
+    def hook(self, batch, leaf: bool):
+        def record(module, args, output):
+            if leaf:
+                output = output.detach().requires_grad_()
+            else:
+                output.retain_grad()
+            rows, cols = batch.rows.to(output.device), batch.cols.to(output.device)
+            self.keys.append(args[0][rows, cols].detach().to(**self.kept))
+            self.norms.append(output[rows, cols].detach().to(**self.kept).norm(dim=-1))
+            self._pending = output, rows, cols
+            return output
+
+        return record
+
+    def collect(self):
+        """Take the gradient that the backward pass left."""
+        output, rows, cols = self._pending
+        self.grads.append(output.grad[rows, cols].to(**self.kept))
+        del self._pending

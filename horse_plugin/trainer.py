@@ -1,0 +1,238 @@
+"""Training the hypernetwork (Eq. 7): edit, look at the losses, move what decided the edit.
+
+One step edits ``n_edits`` records exactly as :class:`horse_plugin.HorseEditor` would, measures
+the edited model on the edit, the rephrased and the unrelated prompts, and turns the gradient at
+the edited weights into one for the network, η and λ, without keeping the model's graph.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import archive
+from .backbone import Backbone
+from .editor import HorseEditor, new_network, versions
+from .errors import UsageError
+from .hparams import HORSEHyperParams
+from .metrics import Evaluator
+from .objective import KINDS, Objective, backward
+from .prompts import Prompt, tokenize
+from .records import EditRecord, load_records
+from .trace import trace
+
+# What a resumed run may set anew: how long it goes on, and where and how fast it runs.
+MAY_CHANGE = frozenset(
+    ["max_epochs", "max_iters", "early_stop_patience", "device", "model_parallel", "batch_size", "batch_tokens", "editor_batch_size", "trunk_cache_gb", "results_dir", "archive", "model_name", "tokenizer_name"]
+)
+
+
+class HORSETrainer:
+    """Trains a hypernetwork and keeps the best one by its validation score.
+
+    Args:
+        config: the hparams, or a path to their YAML.
+        train_set, val_set: EasyEdit data sets, lists of records, or paths.
+        out: folder for the archive; ``results_dir/models/HORSE/<model>`` by default.
+        backbone: a loaded model; loaded from the hparams by default.
+        resume: go on from the checkpoint in ``out``.
+        progress: show a progress bar.
+
+    Raises:
+        UsageError: fewer than ``n_edits`` training records, or none to validate on.
+    """
+
+    def __init__(
+        self,
+        config: HORSEHyperParams | str,
+        train_set,
+        val_set,
+        out=None,
+        backbone: Backbone | None = None,
+        resume: bool = False,
+        progress: bool = True,
+    ):
+        if not isinstance(config, HORSEHyperParams):
+            config = HORSEHyperParams.from_hparams(config)
+        self.hparams = config
+        self.train_records, self.val_records = load_records(train_set), load_records(val_set)
+        if len(self.train_records) < config.n_edits:
+            raise UsageError(
+                f"n_edits: {config.n_edits} in one step, but only {len(self.train_records)} "
+                "training records."
+            )
+        self.out = Path(
+            out or Path(config.results_dir, "models", config.alg_name, Path(config.model_name).name)
+        )
+        self.backbone = backbone or Backbone.load(config)
+        self.network = new_network(self.backbone, config)
+        self.network.spread_strength.requires_grad_(config.train_spread)
+        steered = [self.network.log_eta, self.network.lamda, self.network.spread_strength]
+        blocks = list(self.network.groups.parameters())
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": blocks, "lr": config.meta_lr},
+                {"params": [p for p in steered if p.requires_grad], "lr": config.eta_meta_lr},
+            ]
+        )
+        self.progress = progress
+        self.step, self.best, self.history = 0, None, []
+        if resume:
+            self._resume()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_records) // self.hparams.n_edits
+
+    @property
+    def n_steps(self) -> int:
+        steps = self.hparams.max_epochs * self.steps_per_epoch
+        return min(steps, self.hparams.max_iters or steps)
+
+    def run(self) -> Path:
+        """Train to the end and return the archive's folder."""
+        evaluators = self._evaluators()
+        bar = tqdm(
+            total=self.n_steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            disable=not self.progress,
+        )
+        with bar:
+            while self.step < self.n_steps and not self._stale():
+                losses = self.train_step(self._batch(self.step))
+                self.step += 1
+                self.history.append({"step": self.step, **losses})
+                if self.step % self.hparams.val_interval == 0 or self.step == self.n_steps:
+                    self._validate(evaluators)
+                bar.update()
+                bar.set_postfix(self._live(losses))
+        return self.out
+
+    def train_step(self, records: Sequence[EditRecord]) -> dict[str, float]:
+        """One step of Eq. 7 on the records; returns the mean loss per token of each kind."""
+        hp, epoch = self.hparams, self.step // self.steps_per_epoch
+        prompts = self._prompts(records, epoch)
+        traced = trace(self.backbone, prompts["edit"], hp.batch_tokens)
+        self.network.update_normalizers(traced.keys, traced.grads)
+        if not self.network.calibrated:
+            self.network.calibrate(traced.keys, traced.grads, traced.value_norms, hp.strength)
+        objective = Objective(self.backbone, prompts, hp)
+
+        def shifts_to_gradients(shifts):
+            with self.backbone.shifted(dict(zip(self.backbone.modules, shifts, strict=True))):
+                return objective.gradients()
+
+        self.optimizer.zero_grad()
+        losses = backward(self.network, traced, shifts_to_gradients, self.step)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), hp.max_grad_norm)
+        self.optimizer.step()
+        return losses
+
+    def _prompts(self, records, epoch: int) -> dict[str, list[Prompt]]:
+        """One prompt of each kind a record; records with several take turns over the epochs."""
+        queries = {"edit": [r.edit for r in records]}
+        for kind, of in (
+            ("rephrase", lambda r: r.equivalent),
+            ("unrelated", lambda r: r.unrelated),
+        ):
+            queries[kind] = [of(r)[epoch % len(of(r))] for r in records if of(r)]
+        tok, limit = self.backbone.tokenizer, self.hparams.max_length
+        return {kind: tokenize(tok, queries[kind], limit) for kind in KINDS}
+
+    def _batch(self, step: int) -> list[EditRecord]:
+        """The records of one step: a new order every epoch, which depends on the seed alone."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.hparams.seed * 100_003 + epoch)
+        order = torch.randperm(len(self.train_records), generator=generator).tolist()
+        n = self.hparams.n_edits
+        return [self.train_records[j] for j in order[i * n : (i + 1) * n]]
+
+    def _evaluators(self) -> list[Evaluator]:
+        n = min(self.hparams.n_edits, len(self.val_records))
+        hp = self.hparams
+        chunks = [self.val_records[i * n : (i + 1) * n] for i in range(hp.val_steps)]
+        return [Evaluator(self.backbone, c, hp.batch_tokens, hp.max_length) for c in chunks if c]
+
+    def _validate(self, evaluators):
+        """Edit the validation records with the network as it is; keep it if it is the best."""
+        figures, scores = [], []
+        for evaluator in evaluators:
+            editor = HorseEditor.from_backbone(self.backbone, self.hparams, self.network)
+            editor.edit(evaluator.records)
+            try:
+                evaluation = evaluator.evaluate()
+            finally:
+                editor.undo()
+            figures.append(evaluation.summary())
+            scores.append(evaluation.score())
+        means = {name: _mean([f[name] for f in figures]) for name in figures[0]}
+        score = _mean(scores)
+        self.history[-1]["validation"] = means | {"score": score}
+        if self.best is None or score > self.best["score"]:
+            self.best = {"step": self.step, "score": score, **means}
+            archive.save_tensors(
+                self.out / archive.ARCHIVE, archive.network_tensors(self.network), self._about()
+            )
+        self._save_checkpoint()
+
+    def _stale(self) -> bool:
+        patience = self.hparams.early_stop_patience
+        if patience is None or self.best is None:
+            return False
+        return self.step - self.best["step"] >= patience * self.hparams.val_interval
+
+    def _live(self, losses: dict[str, float]) -> dict[str, str]:
+        """What the progress bar shows beside the steps."""
+        shown = {kind: f"{loss:.2f}" for kind, loss in losses.items()}
+        return shown | ({"best": f"{self.best['score']:.1f}"} if self.best else {})
+
+    def _about(self) -> dict:
+        return {
+            "kind": "hypernetwork",
+            "model": self.backbone.fingerprint(),
+            "modules": list(self.backbone.modules),
+            "network": archive.network_about(self.network),
+            "hparams": self.hparams.to_dict(),
+            "versions": versions(),
+            "step": self.step,
+            "best": self.best,
+            "history": self.history,
+        }
+
+    def _save_checkpoint(self):
+        state = self.optimizer.state_dict()["state"]
+        tensors = archive.network_tensors(self.network) | {
+            f"optimizer.{i}.{name}": t for i, entry in state.items() for name, t in entry.items()
+        }
+        archive.save_tensors(self.out / archive.CHECKPOINT, tensors, self._about())
+
+    def _resume(self):
+        """Go on where the checkpoint stopped; the data order follows from seed and step."""
+        path = self.out / archive.CHECKPOINT
+        tensors, about = archive.load_tensors(path)
+        archive.check_model(path, about, self.backbone)
+        for key, value in self.hparams.to_dict().items():
+            if key not in MAY_CHANGE and about["hparams"].get(key) != value:
+                raise UsageError(
+                    f"{path}: was trained with {key}: {about['hparams'].get(key)}, and the hparams "
+                    f"now say {value}. Give the old value, or train into another folder."
+                )
+        self.network.load_state_dict(
+            {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
+        )
+        state = {}
+        for name, t in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = t
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step, self.best, self.history = about["step"], about["best"], about["history"]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,210 @@
+"""Residual, spread and ridge against the float64 oracle, on shapes and cases hypothesis finds."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horse_plugin.hypernetwork import HyperNetwork, Normalizer
+from horse_plugin.residual import residual, spread
+from horse_plugin.ridge import Ridge
+
+ORACLES = {
+    "orthogonal": oracle.orthogonal,
+    "gram_schmidt": oracle.gram_schmidt,
+    "uniform": lambda rs: rs,
+    "decay": oracle.decay,
+}
+
+
+def close(a, b, tol=1e-8):
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.shape == b.shape
+    assert np.abs(a - b).max(initial=0) <= tol * max(1.0, np.abs(b).max(initial=0))
+
+
+def arrays(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape) for shape in shapes]
+
+
+@given(
+    n=st.integers(1, 12),
+    d=st.integers(1, 9),
+    d_out=st.integers(1, 7),
+    n_layers=st.integers(1, 5),
+    kind=st.sampled_from(sorted(ORACLES)),
+    zero=st.booleans(),
+    duplicate=st.booleans(),
+    lam=st.floats(-4, 4),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_edit_agrees_with_the_oracle(n, d, d_out, n_layers, kind, zero, duplicate, lam, seed):
+    """n=1, n<d, n=d, n>d; a layer whose gradient is zero; duplicate tokens."""
+    keys, pseudo_keys, pseudo_grads = [], [], []
+    for l in range(n_layers):
+        h, ht, gt = arrays(seed + l, (n, d), (n, d), (n, d_out))
+        if zero and l == n_layers // 2:
+            gt = np.zeros_like(gt)
+        if duplicate and n > 1:
+            h[-1], ht[-1], gt[-1] = h[0], ht[0], gt[0]
+        keys.append(h), pseudo_keys.append(ht), pseudo_grads.append(gt)
+    eta = 0.01
+    want = ORACLES[kind](
+        [oracle.residual(*x, eta) for x in zip(keys, pseudo_keys, pseudo_grads, strict=True)]
+    )
+    got = spread(
+        [
+            residual(*map(torch.tensor, x), eta)
+            for x in zip(keys, pseudo_keys, pseudo_grads, strict=True)
+        ],
+        kind,
+    )
+    for h, r_want, r_got in zip(keys, want, got, strict=True):
+        close(r_got, r_want)
+        close(Ridge(torch.tensor(h), np.exp(lam)).shift(r_got), oracle.shift(h, r_want, lam))
+
+
+@given(n=st.integers(2, 9), strength=st.floats(0, 1.5), seed=st.integers(0, 2**16))
+@settings(deadline=None)
+def test_spread_strength_scales_the_projection(n, strength, seed):
+    rs = arrays(seed, *[(n, 4)] * 3)
+    got = spread([torch.tensor(r) for r in rs], "orthogonal", strength)
+    for a, b in zip(got, oracle.orthogonal(rs, strength), strict=True):
+        close(a, b)
+
+
+def test_orthogonal_residuals_are_orthogonal_to_the_layer_below():
+    rs = [torch.tensor(r) for r in arrays(0, *[(5, 4)] * 4)]
+    for below, r in zip(rs, spread(rs, "orthogonal")[1:], strict=False):
+        assert abs((below * r).sum()) < 1e-10
+    done = spread(rs, "gram_schmidt")
+    for i, a in enumerate(done):
+        for b in done[:i]:
+            assert abs((a * b).sum()) < 1e-10
+
+
+@given(
+    n=st.integers(1, 14), d=st.integers(1, 14), d_out=st.integers(1, 5), seed=st.integers(0, 2**16)
+)
+@settings(deadline=None)
+def test_dual_and_primal_agree(n, d, d_out, seed):
+    h, r, g = map(torch.tensor, arrays(seed, (n, d), (n, d_out), (d, d_out)))
+    here, other = Ridge(h, 0.5), Ridge(h, 0.5)
+    other.dual = not here.dual
+    gram = h @ h.T if other.dual else h.T @ h
+    other._factor = torch.linalg.cholesky(gram + 0.5 * torch.eye(len(gram), dtype=h.dtype))
+    close(here.shift(r), other.shift(r))
+    close(here.residual_grad(g), other.residual_grad(g))
+    close(here.lamda_grad(g, here.shift(r)), other.lamda_grad(g, here.shift(r)))
+
+
+def test_factors_multiply_to_the_shift():
+    h, r = map(torch.tensor, arrays(0, (3, 8), (3, 2)))
+    ridge = Ridge(h, 1.0)
+    assert ridge.dual
+    close(h.T @ ridge.factors(r), ridge.shift(r))
+
+
+def test_an_ill_conditioned_system_is_solved_in_float64_with_a_warning():
+    h = torch.ones(6, 9) * 1e4  # six equal tokens: the Gram matrix has rank one
+    with pytest.warns(UserWarning, match="float64"):
+        ridge = Ridge(h, 1e-6)
+    want = oracle.shift(h.double().numpy(), np.ones((6, 2)), np.log(1e-6))
+    close(ridge.shift(torch.ones(6, 2)), want, 1e-3)
+
+
+def test_keys_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        Ridge(torch.tensor([[1.0, float("nan")]]), 1.0)
+
+
+def test_network_agrees_with_the_oracle():
+    torch.manual_seed(0)
+    net = HyperNetwork([(5, 3), (5, 3)], rank=2, n_blocks=2).double()
+    for p in net.groups.parameters():
+        torch.nn.init.normal_(p)
+    keys, grads = [torch.randn(7, 5).double() for _ in range(2)], [torch.randn(7, 3).double()] * 2
+    net.update_normalizers(keys, grads)
+    for l in range(2):
+        group = net.groups["5x3"]
+        blocks = [
+            {
+                "A": b.A,
+                "B": b.B,
+                "bias": b.bias,
+                "scale": b.scale[l],
+                "shift": b.shift[l],
+            }
+            for b in group.blocks
+        ]
+        blocks = [{k: v.detach().numpy() for k, v in b.items()} for b in blocks]
+        x = np.concatenate([keys[l], grads[l]], 1)
+        want = oracle.network(
+            keys[l].numpy(), grads[l].numpy(), x.mean(0), x.std(0, ddof=1), blocks
+        )
+        for a, b in zip(net(l, keys[l], grads[l]), want, strict=True):
+            close(a.detach(), b)
+
+
+def test_an_untrained_network_standardises_and_nothing_else():
+    net = HyperNetwork([(4, 2)], rank=3, n_blocks=2)
+    x = torch.randn(9, 6) * 3 + 1
+    net.update_normalizers([x[:, :4]], [x[:, 4:]])
+    h, g = net(0, x[:, :4], x[:, 4:])
+    want = (x - x.mean(0)) / x.std(0)
+    torch.testing.assert_close(torch.cat((h, g), -1), want)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 2**16))
+@settings(deadline=None)
+def test_normalizer_sees_the_same_whatever_the_batches(sizes, seed):
+    x = torch.tensor(arrays(seed, (sum(sizes), 3))[0])
+    whole, parts = Normalizer(3), Normalizer(3)
+    whole.update(x)
+    for part in x.split(sizes):
+        parts.update(part)
+    close(parts.mean, whole.mean)
+    close(parts.m2, whole.m2)
+
+
+def test_a_feature_that_never_moves_stays_finite():
+    net = HyperNetwork([(4, 2)], rank=3, n_blocks=1)
+    keys, grads = [torch.randn(5, 4)], [torch.zeros(5, 2)]  # a module whose gradient is zero
+    net.update_normalizers(keys, grads)
+    net.calibrate(keys, grads, [1.0], 0.15)
+    (r,) = net.residuals(keys, grads)
+    assert (r == 0).all()
+
+
+@given(
+    kind=st.sampled_from(sorted(ORACLES)),
+    strength=st.floats(0.01, 1),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**10),
+)
+@settings(deadline=None, max_examples=40)
+def test_calibration_reaches_the_strength_for_every_spread(kind, strength, share, seed):
+    torch.manual_seed(seed)
+    net = HyperNetwork(
+        [(6, 3)] * 3, rank=2, n_blocks=1, spread=kind, spread_strength=share
+    ).double()
+    keys = [torch.randn(8, 6).double() for _ in range(3)]
+    grads = [torch.randn(8, 3).double() for _ in range(3)]
+    norms = [2.0, 5.0, 0.3]
+    net.update_normalizers(keys, grads)
+    net.calibrate(keys, grads, norms, strength)
+    for r, norm in zip(net.residuals(keys, grads), norms, strict=True):
+        assert r.norm(dim=-1).mean().item() == pytest.approx(strength * norm)
+
+
+def test_residuals_do_not_depend_on_the_chunking():
+    net = HyperNetwork([(6, 3)] * 2, rank=2, n_blocks=1)
+    keys, grads = [torch.randn(7, 6)] * 2, [torch.randn(7, 3)] * 2
+    net.update_normalizers(keys, grads)
+    net.calibrate(keys, grads, [1.0, 1.0], 0.1)
+    for a, b in zip(net.residuals(keys, grads), net.residuals(keys, grads, rows=2), strict=True):
+        torch.testing.assert_close(a, b)
