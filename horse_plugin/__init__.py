@@ -1,4 +1,4 @@
-"""HORSE: thousands of facts changed in a language model at once, beside EasyEdit's other methods."""
+"""HORSE: thousands of facts changed in a language model at once, as an EasyEdit method."""
 
 from .delta import EditDelta
 from .editor import HorseEditor

@@ -111,8 +111,8 @@ def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
         raise HorseError(f"{path}: damaged, or not a HORSE file ({reason}).") from None
     if digest != _digest(tensors, about):
         raise HorseError(f"{path}: damaged: its content does not match its checksum.")
-    if about["format"] != FORMAT:
-        raise HorseError(f"{path}: format {about['format']}; this version reads {FORMAT}.")
+    if (found := about.pop("format")) != FORMAT:
+        raise HorseError(f"{path}: format {found}; this version reads {FORMAT}.")
     return tensors, about
 
 

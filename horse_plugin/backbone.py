@@ -181,8 +181,8 @@ class Backbone:
     def add(self, shifts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Add d×d' shifts ΔW to the named edit modules; returns the weights as they were.
 
-        The sum is rounded once, from ``edit_dtype``. Should anything fail half-way, every weight is put
-        back before the exception goes on.
+        The sum is rounded once, from ``edit_dtype``. Should anything fail half-way, every
+        weight is put back before the exception goes on.
         """
         before = {}
         try:

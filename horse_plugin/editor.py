@@ -11,7 +11,7 @@ import torch
 from . import archive
 from .backbone import Backbone
 from .delta import EditDelta
-from .errors import HorseError
+from .errors import HALF_HINT, HorseError
 from .hparams import HORSEHyperParams
 from .hypernetwork import HyperNetwork
 from .prompts import tokenize
@@ -41,9 +41,7 @@ def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams
         backbone.modules, traced.keys, residuals, network.lamda, strict=True
     ):
         if not r.isfinite().all():
-            raise HorseError(
-                f"{name}: its residual is not finite. With half-precision weights, try dtype: bf16."
-            )
+            raise HorseError(f"{name}: its residual is not finite. {HALF_HINT}")
         tensors |= EditDelta.solve(name, keys, r, lamda)
     return tensors
 

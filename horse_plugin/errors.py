@@ -7,3 +7,6 @@ class HorseError(Exception):
 
 class UsageError(HorseError):
     """The request itself is wrong: a file, a field, a key. The command line exits with 2."""
+
+
+HALF_HINT = "With float16 weights, try dtype: bf16; while training, a lower meta_lr."

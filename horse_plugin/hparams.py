@@ -16,7 +16,8 @@ from .errors import UsageError
 # Keys of EasyEdit's MALMEN and MEND files that say how *its* trainer runs. HORSE has no use for
 # them; they are accepted, so that a file people already have loads unchanged.
 EASYEDIT_ONLY = frozenset(
-    ["debug", "dropout", "train_base", "no_grad_layers", "silent", "log_interval", "eval_log_interval", "final_eval", "early_stop_key", "eval_only", "save", "val_batch_size", "model_save_pt", "opt", "stats_dir"]
+    """debug dropout train_base no_grad_layers silent log_interval eval_log_interval final_eval
+    early_stop_key eval_only save val_batch_size model_save_pt opt stats_dir""".split()
 )
 
 SPREADS = ("orthogonal", "gram_schmidt", "uniform", "decay")
@@ -120,7 +121,7 @@ class HORSEHyperParams:
 
     @classmethod
     def from_dict(cls, keys: dict) -> "HORSEHyperParams":
-        """Build from plain keys; ``alg`` counts as ``alg_name``, as in EasyEdit's TRAINING files."""
+        """Build from plain keys; ``alg`` stands for ``alg_name``, as in EasyEdit's trainers."""
         keys = dict(keys)
         if "alg" in keys:
             keys.setdefault("alg_name", keys["alg"])

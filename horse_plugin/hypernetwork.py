@@ -63,11 +63,11 @@ class Blocks(nn.Module):
     def __init__(self, shape: tuple[int, int], rank: int, n_blocks: int, n_modules: int):
         super().__init__()
         self.shape = shape
-        self.normalizers = nn.ModuleList(Normalizer(sum(shape)) for _ in range(n_modules))
+        self.normalizer = Normalizer(sum(shape))
         self.blocks = nn.ModuleList(Block(sum(shape), rank, n_modules) for _ in range(n_blocks))
 
     def forward(self, keys, grads, module: int) -> tuple[torch.Tensor, torch.Tensor]:
-        y = self.normalizers[module](torch.cat((keys, grads), -1))
+        y = self.normalizer(torch.cat((keys, grads), -1))
         for block in self.blocks:
             y = block(y, module)
         return y.split(self.shape, -1)
@@ -114,7 +114,7 @@ class HyperNetwork(nn.Module):
     @property
     def seen(self) -> bool:
         """Whether the normalisers have met any data."""
-        return any(b.normalizers[0].count > 0 for b in self.groups.values())
+        return all(group.normalizer.count > 0 for group in self.groups.values())
 
     def _place(self, l: int) -> tuple[Blocks, int]:
         """The group of module l and its position in the group."""
@@ -122,9 +122,9 @@ class HyperNetwork(nn.Module):
         return self.groups[_name(shape)], self.shapes[:l].count(shape)
 
     def update_normalizers(self, keys: list[torch.Tensor], grads: list[torch.Tensor]):
+        """Take in a batch; modules of one shape share their statistics, as in MALMEN."""
         for l, (h, g) in enumerate(zip(keys, grads, strict=True)):
-            group, module = self._place(l)
-            group.normalizers[module].update(torch.cat((h, g), -1))
+            self._place(l)[0].normalizer.update(torch.cat((h, g), -1))
 
     def forward(self, l: int, keys, grads) -> tuple[torch.Tensor, torch.Tensor]:
         """(H_l, ∇G_l) → (H̃_l, ∇G̃_l): n×d and n×d'."""

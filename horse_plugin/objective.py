@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .backbone import Backbone
-from .errors import HorseError
+from .errors import HALF_HINT, HorseError
 from .hypernetwork import HyperNetwork
 from .prompts import Prompt, batches
 from .ridge import Ridge
@@ -63,6 +63,9 @@ class Objective:
                 (losses * scale.to(losses.device)[kinds]).sum().backward()
                 collect()
                 totals.index_add_(0, kinds.cpu(), losses.detach().cpu())
+        for name, grad in grads.items():
+            if not grad.isfinite().all():
+                raise HorseError(f"{name}: the gradient of the loss is not finite. {HALF_HINT}")
         means = {k: totals[i].item() / self.n_tokens[k] for i, k in enumerate(KINDS)}
         return means, list(grads.values())
 
@@ -78,9 +81,7 @@ class Objective:
         return losses.masked_scatter(unrelated, kl)
 
 
-def backward(
-    network: HyperNetwork, traced: Trace, shifts_to_gradients, step: int = 0
-) -> dict[str, float]:
+def backward(network: HyperNetwork, traced: Trace, shifts_to_gradients) -> dict[str, float]:
     """Leave in the network's parameters the gradient of the loss through the whole edit.
 
     The edit is differentiated by hand where it is linear: with g = ∂L/∂W at the edited weights,
@@ -96,9 +97,6 @@ def backward(
     ]
     shifts = [ridge.shift(r.detach()) for ridge, r in zip(ridges, residuals, strict=True)]
     losses, weight_grads = shifts_to_gradients(shifts)
-    for l, g in enumerate(weight_grads):
-        if not g.isfinite().all():
-            raise HorseError(f"step {step}: the gradient at edit module {l} is not finite.")
     surrogate = sum(
         (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda
         for ridge, g, r, shift, lamda in zip(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .backbone import Backbone
+from .errors import HALF_HINT, HorseError
 from .prompts import Prompt, batches
 
 
@@ -19,7 +20,8 @@ class Trace:
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
         value_norms: the mean norm of a row of its outputs there.
 
-    All in ``Backbone.edit_dtype``. Rows are in the order of the prompts, the tokens of one answer in sequence.
+    All in ``Backbone.edit_dtype``. Rows are in the order of the prompts, the tokens of
+    one answer in sequence.
     """
 
     keys: list[torch.Tensor]
@@ -32,6 +34,9 @@ def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> T
 
     The graph starts at the lowest edit module's output: nothing below it needs a gradient. The
     cross-entropy is summed, so that a token's gradient does not depend on its batch.
+
+    Raises:
+        HorseError: a key or gradient that is not finite, naming the record and the module.
     """
     seen = {name: _Seen(backbone.edit_device, backbone.edit_dtype) for name in backbone.modules}
     places = []
@@ -53,7 +58,17 @@ def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> T
         for s in seen.values():
             s.collect()
         places.append(_places(batch))
-    order = torch.cat(places).argsort(stable=True).to(backbone.edit_device)
+    places = torch.cat(places)
+    order = places.argsort(stable=True).to(backbone.edit_device)
+    owners = places[order.cpu()]
+    for name, s in seen.items():
+        for what, rows in (("keys", s.keys), ("gradient", s.grads)):
+            bad = ~torch.cat(rows)[order].isfinite().all(-1).cpu()
+            if bad.any():
+                record = owners[bad][0].item()
+                raise HorseError(
+                    f"record {record}: the {what} at {name} is not finite. {HALF_HINT}"
+                )
     return Trace(
         keys=[torch.cat(s.keys)[order] for s in seen.values()],
         grads=[torch.cat(s.grads)[order] for s in seen.values()],

@@ -14,17 +14,18 @@ from tqdm import tqdm
 from . import archive
 from .backbone import Backbone
 from .editor import HorseEditor, new_network, versions
-from .errors import UsageError
+from .errors import HorseError, UsageError
 from .hparams import HORSEHyperParams
 from .metrics import Evaluator
 from .objective import KINDS, Objective, backward
-from .prompts import Prompt, tokenize
+from .prompts import Prompt, batches, tokenize
 from .records import EditRecord, load_records
 from .trace import trace
 
 # What a resumed run may set anew: how long it goes on, and where and how fast it runs.
 MAY_CHANGE = frozenset(
-    ["max_epochs", "max_iters", "early_stop_patience", "device", "model_parallel", "batch_size", "batch_tokens", "editor_batch_size", "trunk_cache_gb", "results_dir", "archive", "model_name", "tokenizer_name"]
+    """max_epochs max_iters early_stop_patience device model_parallel batch_size batch_tokens
+    editor_batch_size trunk_cache_gb results_dir archive model_name tokenizer_name""".split()
 )
 
 
@@ -92,6 +93,7 @@ class HORSETrainer:
 
     def run(self) -> Path:
         """Train to the end and return the archive's folder."""
+        self._keep_trunk_states()
         evaluators = self._evaluators()
         bar = tqdm(
             total=self.n_steps,
@@ -102,7 +104,10 @@ class HORSETrainer:
         )
         with bar:
             while self.step < self.n_steps and not self._stale():
-                losses = self.train_step(self._batch(self.step))
+                try:
+                    losses = self.train_step(self._batch(self.step))
+                except HorseError as error:
+                    raise HorseError(f"step {self.step}: {error}") from None
                 self.step += 1
                 self.history.append({"step": self.step, **losses})
                 if self.step % self.hparams.val_interval == 0 or self.step == self.n_steps:
@@ -126,7 +131,7 @@ class HORSETrainer:
                 return objective.gradients()
 
         self.optimizer.zero_grad()
-        losses = backward(self.network, traced, shifts_to_gradients, self.step)
+        losses = backward(self.network, traced, shifts_to_gradients)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), hp.max_grad_norm)
         self.optimizer.step()
         return losses
@@ -149,6 +154,24 @@ class HORSETrainer:
         order = torch.randperm(len(self.train_records), generator=generator).tolist()
         n = self.hparams.n_edits
         return [self.train_records[j] for j in order[i * n : (i + 1) * n]]
+
+    def _keep_trunk_states(self):
+        """Run the trunk over all prompts of this run, in an order that depends on nothing else.
+
+        States then never depend on the batch a step first met a prompt in, so a resumed run has
+        the same bits as one that went through.
+        """
+        if not self.hparams.trunk_cache_gb:
+            return
+        n = min(self.n_steps, self.steps_per_epoch)
+        records = self.train_records
+        if n < self.steps_per_epoch:
+            records = [r for step in range(n) for r in self._batch(step)]
+        queries = [q for r in records for q in (r.edit, *r.equivalent[:1], *r.unrelated[:1])]
+        prompts = tokenize(self.backbone.tokenizer, queries, self.hparams.max_length)
+        made = list(batches(prompts, self.hparams.batch_tokens, self.backbone.device))
+        for batch in tqdm(made, desc="trunk", unit="batch", disable=not self.progress):
+            self.backbone.trunk(batch)
 
     def _evaluators(self) -> list[Evaluator]:
         n = min(self.hparams.n_edits, len(self.val_records))

@@ -112,8 +112,8 @@ def test_a_failure_half_way_leaves_every_weight_as_it_was():
 def test_no_hook_and_no_patch_stays_behind():
     backbone = Backbone(tiny.model(), None)
     list(map(backbone.logits, batches(prompts(), 40)))
+    batch = next(batches(prompts(), 400))
     with pytest.raises(RuntimeError):  # states that do not fit their batch
-        batch = next(batches(prompts(), 400))
         backbone.top(batch, torch.zeros(1, 1, 32))
     for m in backbone.model.modules():
         assert not m._forward_hooks and not m._forward_pre_hooks

@@ -129,6 +129,7 @@ def test_network_agrees_with_the_oracle():
         torch.nn.init.normal_(p)
     keys, grads = [torch.randn(7, 5).double() for _ in range(2)], [torch.randn(7, 3).double()] * 2
     net.update_normalizers(keys, grads)
+    seen = np.concatenate([np.concatenate([h, g], 1) for h, g in zip(keys, grads, strict=True)])
     for l in range(2):
         group = net.groups["5x3"]
         blocks = [
@@ -142,9 +143,8 @@ def test_network_agrees_with_the_oracle():
             for b in group.blocks
         ]
         blocks = [{k: v.detach().numpy() for k, v in b.items()} for b in blocks]
-        x = np.concatenate([keys[l], grads[l]], 1)
         want = oracle.network(
-            keys[l].numpy(), grads[l].numpy(), x.mean(0), x.std(0, ddof=1), blocks
+            keys[l].numpy(), grads[l].numpy(), seen.mean(0), seen.std(0, ddof=1), blocks
         )
         for a, b in zip(net(l, keys[l], grads[l]), want, strict=True):
             close(a.detach(), b)

@@ -7,7 +7,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from horse_plugin import EditRecord, HORSEHyperParams, Query
 
-WORDS = ["the", "capital", "of", "is", "located", "in", "mother", "tongue", "speaks", "Norway", "Oslo", "Lima", "France", "Paris", "piano", "guitar", "plays", "born", "city", "Rome", "Kyoto", "language", "country", "who", "where", "what?", "Danielle", "Darrieux", "Toko", "Yasuda", "unmanned", "aircraft", "Virgo", "Serpens", "constellation", "belongs", "to", "Delta"]
+WORDS = """
+the capital of is located in mother tongue speaks Norway Oslo Lima France Paris piano guitar
+plays born city Rome Kyoto language country who where what? Danielle Darrieux Toko Yasuda
+unmanned aircraft Virgo Serpens constellation belongs to Delta""".split()
 CORPUS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
 
 
@@ -103,16 +106,18 @@ def model(architecture="llama", dtype=torch.float32, seed=0):
     return transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]()).to(dtype).eval()
 
 
+def words(i: int, n: int = 1) -> str:
+    return " ".join(WORDS[(i + k) % len(WORDS)] for k in range(n))
+
+
 def records(n=6) -> list[EditRecord]:
-    """Facts in the tokenizers' words; answers of one token and of several."""
+    """Facts in the tokenizers' words; answers of one word and of two."""
     return [
         EditRecord(
-            prompt=f"the capital of {WORDS[i % 40]} {WORDS[(7 * i) % 40]} is",
-            target_new=WORDS[(i + 11) % 40]
-            if i % 2
-            else f"{WORDS[(i + 3) % 40]} {WORDS[(i + 4) % 40]}",
-            rephrases=(f"where is the city of {WORDS[i % 40]} located in",),
-            unrelated=(Query(f"the language of {WORDS[(i + 5) % 40]} is", WORDS[(i + 17) % 40]),),
+            prompt=f"the capital of {words(i)} {words(7 * i)} is",
+            target_new=words(i + 11, 1 + i % 2),
+            rephrases=(f"where is the city of {words(i)} located in",),
+            unrelated=(Query(f"the language of {words(i + 5)} is", words(i + 17)),),
         )
         for i in range(n)
     ]

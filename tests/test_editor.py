@@ -1,0 +1,211 @@
+"""Edits, their deltas, and taking them back."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horse_plugin import EditDelta, EditRecord, Evaluator, HorseEditor, HorseError, UsageError
+from horse_plugin.backbone import Backbone
+from horse_plugin.prompts import batches, tokenize
+
+
+def editor(architecture="llama", dtype=torch.float32, seed=0, **changes):
+    model = tiny.model(architecture, dtype, seed)
+    return HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams(**changes))
+
+
+def state(editor):
+    return {k: v.clone() for k, v in editor.backbone.model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@torch.no_grad()
+def answer_loss(editor):
+    """Mean cross-entropy of the new answers on the edited prompts."""
+    prompts = tokenize(editor.backbone.tokenizer, [r.edit for r in tiny.records()])
+    (batch,) = batches(prompts, 10_000)
+    return torch.nn.functional.cross_entropy(editor.backbone.logits(batch), batch.labels).item()
+
+
+@pytest.mark.parametrize("architecture", sorted(tiny.CONFIGS))
+def test_an_edit_makes_the_answers_likelier_and_undo_is_bit_exact(architecture):
+    e = editor(architecture)
+    before, unlikely = state(e), answer_loss(e)
+    e.edit(tiny.records())
+    assert answer_loss(e) < unlikely
+    e.undo()
+    assert same(before, state(e))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_undo_is_bit_exact_in_half_precision_over_a_chain(dtype):
+    e = editor(dtype=dtype)
+    states = [state(e)]
+    for i in range(3):
+        e.edit(tiny.records(9)[3 * i : 3 * i + 3])
+        states.append(state(e))
+    assert len(e.history) == 3
+    for wanted in reversed(states[:-1]):
+        e.undo()
+        assert same(wanted, state(e))
+    with pytest.raises(HorseError, match="no edit"):
+        e.undo()
+
+
+def test_the_same_seed_gives_the_same_delta_bit_for_bit():
+    one, two = editor().edit(tiny.records()), editor().edit(tiny.records())
+    assert one.tensors.keys() == two.tensors.keys()
+    assert all(torch.equal(one.tensors[k], two.tensors[k]) for k in one.tensors)
+
+
+@given(
+    n=st.integers(1, 5),
+    times=st.integers(1, 3),
+    length=st.integers(1, 6),
+)
+@settings(deadline=None, max_examples=15)
+def test_duplicates_one_token_and_long_answers(n, times, length):
+    records = [
+        EditRecord(f"{tiny.WORDS[i]} is", " ".join(tiny.WORDS[i : i + length])) for i in range(n)
+    ] * times
+    e = editor()
+    before = state(e)
+    delta = e.edit(records)
+    assert all(s.isfinite().all() for s in delta.shifts.values())
+    e.undo()
+    assert same(before, state(e))
+
+
+def test_a_delta_survives_saving_and_does_the_same(tmp_path):
+    e = editor()
+    delta = e.edit(tiny.records())
+    after = state(e)
+    delta.save(tmp_path / "edit")
+    assert sorted(p.name for p in (tmp_path / "edit").iterdir()) == [
+        "delta.safetensors",
+        "edit.json",
+    ]
+    loaded = HorseEditor.load_delta(tmp_path / "edit")
+    assert loaded.records == tiny.records()
+    assert loaded.about == delta.about
+    other = editor()
+    other.apply(loaded)
+    assert same(after, state(other))
+
+
+def test_a_delta_keeps_the_smaller_of_factors_and_shift():
+    few = EditDelta.solve("m", torch.randn(3, 48), torch.randn(3, 32), torch.zeros(()))
+    many = EditDelta.solve("m", torch.randn(30, 48), torch.randn(30, 32), torch.zeros(()))
+    assert set(few) == {"m.keys", "m.factors"} and set(many) == {"m.shift"}
+    assert EditDelta(few, []).shift("m").shape == EditDelta(many, []).shift("m").shape == (48, 32)
+
+
+def test_a_delta_for_another_model_is_refused_by_name(tmp_path):
+    editor("llama").edit(tiny.records()).save(tmp_path / "edit")
+    loaded = HorseEditor.load_delta(tmp_path / "edit")
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM.*GPT2LMHeadModel"):
+        editor("gpt2").apply(loaded)
+    with pytest.raises(UsageError, match="made for"):
+        editor("llama", seed=1).apply(loaded)  # same architecture, other weights
+    few = ["model.layers.7.mlp.down_proj"]
+    with pytest.raises(UsageError, match=r"model\.layers\.2\.mlp\.down_proj"):
+        editor("llama", inner_params=few).apply(loaded)
+
+
+@pytest.mark.parametrize("file", ["delta.safetensors", "edit.json"])
+def test_a_damaged_delta_does_not_load(tmp_path, file):
+    editor().edit(tiny.records(2)).save(tmp_path / "edit")
+    path = tmp_path / "edit" / file
+    whole = path.read_bytes()
+    for damage in (whole[:-7], whole[:9], b"", whole[:-60] + b"\0" + whole[-59:]):
+        path.write_bytes(damage)
+        with pytest.raises(HorseError, match="damaged"):
+            HorseEditor.load_delta(tmp_path / "edit")
+    path.unlink()
+    with pytest.raises(HorseError):
+        HorseEditor.load_delta(tmp_path / "edit")
+
+
+def test_a_failed_edit_leaves_the_model_alone(monkeypatch):
+    e = editor()
+    before = state(e)
+    monkeypatch.setattr(e.network, "residuals", lambda *a: [torch.full((3, 32), torch.nan)] * 6)
+    with pytest.raises(HorseError, match=r"layers\.2\.mlp\.down_proj: its residual is not finite"):
+        e.edit(tiny.records())
+    assert same(before, state(e)) and not e.history
+
+
+def test_a_saved_model_opens_in_transformers(tmp_path):
+    import transformers
+
+    e = editor()
+    e.edit(tiny.records())
+    e.save_model(tmp_path / "model")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert same(state(e), opened.state_dict())
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+
+
+def test_figures_equal_the_plain_computation():
+    e = editor("gpt2")
+    records = tiny.records()
+    evaluator = Evaluator(e.backbone, records, batch_tokens=30)
+    model, tok = e.backbone.model, e.backbone.tokenizer
+
+    @torch.no_grad()
+    def predicted(prompt, answer):
+        ids = tok(f"{prompt} {answer}", return_tensors="pt").input_ids
+        n = len(tok(prompt).input_ids)
+        return model(ids).logits[0, n - 1 : -1].argmax(-1), ids[0, n:]
+
+    def share(q):
+        guess, answer = predicted(q.prompt, q.answer)
+        return (guess == answer).double().mean().item()
+
+    def plain():
+        figures = [(share(r.edit), share(r.equivalent[0]), share(r.unrelated[0])) for r in records]
+        return figures, [
+            predicted(r.unrelated[0].prompt, r.unrelated[0].answer)[0] for r in records
+        ]
+
+    _, unrelated_before = plain()
+    e.edit(records)
+    figures, unrelated_after = plain()
+    got = evaluator.evaluate()
+    for record, (eff, gen, spe), a, b in zip(
+        got.records, figures, unrelated_before, unrelated_after, strict=True
+    ):
+        assert (record["efficacy"], record["generalization"], record["specificity"]) == (
+            eff,
+            gen,
+            spe,
+        )
+        assert record["locality"] == (a == b).double().mean().item()
+        assert record["portability"] is None
+
+
+def test_edit_json_is_readable(tmp_path):
+    editor().edit(tiny.records(2)).save(tmp_path / "edit")
+    described = json.loads((tmp_path / "edit" / "edit.json").read_text())
+    assert described["records"][0]["prompt"] == tiny.records()[0].prompt
+    assert described["model"]["architecture"] == "LlamaForCausalLM"
+    assert described["seconds"] > 0
+
+
+def test_the_trunk_cache_changes_nothing():
+    plain, cached = editor(trunk_cache_gb=0), editor(trunk_cache_gb=1)
+    for e in (plain, cached):
+        e.first = e.edit(tiny.records())
+        e.undo()
+        e.second = e.edit(tiny.records())
+    for a, b in ((plain.first, cached.first), (cached.first, cached.second)):
+        for k in a.tensors:
+            torch.testing.assert_close(a.tensors[k], b.tensors[k])
+    assert isinstance(cached.backbone, Backbone) and cached.backbone._cache

@@ -1,0 +1,172 @@
+"""Training: everything moves, the same seed gives the same bits, a resumed run ends the same."""
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from horse_plugin import HorseEditor, HorseError, HORSETrainer, UsageError, archive
+from horse_plugin.backbone import Backbone
+
+
+def trainer(out, architecture="llama", resume=False, seed=0, **changes):
+    hparams = tiny.hparams(
+        **{"max_epochs": 3, "val_interval": 2, "meta_lr": 1e-3, "loc_loss": "ce"} | changes
+    )
+    backbone = Backbone(
+        tiny.model(architecture, seed=seed), tiny.bpe_tokenizer(), hparams.inner_params, 0.1
+    )
+    data = tiny.records(18)
+    return HORSETrainer(hparams, data[:12], data[12:], out, backbone, resume, progress=False)
+
+
+def read(folder, name=archive.ARCHIVE):
+    return (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("train_spread", [False, True])
+@pytest.mark.parametrize("loc_loss", ["ce", "kl"])
+def test_every_parameter_moves_in_the_first_steps(tmp_path, loc_loss, train_spread):
+    t = trainer(tmp_path, loc_loss=loc_loss, train_spread=train_spread)
+    t.train_step(t._batch(0))  # calibrates eta, so that its start is known
+    before = {n: p.detach().clone() for n, p in t.network.named_parameters()}
+    for _ in range(3):
+        t.train_step(t._batch(0))
+    for name, p in t.network.named_parameters():
+        moved = not torch.equal(p, before[name])
+        assert moved == (name != "spread_strength" or train_spread), name
+
+
+def test_training_lowers_the_loss(tmp_path):
+    t = trainer(tmp_path, max_epochs=12, meta_lr=3e-3)
+    t.run()
+    first, last = t.history[0], t.history[-1]
+    assert sum(last[k] for k in ("edit", "rephrase", "unrelated")) < sum(
+        first[k] for k in ("edit", "rephrase", "unrelated")
+    )
+
+
+def test_the_same_seed_gives_the_same_archive_bit_for_bit(tmp_path):
+    for name in "ab":
+        trainer(tmp_path / name).run()
+    assert read(tmp_path / "a") == read(tmp_path / "b")
+    trainer(tmp_path / "c", **{"seed": 0}).hparams.seed = 0
+    other = trainer(tmp_path / "c")
+    other.hparams.seed = 1
+    other.run()
+    assert read(tmp_path / "a") != read(tmp_path / "c")
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    trainer(tmp_path / "whole").run()
+    trainer(tmp_path / "parts", max_iters=2).run()
+    resumed = trainer(tmp_path / "parts", resume=True)
+    assert resumed.step == 2
+    resumed.run()
+    for name in (archive.ARCHIVE, archive.CHECKPOINT):
+        a, about_a = archive.load_tensors(tmp_path / "whole" / name)
+        b, about_b = archive.load_tensors(tmp_path / "parts" / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert about_a["history"] == about_b["history"]
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    trainer(tmp_path, max_iters=2).run()
+    with pytest.raises(UsageError, match=r"meta_lr: 0\.001, and the hparams now say 0\.1"):
+        trainer(tmp_path, resume=True, meta_lr=0.1)
+    with pytest.raises(UsageError, match="no such file"):
+        trainer(tmp_path / "none", resume=True)
+
+
+def test_the_best_archive_is_kept_and_edits(tmp_path):
+    t = trainer(tmp_path, max_epochs=6)
+    t.run()
+    scores = [h["validation"]["score"] for h in t.history if "validation" in h]
+    assert t.best["score"] == max(scores)
+    network, about = archive.load_network(tmp_path, t.backbone)
+    assert about["best"] == t.best
+    assert about["hparams"]["rank"] == 4
+    hparams = tiny.hparams(archive=str(tmp_path))
+    editor = HorseEditor(tiny.model(), tiny.bpe_tokenizer(), hparams)
+    for a, b in zip(editor.network.parameters(), network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert editor.edit(tiny.records()).tensors
+
+
+def test_an_archive_for_another_model_or_other_modules_is_refused_by_name(tmp_path):
+    trainer(tmp_path).run()
+    hparams = tiny.hparams(archive=str(tmp_path))
+    with pytest.raises(UsageError, match=r"made for .*LlamaForCausalLM.*MistralForCausalLM"):
+        HorseEditor(tiny.model("mistral"), tiny.bpe_tokenizer(), hparams)
+    hparams.inner_params = ["model.layers.7.mlp.down_proj"]
+    with pytest.raises(UsageError, match=r"model\.layers\.2"):
+        HorseEditor(tiny.model(), tiny.bpe_tokenizer(), hparams)
+    hparams.archive = str(tmp_path / "none")
+    with pytest.raises(UsageError, match="holds no archive"):
+        HorseEditor(tiny.model(), tiny.bpe_tokenizer(), hparams)
+
+
+def test_damaged_archives_do_not_load(tmp_path):
+    trainer(tmp_path, max_iters=1).run()
+    path = tmp_path / archive.ARCHIVE
+    whole = path.read_bytes()
+    for at in (3, 40, len(whole) // 2, len(whole) - 5):
+        flipped = bytearray(whole)
+        flipped[at] ^= 4
+        for damaged in (bytes(flipped), whole[:at]):
+            path.write_bytes(damaged)
+            with pytest.raises(HorseError, match="damaged"):
+                archive.load_tensors(path)
+
+
+def test_absolute_lr_is_eta(tmp_path):
+    t = trainer(tmp_path, lr=3e-4)
+    assert torch.allclose(t.network.log_eta, torch.tensor(math.log(3e-4)))
+    t.train_step(t._batch(0))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_step(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    good = t.backbone.weight_gradients
+
+    import contextlib
+
+    @contextlib.contextmanager
+    def poisoned():
+        with good() as (total, collect):
+            yield total, lambda: (collect(), [g.fill_(torch.nan) for g in total.values()])
+
+    monkeypatch.setattr(t.backbone, "weight_gradients", poisoned)
+    with pytest.raises(HorseError, match=r"step 0: .*layers\.2\.mlp\.down_proj"):
+        t.run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_records_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="n_edits: 13 in one step, but only 12"):
+        trainer(tmp_path, n_edits=13)
+
+
+def test_training_leaves_the_model_as_it_was(tmp_path):
+    t = trainer(tmp_path)
+    before = {k: v.clone() for k, v in t.backbone.model.state_dict().items()}
+    t.run()
+    for k, v in t.backbone.model.state_dict().items():
+        assert torch.equal(v, before[k])
+    assert not any(p.requires_grad or p.grad is not None for p in t.backbone.model.parameters())
+
+
+def test_edit_modules_of_different_shapes_train_together(tmp_path):
+    names = ["model.layers.5.mlp.up_proj", "model.layers.6.mlp.down_proj"]
+    t = trainer(tmp_path, inner_params=names, spread="decay")
+    t.run()
+    assert len(t.network.groups) == 2
+    network, _ = archive.load_network(tmp_path, t.backbone)
+    assert network.shapes == t.backbone.shapes
+
+
+def test_early_stopping(tmp_path):
+    t = trainer(tmp_path, max_epochs=50, early_stop_patience=1, meta_lr=1e-9, eta_meta_lr=1e-9)
+    t.run()
+    assert t.step < t.n_steps
