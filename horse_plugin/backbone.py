@@ -145,6 +145,11 @@ class Backbone:
         self._keep(keys, states)
         return states
 
+    def forget(self):
+        """Drop the kept trunk states: to be called when weights below the edits have changed."""
+        self._cache_room += sum(t.nbytes for t in self._cache.values())
+        self._cache.clear()
+
     def _keep(self, keys, states):
         for key, row in zip(keys, states, strict=True):
             n_bytes = len(key) * row.shape[-1] * row.element_size()

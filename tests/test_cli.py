@@ -1,0 +1,175 @@
+"""The command line on a tiny model: what it writes, and one line for everything that goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from horse_plugin import HORSEHyperParams, archive, cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, its YAML and its facts on disk."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny.model().save_pretrained(path / "model")
+    tiny.bpe_tokenizer().save_pretrained(path / "model")
+    settings = {"model_name": str(path / "model"), "dtype": "fp32", "device": "cpu", "rank": 4}
+    (path / "tiny.yaml").write_text(json.dumps({**settings, "n_edits": 6, "val_interval": 2}))
+    for name, data in (("train", tiny.records(12)), ("val", tiny.records(18)[12:])):
+        flat = [
+            {
+                "prompt": r.prompt,
+                "target_new": r.target_new,
+                "rephrase_prompt": r.rephrases[0],
+                "locality_prompt": r.unrelated[0].prompt,
+                "locality_ground_truth": r.unrelated[0].answer,
+            }
+            for r in data
+        ]
+        (path / f"{name}.json").write_text(json.dumps(flat))
+    return path
+
+
+@pytest.fixture
+def horse(folder, monkeypatch, capsys):
+    """Run a command line in this process: (exit code, what it printed, what it complained)."""
+
+    def call(line: str):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["horse", *line.split()])
+        with pytest.raises(SystemExit) as left:
+            cli.run()
+        printed = capsys.readouterr()
+        return left.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+def test_train_edit_eval(folder, horse):
+    code, out, _ = horse(
+        "train --hparams tiny --train train.json --val val.json --out a --epochs 2"
+    )
+    assert code == 0
+    assert "efficacy" in out
+    _, about = archive.load_tensors(folder / "a" / archive.ARCHIVE)
+    assert about["hparams"]["max_epochs"] == 2
+
+    code, out, _ = horse(
+        "edit --hparams tiny --archive a --data val.json --n-edits 5 --out e --save-model m"
+    )
+    assert code == 0
+    rows = json.loads((folder / "e" / "results.json").read_text())
+    assert [r["method"] for r in rows] == ["unedited", "HORSE"]
+    for r in rows:
+        for key in (
+            "method dataset model n_edits efficacy generalization specificity locality "
+            "edit_seconds peak_memory_mb seed versions"
+        ).split():
+            assert key in r
+        assert r["n_edits"] == 5
+    assert (rows[0]["locality"], rows[0]["edit_seconds"]) == (100.0, None)
+    assert sorted(p.name for p in (folder / "e").iterdir()) == [
+        "delta.safetensors",
+        "edit.json",
+        "results.json",
+    ]
+
+    code, _, _ = horse(
+        "eval --hparams tiny --data val.json --n-edits 5 --delta e --out r/eval.json"
+    )
+    assert code == 0
+    (row,) = json.loads((folder / "r" / "eval.json").read_text())
+    for figure in ("method", "efficacy", "generalization", "specificity", "locality"):
+        assert row[figure] == rows[1][figure]
+
+    moved = json.loads((folder / "tiny.yaml").read_text()) | {"model_name": str(folder / "m")}
+    (folder / "moved.yaml").write_text(json.dumps(moved))
+    code, _, _ = horse("eval --hparams moved --data val.json --n-edits 5 --out r/saved.json")
+    (row,) = json.loads((folder / "r" / "saved.json").read_text())
+    assert (row["method"], row["efficacy"]) == ("unedited", rows[1]["efficacy"])
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("edit --hparams none --data val.json --out x", 2, "none.yaml: no such hparams file"),
+        ("edit --hparams tiny --data none.json --out x", 2, "none.json: no such file"),
+        ("edit --hparams tiny --data bad.json --out x", 2, "bad.json: not valid JSON"),
+        ("edit --hparams tiny --data empty.json --out x", 2, "empty.json: no records"),
+        ("edit --hparams tiny --data field.json --out x", 2, "record 1: field 'target_new'"),
+        ("edit --hparams tiny --data val.json --n-edits 7 --out x", 2, "it holds 6"),
+        ("edit --hparams key --data val.json --out x", 2, "key.yaml: unknown key 'rnak'"),
+        ("edit --hparams type --data val.json --out x", 2, "type.yaml: rank: expected"),
+        ("edit --hparams tiny --data val.json --archive x --out x", 2, "holds no archive"),
+        ("edit --hparams nomodel --data val.json --out x", 2, "model_name: 'nowhere' not loaded"),
+        ("edit --hparams tiny --data val.json --archive broken --out x", 1, "damaged"),
+        ("eval --hparams tiny --data val.json --delta none", 2, "no such file"),
+        ("train --hparams tiny --train val.json --val val.json --out x --n-edits 7", 2, "n_edits"),
+    ],
+)
+def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, says):
+    (folder / "bad.json").write_text("[{]")
+    (folder / "empty.json").write_text("[]")
+    (folder / "field.json").write_text('[{"prompt": "a", "target_new": "b"}, {"prompt": "a"}]')
+    good = json.loads((folder / "tiny.yaml").read_text())
+    (folder / "key.yaml").write_text(json.dumps(good | {"rnak": 3}))
+    (folder / "type.yaml").write_text(json.dumps(good | {"rank": "high"}))
+    (folder / "nomodel.yaml").write_text(json.dumps(good | {"model_name": "nowhere"}))
+    (folder / "broken").mkdir(exist_ok=True)
+    (folder / "broken" / archive.ARCHIVE).write_bytes(b"not tensors")
+    got, _, err = horse(line)
+    assert (got, says in err) == (code, True), err
+    assert len([x for x in err.splitlines() if x.startswith("horse: ")]) == 1
+    assert "Traceback" not in err
+    assert not (folder / "x").exists()
+
+
+def test_wrong_options_are_usage(horse):
+    assert horse("edit --hparams tiny")[0] == 2
+    assert horse("edit --no-such-option")[0] == 2
+    assert horse("no-such-command")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["", "train", "edit", "eval", "demo"])
+def test_help(horse, command):
+    code, out, _ = horse(f"{command} --help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_no_space_left_says_so_and_leaves_nothing(folder, horse, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = horse("edit --hparams tiny --data val.json --out full")
+    assert code == 1
+    assert "No space left on device" in err
+    assert not [p for p in folder.iterdir() if "full" in p.name]
+
+
+def test_a_debug_run_shows_the_traceback(folder):
+    line = "edit --debug --hparams none --data x.json --out x"
+    run = subprocess.run(
+        [sys.executable, "-c", "from horse_plugin.cli import run; run()", *line.split()],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+
+
+def test_importing_the_package_does_not_load_easyedit():
+    code = "import sys, horse_plugin; assert 'easyeditor' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_yaml_of_the_demo_is_found():
+    from horse_plugin.demo import default_hparams
+
+    assert isinstance(default_hparams(), HORSEHyperParams)
