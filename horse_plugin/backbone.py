@@ -7,18 +7,19 @@ before the output head. No architecture is written out here.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .default_model import resolve
 from .errors import UsageError
-from .prompts import Batch
+from .prompts import Batch, Prompt, batches
 
 
 class _TrunkDone(Exception):
@@ -40,6 +41,7 @@ class Backbone:
     Attributes:
         modules: name → edit module, from the lowest block to the highest.
         device: where token ids go in.
+        progress: show a bar while prompts run through; off by default.
 
     Raises:
         UsageError: a named module is missing, or none can be found.
@@ -55,6 +57,7 @@ class Backbone:
         )
         self.modules = {n: _get_module(model, n) for n in _in_block_order(names, prefix)}
         self._first = min(_block_index(n, prefix) for n in self.modules)
+        self.progress = False
         self._cache: dict[tuple[int, ...], torch.Tensor] = {}
         self._cache_room = int(trunk_cache_gb * 1e9)
         self._tuple_output = self._returns_tuple()
@@ -118,6 +121,11 @@ class Backbone:
             "vocab_size": len(rows),
             "embedding_norms": rows[::step][:16].detach().float().norm(dim=-1).tolist(),
         }
+
+    def batches(self, prompts: Sequence[Prompt], max_tokens: int, doing: str) -> Iterable[Batch]:
+        """Batches on the model's device, with a progress bar where ``progress`` is set."""
+        made = list(batches(prompts, max_tokens, self.device))
+        return tqdm(made, desc=doing, unit="batch", leave=False, disable=not self.progress)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """n×vocabulary logits at the batch's answer positions."""

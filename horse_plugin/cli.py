@@ -69,6 +69,7 @@ def edit(
     if not settings.archive:
         _say("No archive: the hypernetwork is untrained. `horse train` makes one.")
     editor = HorseEditor.from_hparams(settings)
+    editor.backbone.progress = True
     evaluator = Evaluator(editor.backbone, records, settings.batch_tokens, settings.max_length)
     before = evaluator.evaluate()
     delta = editor.edit(records)
@@ -96,11 +97,12 @@ def evaluate(
     """Measure the model, or an edit of it, on facts."""
     from . import Evaluator, HorseEditor, load_records, results
 
-    settings = _hparams(hparams, archive=None)
+    settings = _hparams(hparams)
     settings.archive = None  # a delta is applied as it is; no network is needed
     records = load_records(data, n_edits)
     loaded = HorseEditor.load_delta(delta) if delta else None
     editor = HorseEditor.from_hparams(settings)
+    editor.backbone.progress = True
     evaluator = Evaluator(editor.backbone, records, settings.batch_tokens, settings.max_length)
     if loaded:
         editor.apply(loaded)

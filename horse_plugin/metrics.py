@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .backbone import Backbone
-from .prompts import batches, tokenize
+from .prompts import tokenize
 from .records import EditRecord, Query
 
 
@@ -22,7 +22,7 @@ def predict(
     """(predicted tokens, answer tokens) of each query, teacher-forced, on the CPU."""
     prompts = tokenize(backbone.tokenizer, queries, max_length)
     results = [None] * len(prompts)
-    for batch in batches(prompts, batch_tokens, backbone.device):
+    for batch in backbone.batches(prompts, batch_tokens, "evaluate"):
         predicted = backbone.logits(batch).argmax(-1).cpu()
         sizes = [len(p.answer) for p in batch.prompts]
         parts = zip(predicted.split(sizes), batch.labels.cpu().split(sizes), strict=True)
@@ -74,7 +74,6 @@ class Evaluator:
         self.backbone, self.records = backbone, list(records)
         self._limits = batch_tokens, max_length
         self._before = self._predict("unrelated")
-        self._memo = None
 
     def _queries(self, kind: str) -> list[tuple[Query, ...]]:
         return [(r.edit,) if kind == "edit" else getattr(r, kind) for r in self.records]

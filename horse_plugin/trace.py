@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .backbone import Backbone
 from .errors import HALF_HINT, HorseError
-from .prompts import Prompt, batches
+from .prompts import Prompt
 
 
 @dataclass
@@ -40,7 +40,7 @@ def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> T
     """
     seen = {name: _Seen(backbone.edit_device, backbone.edit_dtype) for name in backbone.modules}
     places = []
-    for batch in batches(prompts, batch_tokens, backbone.device):
+    for batch in backbone.batches(prompts, batch_tokens, "trace"):
         states = backbone.trunk(batch)
         hooks = [
             module.register_forward_hook(seen[name].hook(batch, leaf=l == 0))
