@@ -69,7 +69,8 @@ class HORSEHyperParams:
     loc_loss: str = "ce"  # ce: their true answer, kl: what the unedited model said
     max_grad_norm: float = 1.0
     val_interval: int = 10  # steps between two validations
-    val_steps: int = 1  # validation edits, of n_edits records each
+    val_edits: int | None = None  # records edited at once in a validation; null: n_edits
+    val_steps: int = 1  # how many such edits
     early_stop_patience: int | None = None  # validations without a better score
     seed: int = 0
 

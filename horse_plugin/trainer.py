@@ -174,8 +174,8 @@ class HORSETrainer:
             self.backbone.trunk(batch)
 
     def _evaluators(self) -> list[Evaluator]:
-        n = min(self.hparams.n_edits, len(self.val_records))
         hp = self.hparams
+        n = min(hp.val_edits or hp.n_edits, len(self.val_records))
         chunks = [self.val_records[i * n : (i + 1) * n] for i in range(hp.val_steps)]
         return [Evaluator(self.backbone, c, hp.batch_tokens, hp.max_length) for c in chunks if c]
 

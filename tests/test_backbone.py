@@ -1,10 +1,12 @@
 """The model cut in two equals the model, for every architecture; edits come off bit for bit."""
 
+import accelerate
 import pytest
 import tiny
 import torch
 
-from horse_plugin.backbone import Backbone
+from horse_plugin import HorseEditor
+from horse_plugin.backbone import Backbone, _device
 from horse_plugin.errors import UsageError
 from horse_plugin.prompts import Prompt, batches
 from horse_plugin.trace import trace
@@ -146,3 +148,47 @@ def test_editing_the_first_block_leaves_no_trunk():
 def test_a_module_that_cannot_be_edited_is_named(name, says):
     with pytest.raises(UsageError, match=says):
         Backbone(tiny.model(), None, [name])
+
+
+def test_a_dispatched_model_gives_the_same_edit():
+    """``device_map="auto"`` wraps every block's forward; the taps must live with that."""
+    logits = []
+    for dispatched in (False, True):
+        model = tiny.model()
+        if dispatched:
+            places = {name: "cpu" for name, _ in model.named_children()}
+            places |= {f"model.layers.{i}": "cpu" for i in range(8)}
+            places |= {f"model.{n}": "cpu" for n in ("embed_tokens", "norm", "rotary_emb")}
+            del places["model"]
+            accelerate.dispatch_model(model, places, force_hooks=True)
+            assert "forward" in model.model.layers[0].__dict__
+        editor = HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams())
+        editor.edit(tiny.records())
+        logits.append(editor.backbone.logits(next(batches(prompts(), 400))))
+        assert ("forward" in model.model.layers[0].__dict__) == dispatched
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_dtype_asked_for_is_loaded(tmp_path, dtype):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.bpe_tokenizer().save_pretrained(tmp_path)
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    backbone = Backbone.load(tiny.hparams(model_name=str(tmp_path), dtype=dtype))
+    assert backbone.model.dtype is wanted
+    assert backbone.edit_dtype is torch.float32
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "auto"])
+def test_devices_without_a_gpu(device):
+    wanted = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
+    assert _device(device).type == wanted
+
+
+@pytest.mark.parametrize("device", [0, "0", "cuda:0", "nonsense"])
+def test_a_device_that_is_not_there_is_named(device):
+    if torch.cuda.is_available() and device != "nonsense":
+        assert _device(device) == torch.device("cuda:0")
+    else:
+        with pytest.raises(UsageError, match="device: "):
+            _device(device)

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from horse_plugin import HorseEditor, HorseError, HORSETrainer, UsageError, archive
+from horse_plugin import EditRecord, HorseEditor, HorseError, HORSETrainer, UsageError, archive
 from horse_plugin.backbone import Backbone
 
 
@@ -170,3 +170,27 @@ def test_early_stopping(tmp_path):
     t = trainer(tmp_path, max_epochs=50, early_stop_patience=1, meta_lr=1e-9, eta_meta_lr=1e-9)
     t.run()
     assert t.step < t.n_steps
+
+
+def test_records_with_several_prompts_take_turns_over_the_epochs(tmp_path):
+    t = trainer(tmp_path)
+    (query,) = tiny.records()[0].unrelated
+    r = EditRecord("the capital", "Oslo", ("a is", "b is"), (query,) * 3)
+    plain = EditRecord("the capital", "Oslo")
+    seen = {t._prompts([r, plain], epoch)["rephrase"][0].ids for epoch in range(4)}
+    assert len(seen) == 2
+    assert [len(p) for p in t._prompts([r, plain], 0).values()] == [2, 1, 1]
+
+
+def test_records_without_rephrased_or_unrelated_prompts_train(tmp_path):
+    t = trainer(tmp_path)
+    t.train_records = [EditRecord(r.prompt, r.target_new) for r in t.train_records]
+    losses = t.train_step(t._batch(0))
+    assert losses["edit"] > 0
+    assert losses["rephrase"] == losses["unrelated"] == 0
+
+
+def test_validation_may_edit_more_at_once_than_a_step(tmp_path):
+    t = trainer(tmp_path, n_edits=3, val_edits=6)
+    (evaluator,) = t._evaluators()
+    assert len(evaluator.records) == 6
