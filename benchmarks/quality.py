@@ -81,6 +81,7 @@ def main():
         rows.append(
             results.row("untrained", Path(args.edit).stem, base, evaluator.evaluate(), seconds)
         )
+        editor.undo()
         results.save(path, rows)
     for seed in args.seeds:
         for name, settings in args.variant:

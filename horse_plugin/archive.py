@@ -6,6 +6,7 @@ of ``delta.safetensors`` and ``edit.json``.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -45,23 +46,47 @@ def write(path, data: bytes | str):
             raise
 
 
+def check_writable(folder):
+    """Fail now rather than after the work if nothing can be written into the folder.
+
+    Raises:
+        UsageError: it is a file, or cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written to: {error.strerror or error}.") from None
+
+
+def check_empty(folder) -> Path:
+    """The folder's path, if it is still to be made or holds nothing.
+
+    Raises:
+        UsageError: there is something of that name already.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder}: there is something already; choose a new folder.")
+    return folder
+
+
 @contextlib.contextmanager
 def new_folder(path) -> Iterator[Path]:
-    """A folder to fill, which takes its final name, and the place of an old one, when done."""
-    path = Path(path)
+    """A folder to fill, which takes its final name when done.
+
+    Raises:
+        UsageError: there is something of that name already.
+    """
+    path = check_empty(path)
     with _said_plainly(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield made
             made.chmod(0o777 & ~_umask())
-            if path.exists():
-                old = made.with_name(made.name + ".old")
-                path.rename(old)
-                made.rename(path)
-                shutil.rmtree(old)
-            else:
-                made.rename(path)
+            made.replace(path)
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
@@ -71,10 +96,8 @@ def _said_plainly(path: Path):
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise HorseError(
-            f"{path}: not written: {reason}. Free space or choose another place."
-        ) from None
+        advice = " Free space or choose another place." if error.errno == errno.ENOSPC else ""
+        raise HorseError(f"{path}: not written: {error.strerror or error}.{advice}") from None
 
 
 def _umask() -> int:
@@ -151,13 +174,21 @@ def load_network(folder, backbone) -> tuple[HyperNetwork, dict]:
     if not path.is_file():
         raise UsageError(f"archive: {folder} holds no {ARCHIVE}.")
     tensors, about = load_tensors(path)
+    if about.get("kind") != "hypernetwork":
+        raise UsageError(f"{path}: holds no hypernetwork.")
     check_model(path, about, backbone)
-    build = about["network"]
-    network = HyperNetwork(**build)
+    network = HyperNetwork(**about["network"])
     network.load_state_dict(
         {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
     )
-    return network.to(backbone.edit_device), about
+    return place(network, backbone), about
+
+
+def place(network: HyperNetwork, backbone) -> HyperNetwork:
+    """The network where the model's edits are decided, in their precision."""
+    if backbone.edit_dtype is torch.float64:
+        network.double()
+    return network.to(backbone.edit_device)
 
 
 def check_model(path, about: dict, backbone):

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .default_model import resolve
 from .errors import UsageError
-from .prompts import Batch, Prompt, batches
+from .prompts import Batch, Prompt, batches, tokenize
+from .records import Query
 
 
 class _TrunkDone(Exception):
@@ -52,14 +53,20 @@ class Backbone:
         self.device = model.get_input_embeddings().weight.device
         self._head = model.get_output_embeddings()
         prefix, self._blocks = _find_blocks(model)
-        names = [n.removesuffix(".weight") for n in inner_params] or _find_modules(
-            prefix, self._blocks
-        )
-        self.modules = {n: _get_module(model, n) for n in _in_block_order(names, prefix)}
+        width = model.get_input_embeddings().weight.shape[1]
+        names = [n.removesuffix(".weight") for n in inner_params]
+        names = names or _find_modules(prefix, self._blocks, width)
+        modules = {n: _get_module(model, n) for n in names}
+        self.modules = {n: modules[n] for n in _in_order(model, names)}
         self._first = min(_block_index(n, prefix) for n in self.modules)
         self.progress = False
-        self._cache: dict[tuple[int, ...], torch.Tensor] = {}
-        self._cache_room = int(trunk_cache_gb * 1e9)
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
+        self._room = int(trunk_cache_gb * 1e9)
+        self._trunk_weights = [
+            *model.get_input_embeddings().parameters(),
+            *(p for block in self._blocks[: self._first] for p in block.parameters()),
+        ]
+        self._trunk_versions = [p._version for p in self._trunk_weights]
         self._tuple_output = self._returns_tuple()
 
     @classmethod
@@ -69,21 +76,26 @@ class Backbone:
         device = _device(hparams.device)
         kwargs = {"trust_remote_code": hparams.trust_remote_code}
         with quiet_transformers():
-            try:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    (hparams.tokenizer_name and resolve(hparams.tokenizer_name)) or name, **kwargs
-                )
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    name,
-                    dtype=_dtype(hparams, device),
-                    device_map="auto" if hparams.model_parallel else None,
-                    **kwargs,
-                )
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UsageError(
-                    f"model_name: {hparams.model_name!r} not loaded: {reason}"
-                ) from None
+            tokenizer = _load(
+                transformers.AutoTokenizer,
+                resolve(hparams.tokenizer_name) if hparams.tokenizer_name else name,
+                "tokenizer_name" if hparams.tokenizer_name else "model_name",
+                **kwargs,
+            )
+            model, found = _load(
+                transformers.AutoModelForCausalLM,
+                name,
+                "model_name",
+                dtype=_dtype(hparams, device),
+                device_map="auto" if hparams.model_parallel else None,
+                output_loading_info=True,
+                **kwargs,
+            )
+        if missing := sorted(found["missing_keys"]):
+            raise UsageError(
+                f"model_name: {hparams.model_name!r} lacks {len(missing)} weights that its config "
+                f"asks for, such as {missing[0]}. Is it a causal language model, and whole?"
+            )
         if not hparams.model_parallel:
             model.to(device)
         return cls(model, tokenizer, hparams.inner_params, hparams.trunk_cache_gb)
@@ -91,10 +103,7 @@ class Backbone:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(d, d') of each edit module: width of its input and of its output."""
-        return [
-            tuple(m.weight.shape if isinstance(m, Conv1D) else m.weight.shape[::-1])
-            for m in self.modules.values()
-        ]
+        return [_shape(m) for m in self.modules.values()]
 
     @property
     def edit_device(self) -> torch.device:
@@ -122,6 +131,12 @@ class Backbone:
             "embedding_norms": rows[::step][:16].detach().float().norm(dim=-1).tolist(),
         }
 
+    def tokenize(self, queries: Sequence[Query], max_length: int | None = None) -> list[Prompt]:
+        """Queries as prompts, no longer than ``max_length`` and what the model can read."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limits = [n for n in (max_length, limit) if n is not None]
+        return tokenize(self.tokenizer, queries, min(limits, default=None))
+
     def batches(self, prompts: Sequence[Prompt], max_tokens: int, doing: str) -> Iterable[Batch]:
         """Batches on the model's device, with a progress bar where ``progress`` is set."""
         made = list(batches(prompts, max_tokens, self.device))
@@ -133,37 +148,68 @@ class Backbone:
 
     @torch.no_grad()
     def trunk(self, batch: Batch) -> torch.Tensor:
-        """B×L×d hidden states entering the first edited block; padded positions hold zeros or
-        whatever the model makes of padding."""
-        keys = [p.inputs for p in batch.prompts]
-        if all(key in self._cache for key in keys):
-            states = [self._cache[key] for key in keys]
-            return nn.utils.rnn.pad_sequence(states, batch_first=True)
+        """B×L×d hidden states entering the first edited block; padded positions hold anything.
 
+        States that :meth:`keep` holds are taken from there, the others computed.
+        """
+        self._drop_stale()
+        kept = [self._kept.get(p.inputs) for p in batch.prompts]
+        missing = [i for i, states in enumerate(kept) if states is None]
+        if len(missing) == len(kept):
+            return self._run_trunk(batch.ids)
+        if missing:
+            computed = self._run_trunk(batch.ids[missing])
+            for i, states in zip(missing, computed, strict=True):
+                kept[i] = states[: len(batch.prompts[i].inputs)]
+        return nn.utils.rnn.pad_sequence(kept, batch_first=True)
+
+    @torch.no_grad()
+    def keep(self, prompts: Sequence[Prompt], max_tokens: int):
+        """Compute these prompts' trunk states now and hold them, as far as memory is allowed.
+
+        Only this fills the memory, so what a state was computed in, and hence its last bits,
+        follows from the calls of ``keep`` and nothing else.
+        """
+        self._drop_stale()
+        new = [p for p in dict.fromkeys(prompts) if p.inputs not in self._kept]
+        for batch in self.batches(new, max_tokens, "trunk"):
+            if self._room <= 0:
+                break
+            for p, states in zip(batch.prompts, self._run_trunk(batch.ids), strict=True):
+                states = states[: len(p.inputs)].clone()
+                self._room -= states.nbytes
+                self._kept[p.inputs] = states
+
+    def _run_trunk(self, ids: torch.Tensor) -> torch.Tensor:
         def leave(block, args, kwargs):
             raise _TrunkDone(args[0] if args else kwargs["hidden_states"])
 
         hook = self._blocks[self._first].register_forward_pre_hook(leave, with_kwargs=True)
         try:
-            self.model(input_ids=batch.ids, use_cache=False)
+            self._forward(ids)
         except _TrunkDone as done:
-            states = done.states
+            return done.states
         finally:
             hook.remove()
-        self._keep(keys, states)
-        return states
 
-    def forget(self):
-        """Drop the kept trunk states: to be called when weights below the edits have changed."""
-        self._cache_room += sum(t.nbytes for t in self._cache.values())
-        self._cache.clear()
+    def _drop_stale(self):
+        """Forget kept states once a weight that they came from has been written to."""
+        versions = [p._version for p in self._trunk_weights]
+        if versions != self._trunk_versions:
+            self._room += sum(t.nbytes for t in self._kept.values())
+            self._kept.clear()
+            self._trunk_versions = versions
 
-    def _keep(self, keys, states):
-        for key, row in zip(keys, states, strict=True):
-            n_bytes = len(key) * row.shape[-1] * row.element_size()
-            if key not in self._cache and n_bytes <= self._cache_room:
-                self._cache[key] = row[: len(key)].clone()
-                self._cache_room -= n_bytes
+    def _forward(self, ids: torch.Tensor):
+        """The model's own forward pass; whatever its config would add to the output is left out."""
+        self.model.eval()
+        return self.model(
+            input_ids=ids,
+            use_cache=False,
+            return_dict=True,
+            output_hidden_states=False,
+            output_attentions=False,
+        )
 
     def top(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """n×vocabulary logits at the answer positions, from the trunk's states."""
@@ -188,7 +234,7 @@ class Backbone:
             if torch.is_grad_enabled() and self.device.type == "cpu":
                 # The fused CPU attention is slow backwards on short sequences.
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            return self.model(input_ids=batch.ids, use_cache=False).logits
+            return self._forward(batch.ids).logits
 
     @torch.no_grad()
     def add(self, shifts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -255,10 +301,18 @@ class Backbone:
         seen = []
         hook = self._blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out))
         try:
-            self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.device))
+            self._forward(torch.zeros((1, 1), dtype=torch.long, device=self.device))
         finally:
             hook.remove()
         return isinstance(seen[0], tuple)
+
+
+def _load(auto_class, name: str, key: str, **kwargs):
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except Exception as error:  # whatever transformers and its file formats raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{key}: {name!r} not loaded: {reason}") from None
 
 
 @contextlib.contextmanager
@@ -294,15 +348,17 @@ def _find_blocks(model) -> tuple[str, nn.ModuleList]:
     return max(fitting, key=lambda item: len(item[1]))
 
 
-def _find_modules(prefix: str, blocks: nn.ModuleList) -> list[str]:
+def _find_modules(prefix: str, blocks: nn.ModuleList, width: int) -> list[str]:
     """The second MLP projection of the last six blocks (Sec. 2.1): in each block, the last linear
-    map outside attention."""
+    map outside attention that leads back to the model's width."""
     names = []
     for i in range(max(0, len(blocks) - 6), len(blocks)):
         linear = [
             name
             for name, m in blocks[i].named_modules()
-            if isinstance(m, (nn.Linear, Conv1D)) and "att" not in name.lower()
+            if isinstance(m, (nn.Linear, Conv1D))
+            and "att" not in name.lower()
+            and _shape(m)[1] == width
         ]
         if not linear:
             raise UsageError(
@@ -310,6 +366,12 @@ def _find_modules(prefix: str, blocks: nn.ModuleList) -> list[str]:
             )
         names.append(f"{prefix}.{i}.{linear[-1]}")
     return names
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(d, d'): width of a linear map's input and of its output."""
+    shape = tuple(module.weight.shape)
+    return shape if isinstance(module, Conv1D) else shape[::-1]
 
 
 def _get_module(model, name: str) -> nn.Module:
@@ -330,10 +392,12 @@ def _block_index(name: str, prefix: str) -> int:
     return int(index)
 
 
-def _in_block_order(names: Sequence[str], prefix: str) -> list[str]:
+def _in_order(model, names: Sequence[str]) -> list[str]:
+    """The names in the order in which the model holds, and runs, its modules."""
     if len(set(names)) < len(names):
         raise UsageError("inner_params: a module is named twice.")
-    return sorted(names, key=lambda name: _block_index(name, prefix))
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(names, key=order.__getitem__)
 
 
 def _device(device) -> torch.device:
@@ -345,6 +409,8 @@ def _device(device) -> torch.device:
         device = torch.device(device)
     except RuntimeError:
         raise UsageError(f"device: {device!r} is none; try 0, cuda:0 or cpu.") from None
+    if device.type == "meta":
+        raise UsageError("device: 'meta' holds no weights; try 0, cuda:0 or cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: no CUDA GPU here; leave `device` out or set it to cpu.")
     return device

@@ -2,7 +2,9 @@
 
 import os
 import sys
+import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,8 +40,12 @@ def train(
 ):
     """Train a hypernetwork; the best archive by validation score stays in OUT."""
     from . import HORSETrainer
+    from . import archive as files
 
     settings = _hparams(hparams, n_edits=n_edits, max_epochs=epochs)
+    if not resume and (out / files.ARCHIVE).exists():
+        raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
+    files.check_writable(out)
     trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
     folder = trainer.run()
     best = trainer.best
@@ -63,9 +69,13 @@ def edit(
 ):
     """Edit all the facts at once, measure the edit, save it as a delta."""
     from . import Evaluator, HorseEditor, load_records, results
+    from . import archive as files
 
     settings = _hparams(hparams, archive=archive and str(archive))
     records = load_records(data, n_edits)
+    files.check_writable(out)
+    if save_model:
+        files.check_empty(save_model)
     if not settings.archive:
         _say("No archive: the hypernetwork is untrained. `horse train` makes one.")
     editor = HorseEditor.from_hparams(settings)
@@ -96,11 +106,14 @@ def evaluate(
 ):
     """Measure the model, or an edit of it, on facts."""
     from . import Evaluator, HorseEditor, load_records, results
+    from . import archive as files
 
     settings = _hparams(hparams)
     settings.archive = None  # a delta is applied as it is; no network is needed
     records = load_records(data, n_edits)
     loaded = HorseEditor.load_delta(delta) if delta else None
+    if out:
+        files.check_writable(out.parent)
     editor = HorseEditor.from_hparams(settings)
     editor.backbone.progress = True
     evaluator = Evaluator(editor.backbone, records, settings.batch_tokens, settings.max_length)
@@ -135,10 +148,7 @@ def _hparams(path: Path, **overrides):
     from . import HORSEHyperParams
 
     settings = HORSEHyperParams.from_hparams(path)
-    for key, value in overrides.items():
-        if value is not None:
-            setattr(settings, key, value)
-    return settings
+    return replace(settings, **{k: v for k, v in overrides.items() if v is not None})
 
 
 def _table(rows: list[dict]):
@@ -169,17 +179,17 @@ def run():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
-    except HorseError as error:
-        if debug:
-            raise
-        _say(f"horse: {error}")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         _say("horse: stopped.")
         sys.exit(1)
-    except Exception as error:  # a bug of ours or of a library below: still one line
+    except Exception as error:  # ours, or a bug of ours or of a library below: one line
         if debug:
-            raise
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        _say(f"horse: {type(error).__name__}: {reason} (--debug shows where)")
-        sys.exit(1)
+            traceback.print_exc()
+        _say(f"horse: {_one_line(error)}")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _one_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or ["no reason given"])[0]
+    known = isinstance(error, HorseError)
+    return line if known else f"{type(error).__name__}: {line} (--debug shows where)"

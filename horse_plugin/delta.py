@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from . import archive
-from .errors import HorseError
+from .errors import HorseError, UsageError
 from .records import EditRecord
 from .ridge import Ridge
 
@@ -21,7 +21,7 @@ class EditDelta:
         tensors: per edit module either ``<name>.shift``, d×d', or the factors ``<name>.keys``,
             n×d, and ``<name>.factors``, n×d', with ΔW = keysᵀ · factors; whichever is smaller.
         records: the facts.
-        about: model fingerprint, modules, hparams, versions, seconds.
+        about: model fingerprint, modules, network, hparams, versions, seconds.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -42,7 +42,7 @@ class EditDelta:
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.tensors))
 
     def shift(self, module: str) -> torch.Tensor:
-        """ΔW of one module, d×d' float32."""
+        """ΔW of one module, d×d'."""
         if f"{module}.shift" in self.tensors:
             return self.tensors[f"{module}.shift"]
         return self.tensors[f"{module}.keys"].T @ self.tensors[f"{module}.factors"]
@@ -52,13 +52,17 @@ class EditDelta:
         return {module: self.shift(module) for module in self.modules}
 
     def save(self, folder):
-        """Write ``delta.safetensors`` and ``edit.json`` into a folder, replacing what was there."""
-        with archive.new_folder(folder) as made:
-            described = {**self.about, "records": [r.to_dict() for r in self.records]}
-            text = json.dumps(described, indent=1, ensure_ascii=False).encode()
-            archive.write(made / "edit.json", text)
-            about = {**self.about, "edit_json": hashlib.sha256(text).hexdigest()}
-            archive.save_tensors(made / "delta.safetensors", self.tensors, about)
+        """Write ``edit.json`` and ``delta.safetensors`` into a folder; other files there stay.
+
+        The second holds the checksum of the first, so that a pair which does not belong together
+        is refused as damaged.
+        """
+        folder = Path(folder)
+        described = {**self.about, "records": [r.to_dict() for r in self.records]}
+        text = json.dumps(described, indent=1, ensure_ascii=False).encode()
+        about = {**self.about, "kind": "delta", "edit_json": hashlib.sha256(text).hexdigest()}
+        archive.write(folder / "edit.json", text)
+        archive.save_tensors(folder / "delta.safetensors", self.tensors, about)
 
     @classmethod
     def load(cls, folder) -> "EditDelta":
@@ -70,6 +74,8 @@ class EditDelta:
         """
         folder = Path(folder)
         tensors, about = archive.load_tensors(folder / "delta.safetensors")
+        if about.pop("kind", None) != "delta":
+            raise UsageError(f"{folder}: holds no delta.")
         path = folder / "edit.json"
         try:
             text = path.read_bytes()

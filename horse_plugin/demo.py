@@ -1,11 +1,11 @@
 """The whole way on real facts and a real model: train, edit 200 facts, measure, report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from . import results
+from . import archive, results
 from .backbone import Backbone, quiet_transformers
 from .editor import HorseEditor
 from .errors import UsageError
@@ -33,7 +33,8 @@ def run(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS) ->
     Leaves ``archive/``, ``edit/``, ``results.json`` and ``report.html`` in the folder.
     """
     out = Path(out)
-    hparams = hparams or default_hparams()
+    hparams = replace(hparams or default_hparams(), archive=None)
+    archive.check_writable(out)
     backbone = Backbone.load(hparams)
     records = load_records(FACTS / "edit.json", n_edits)
     evaluator = Evaluator(backbone, records, hparams.batch_tokens, hparams.max_length)
@@ -54,7 +55,7 @@ def run(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS) ->
     trainer = HORSETrainer(
         hparams, FACTS / "train.json", FACTS / "val.json", out=out / "archive", backbone=backbone
     )
-    hparams.archive = str(trainer.run())
+    hparams = replace(hparams, archive=str(trainer.run()))
     editor = HorseEditor.from_backbone(backbone, hparams)
     delta = measured("HORSE, trained", editor)
     delta.save(out / "edit")

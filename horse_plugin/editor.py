@@ -9,27 +9,25 @@ from importlib import metadata
 import torch
 
 from . import archive
-from .backbone import Backbone
+from .backbone import Backbone, quiet_transformers
 from .delta import EditDelta
 from .errors import HALF_HINT, HorseError
 from .hparams import HORSEHyperParams
 from .hypernetwork import HyperNetwork
-from .prompts import tokenize
 from .records import EditRecord, load_records
 from .trace import Trace, trace
 
 
 def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
     """An untrained hypernetwork for the model: the identity, seeded, with η if ``lr`` gives it."""
-    torch.manual_seed(hparams.seed)
-    network = HyperNetwork(
-        backbone.shapes, hparams.rank, hparams.n_blocks, hparams.spread, hparams.spread_strength
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(hparams.seed)
+        network = HyperNetwork(
+            backbone.shapes, hparams.rank, hparams.n_blocks, hparams.spread, hparams.spread_strength
+        )
     if hparams.lr is not None:
         torch.nn.init.constant_(network.log_eta, math.log(hparams.lr))
-    if backbone.edit_dtype is torch.float64:
-        network.double()
-    return network.to(backbone.edit_device)
+    return archive.place(network, backbone)
 
 
 @torch.no_grad()
@@ -42,7 +40,10 @@ def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams
     ):
         if not r.isfinite().all():
             raise HorseError(f"{name}: its residual is not finite. {HALF_HINT}")
-        tensors |= EditDelta.solve(name, keys, r, lamda)
+        try:
+            tensors |= EditDelta.solve(name, keys, r, lamda)
+        except HorseError as error:
+            raise HorseError(f"{name}: {error}") from None
     return tensors
 
 
@@ -50,7 +51,7 @@ class HorseEditor:
     """Edits a model with HORSE; every edit can be taken back, bit for bit.
 
     Without an archive the hypernetwork is untrained: it edits, but harms more and generalises
-    less. Its normaliser and η then come from the first edit.
+    less. Its normaliser and η then come from each edit's own facts.
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer.
@@ -83,7 +84,8 @@ class HorseEditor:
         self.backbone, self.hparams = backbone, hparams
         if network is None and hparams.archive:
             network, _ = archive.load_network(hparams.archive, backbone)
-        self.network = network if network is not None else new_network(backbone, hparams)
+        self.trained = network is not None
+        self.network = network if self.trained else new_network(backbone, hparams)
         self._edits: list[tuple[EditDelta, dict]] = []
 
     @property
@@ -102,22 +104,34 @@ class HorseEditor:
         """
         records, start = load_records(records), time.perf_counter()
         hp = self.hparams
-        prompts = tokenize(self.backbone.tokenizer, [r.edit for r in records], hp.max_length)
+        prompts = self.backbone.tokenize([r.edit for r in records], hp.max_length)
         traced = trace(self.backbone, prompts, hp.batch_tokens)
-        if not self.network.seen:
-            self.network.update_normalizers(traced.keys, traced.grads)
-        if not self.network.calibrated:
-            self.network.calibrate(traced.keys, traced.grads, traced.value_norms, hp.strength)
-        delta = EditDelta(solve_edit(self.backbone, self.network, traced, hp), records)
-        self.apply(delta)
-        delta.about = {
+        if not self.trained:
+            self.network = self._fitted(traced)
+        about = {
             "model": self.backbone.fingerprint(),
             "modules": list(self.backbone.modules),
+            "network": archive.network_about(self.network),
             "hparams": hp.to_dict(),
             "versions": versions(),
-            "seconds": time.perf_counter() - start,
         }
+        delta = EditDelta(solve_edit(self.backbone, self.network, traced, hp), records, about)
+        self.apply(delta)
+        about["seconds"] = time.perf_counter() - start
         return delta
+
+    def _fitted(self, traced: Trace) -> HyperNetwork:
+        """An untrained network whose normaliser and η come from the edit at hand."""
+        network = new_network(self.backbone, self.hparams)
+        network.update_normalizers(traced.keys, traced.grads)
+        if not network.calibrated:
+            network.calibrate(traced.keys, traced.grads, traced.value_norms, self.hparams.strength)
+        if not network.calibrated:
+            raise HorseError(
+                "the residuals are all zero: too few answer tokens for an untrained network. "
+                "Edit more facts at once, or train an archive."
+            )
+        return network
 
     def apply(self, delta: EditDelta):
         """Add a delta to the model.
@@ -125,9 +139,9 @@ class HorseEditor:
         Raises:
             UsageError: a loaded delta that was made for another model or other modules.
         """
-        if delta.about:
-            archive.check_model("delta", delta.about, self.backbone)
-        self._edits.append((delta, self.backbone.add(delta.shifts)))
+        archive.check_model("delta", delta.about, self.backbone)
+        before = self.backbone.add(delta.shifts)
+        self._edits.append((delta, {name: w.cpu() for name, w in before.items()}))
 
     def undo(self) -> EditDelta:
         """Take the last edit back: every weight as it was before, bit for bit.
@@ -143,7 +157,7 @@ class HorseEditor:
 
     def save_model(self, folder):
         """Save the model as it is now, with its tokenizer, as a plain Hugging Face folder."""
-        with archive.new_folder(folder) as made:
+        with archive.new_folder(folder) as made, quiet_transformers():
             self.backbone.model.save_pretrained(made)
             self.backbone.tokenizer.save_pretrained(made)
 

@@ -20,6 +20,12 @@ EASYEDIT_ONLY = frozenset(
     early_stop_key eval_only save val_batch_size model_save_pt opt stats_dir""".split()
 )
 
+# Least values; what must be above 0, or one of few names, is checked beside them.
+AT_LEAST = dict.fromkeys(
+    """rank n_blocks n_edits max_epochs max_iters val_interval val_steps val_edits
+        early_stop_patience batch_size editor_batch_size batch_tokens max_length""".split(),
+    1,
+) | dict.fromkeys("edit_coef gen_coef loc_coef spread_strength trunk_cache_gb seed".split(), 0)
 SPREADS = ("orthogonal", "gram_schmidt", "uniform", "decay")
 LOC_LOSSES = ("ce", "kl")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -60,8 +66,8 @@ class HORSEHyperParams:
     n_edits: int = 500  # records in one training step
     max_epochs: int = 1
     max_iters: int | None = None  # stop after so many steps, whatever max_epochs says
-    meta_lr: float = 1e-4  # Adam, for the network
-    eta_meta_lr: float = 1e-2  # Adam, for log(eta) and lambda (and the spread, if trained)
+    meta_lr: float = 1e-3  # Adam, for the network; sinks linearly to 0 over the run
+    eta_meta_lr: float = 1e-2  # likewise, for log(eta) and lambda (and the spread, if trained)
     train_spread: bool = False  # let training move spread_strength
     edit_coef: float = 1.0  # weight of the loss on the edit prompts
     gen_coef: float = 1.0  # ... on the rephrased prompts
@@ -70,15 +76,15 @@ class HORSEHyperParams:
     max_grad_norm: float = 1.0
     val_interval: int = 10  # steps between two validations
     val_edits: int | None = None  # records edited at once in a validation; null: n_edits
-    val_steps: int = 1  # how many such edits
-    early_stop_patience: int | None = None  # validations without a better score
+    val_steps: int | None = None  # records validated on; null: one such edit
+    early_stop_patience: int | None = None  # steps without a better score
     seed: int = 0
 
     # Running.
     batch_size: int = 1000  # requests that EasyEdit's batch_edit hands over at once
     editor_batch_size: int = 8192  # answer tokens in one pass of the hypernetwork
     batch_tokens: int = 4096  # padded tokens in one pass of the model
-    max_length: int | None = None  # longest prompt + answer in tokens; null: the model's limit
+    max_length: int | None = None  # longest prompt + answer in tokens; the model's limit holds too
     trunk_cache_gb: float = 2.0  # memory for trunk states kept between steps
     results_dir: str = "./results"
 
@@ -90,28 +96,33 @@ class HORSEHyperParams:
             ("spread", SPREADS),
             ("loc_loss", LOC_LOSSES),
             ("dtype", (None, *DTYPES)),
+            ("token", ("ans",)),
         ):
             if getattr(self, key) not in allowed:
                 names = ", ".join(a for a in allowed if a)
                 raise UsageError(f"{key}: {getattr(self, key)!r} is not one of {names}.")
-        for key in ("rank", "n_edits", "max_epochs", "batch_tokens", "editor_batch_size"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"{key}: must be at least 1, got {getattr(self, key)}.")
-        for key in ("strength", "meta_lr", "max_grad_norm"):
-            if not getattr(self, key) > 0:
-                raise UsageError(f"{key}: must be above 0, got {getattr(self, key)}.")
+        for key, least in AT_LEAST.items():
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UsageError(f"{key}: must be at least {least}, got {value}.")
+        for key in ("strength", "lr", "meta_lr", "eta_meta_lr", "max_grad_norm"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UsageError(f"{key}: must be above 0, got {value}.")
+        if not self.edit_coef + self.gen_coef + self.loc_coef > 0:
+            raise UsageError("edit_coef, gen_coef and loc_coef are all 0: nothing to train on.")
 
     @classmethod
     def from_hparams(cls, path) -> "HORSEHyperParams":
         """Read a YAML file; ``path`` may leave out ``.yaml``."""
         path = Path(path)
         if not path.is_file():
-            path = path.with_name(path.name + ".yaml")
+            path = Path(f"{path}.yaml")
         try:
             keys = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"{path}: no such hparams file.") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UsageError(f"{path}: not a readable YAML file ({_first_line(error)}).") from None
         if not isinstance(keys, dict):
             raise UsageError(f"{path}: expected `key: value` lines, found {type(keys).__name__}.")
@@ -199,6 +210,6 @@ def _number(value) -> float | None:
     """A finite float; YAML reads ``1e-5`` as text, which EasyEdit's files are full of."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if number - number == 0 else None

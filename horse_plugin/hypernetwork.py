@@ -153,13 +153,14 @@ class HyperNetwork(nn.Module):
         """Set η_l so that the mean row norm of R'_l is ``strength`` times ``value_norms[l]``.
 
         η starts free of the model's scale this way. R'_l is proportional to η_l for every spread
-        (Eq. 6 does not see the length of R_{l−1}), so one pass is enough.
+        (Eq. 6 does not see the length of R_{l−1}), so one pass is enough. A module whose gradient
+        is zero takes the mean log η of the others; if all are zero, η stays NaN.
         """
         self.log_eta.zero_()
-        for l, r in enumerate(self.residuals(keys, grads)):
-            norm = r.norm(dim=-1).mean()
-            if norm > 0:
-                self.log_eta[l] = (strength * value_norms[l] / norm).log()
+        norms = torch.stack([r.norm(dim=-1).mean() for r in self.residuals(keys, grads)])
+        log_eta = (strength * torch.as_tensor(value_norms).to(norms) / norms).log()
+        moved = norms > 0
+        self.log_eta.copy_(torch.where(moved, log_eta, log_eta[moved].mean()))
 
 
 def _name(shape: tuple[int, int]) -> str:

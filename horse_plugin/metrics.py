@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from .backbone import Backbone
-from .prompts import tokenize
 from .records import EditRecord, Query
 
 
@@ -20,7 +19,7 @@ def predict(
     backbone: Backbone, queries: Sequence[Query], batch_tokens: int, max_length: int | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(predicted tokens, answer tokens) of each query, teacher-forced, on the CPU."""
-    prompts = tokenize(backbone.tokenizer, queries, max_length)
+    prompts = backbone.tokenize(queries, max_length)
     results = [None] * len(prompts)
     for batch in backbone.batches(prompts, batch_tokens, "evaluate"):
         predicted = backbone.logits(batch).argmax(-1).cpu()
@@ -73,6 +72,9 @@ class Evaluator:
     def __init__(self, backbone, records: Sequence[EditRecord], batch_tokens=4096, max_length=None):
         self.backbone, self.records = backbone, list(records)
         self._limits = batch_tokens, max_length
+        kinds = [self._queries(kind) for kind in ("edit", "equivalent", "unrelated", "portability")]
+        queries = [q for groups in kinds for group in groups for q in group]
+        backbone.keep(backbone.tokenize(queries, max_length), batch_tokens)
         self._before = self._predict("unrelated")
 
     def _queries(self, kind: str) -> list[tuple[Query, ...]]:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .backbone import Backbone
-from .errors import HALF_HINT, HorseError
+from .errors import HALF_HINT, HorseError, UsageError
 from .hypernetwork import HyperNetwork
 from .prompts import Prompt, batches
 from .ridge import Ridge
@@ -28,10 +28,10 @@ class Objective:
             zip(KINDS, (hparams.edit_coef, hparams.gen_coef, hparams.loc_coef), strict=True)
         )
         used = [(kind, p) for kind in KINDS if self.coefs[kind] for p in prompts[kind]]
+        if not used:
+            raise UsageError("no prompts to train on: the records lack those with a coefficient.")
         self.kind_of = torch.tensor([KINDS.index(kind) for kind, _ in used])
-        self.n_tokens = {
-            kind: sum(len(p.answer) for k, p in used if k == kind) or 1 for kind in KINDS
-        }
+        self.n_tokens = {k: sum(len(p.answer) for kind, p in used if kind == k) for k in KINDS}
         self.batches = list(batches([p for _, p in used], hparams.batch_tokens, backbone.device))
         self.reference = self._reference() if hparams.loc_loss == "kl" else None
 
@@ -50,13 +50,14 @@ class Objective:
             for b in self.batches
         ]
 
-    def gradients(self) -> tuple[dict[str, float], list[torch.Tensor]]:
-        """Mean loss per answer token of each kind, and g_l = ∂L/∂W_l, d×d'.
+    def gradients(self) -> tuple[dict[str, float | None], list[torch.Tensor]]:
+        """Mean loss per answer token of each kind, None without prompts, and g_l = ∂L/∂W_l, d×d'.
 
         L is the sum of the three means, weighted by the coefficients.
         """
         totals = torch.zeros(len(KINDS), dtype=self.backbone.edit_dtype)
-        scale = torch.tensor([self.coefs[k] / self.n_tokens[k] for k in KINDS], dtype=totals.dtype)
+        scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in KINDS]
+        scale = torch.tensor(scale, dtype=totals.dtype)
         with self.backbone.weight_gradients() as (grads, collect), torch.enable_grad():
             for i, batch in enumerate(self.batches):
                 losses, kinds = self._token_losses(i, batch), self._kinds(batch)
@@ -66,7 +67,10 @@ class Objective:
         for name, grad in grads.items():
             if not grad.isfinite().all():
                 raise HorseError(f"{name}: the gradient of the loss is not finite. {HALF_HINT}")
-        means = {k: totals[i].item() / self.n_tokens[k] for i, k in enumerate(KINDS)}
+        means = {
+            k: totals[i].item() / self.n_tokens[k] if self.n_tokens[k] else None
+            for i, k in enumerate(KINDS)
+        }
         return means, list(grads.values())
 
     def _token_losses(self, i: int, batch) -> torch.Tensor:

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
 from .errors import UsageError
@@ -74,6 +75,8 @@ def load_records(source, size: int | None = None) -> list[EditRecord]:
         UsageError: the source is missing, malformed, empty or shorter than ``size``.
     """
     where = source if isinstance(source, (str, Path)) else type(source).__name__
+    if size is not None and size < 1:
+        raise UsageError(f"{where}: at least one record must be asked for, not {size}.")
     raw = _read(source) if isinstance(source, (str, Path)) else _items(source)
     if not raw:
         raise UsageError(f"{where}: no records in it.")
@@ -105,26 +108,42 @@ def _items(source) -> list:
 
 
 def _read(source) -> list:
-    path = Path(source)
-    if path.suffix in (".json", ".jsonl", ".parquet"):
+    path, suffix = Path(source), Path(source).suffix.lower()
+    if suffix in (".json", ".jsonl", ".parquet"):
         if not path.is_file():
             raise UsageError(f"{path}: no such file.")
-        if path.suffix == ".json":
-            return _read_json(path)
-        return _read_dataset("json" if path.suffix == ".jsonl" else "parquet", path)
+        if suffix == ".parquet":
+            return _read_dataset("parquet", path)
+        return _read_json(path) if suffix == ".json" else _read_jsonl(path)
     if path.exists():
         raise UsageError(f"{path}: expected a .json, .jsonl or .parquet file.")
     return _read_dataset(str(source), None)
 
 
 def _read_json(path: Path) -> list:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UsageError(f"{path}: not valid JSON ({str(error).splitlines()[0]}).") from None
+    raw = _parse(path, _text(path), "")
     if not isinstance(raw, list):
         raise UsageError(f"{path}: expected a list of records, found {type(raw).__name__}.")
     return raw
+
+
+def _read_jsonl(path: Path) -> list:
+    lines = enumerate(_text(path).splitlines(), start=1)
+    return [_parse(path, line, f"line {i}: ") for i, line in lines if line.strip()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable as UTF-8 text ({error}).") from None
+
+
+def _parse(path: Path, text: str, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: {where}not valid JSON ({error}).") from None
 
 
 def _read_dataset(name: str, file: Path | None) -> list:
@@ -133,6 +152,7 @@ def _read_dataset(name: str, file: Path | None) -> list:
     name, _, split = name.partition(":")
     try:
         kwargs = {"data_files": str(file)} if file else {}
+        datasets.disable_progress_bars()
         return list(datasets.load_dataset(name, split=split or "train", **kwargs))
     except Exception as error:  # datasets raises whatever its readers and the hub raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -170,7 +190,7 @@ class _Fields:
         value = self.item.get(name, default)
         if isinstance(value, Mapping):  # {"str": ..., "id": ...} in the original CounterFact
             value = value.get("str")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
             value = str(value)
         if value is None or value == "":
             if required:
@@ -180,9 +200,7 @@ class _Fields:
             raise UsageError(
                 f"{self.where}: field {name!r} must be text, found {type(value).__name__}."
             )
-        if not value.strip():
-            raise UsageError(f"{self.where}: field {name!r} is blank.")
-        return value
+        return self._checked(name, value)
 
     def texts(self, name) -> tuple[str, ...]:
         """A string or a list of strings; absent is empty."""
@@ -192,10 +210,16 @@ class _Fields:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, (list, tuple)):
             raise UsageError(f"{self.where}: field {name!r} must be text or a list of texts.")
-        for v in values:
-            if not isinstance(v, str) or not v.strip():
-                raise UsageError(f"{self.where}: field {name!r} holds something that is not text.")
-        return tuple(values)
+        if not all(isinstance(v, str) for v in values):
+            raise UsageError(f"{self.where}: field {name!r} holds something that is not text.")
+        return tuple(self._checked(name, v) for v in values)
+
+    def _checked(self, name, text: str) -> str:
+        if not text.strip():
+            raise UsageError(f"{self.where}: field {name!r} is blank.")
+        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UsageError(f"{self.where}: field {name!r} holds half a Unicode character.")
+        return text
 
 
 def _nested_counterfact(field: _Fields) -> EditRecord:
@@ -260,15 +284,27 @@ def _pair(field: _Fields, prompt: str, answer: str) -> tuple[Query, ...]:
 
 
 def _named(field: _Fields, name: str) -> tuple[Query, ...]:
-    """EasyEdit's ``locality: {"neighborhood": {"prompt": ..., "ground_truth": ...}}``."""
+    """EasyEdit's ``locality: {"neighborhood": {"prompt": ..., "ground_truth": ...}}``.
+
+    A group may also be a list of such entries, an answer a list of its spellings (KnowEdit), of
+    which the first counts; an empty group is none.
+    """
     if name not in field:
         return ()
-    queries = []
-    group = field.sub(name)
-    for key in group.item:
-        entry = group.sub(key)
-        prompts, answers = entry.texts("prompt"), entry.texts("ground_truth")
-        if not prompts or len(prompts) != len(answers):
-            raise UsageError(f"{entry.where}: needs as many ground_truth texts as prompts.")
-        queries += [Query(p, a) for p, a in zip(prompts, answers, strict=True)]
+    queries, groups = [], field.sub(name)
+    for key, group in groups.item.items():
+        for entry in group if isinstance(group, list) else [group]:
+            if entry:
+                queries += _pairs(_Fields(entry, f"{groups.where}, {key}"))
     return tuple(queries)
+
+
+def _pairs(entry: _Fields) -> list[Query]:
+    answers = entry.item.get("ground_truth")
+    if isinstance(answers, (list, tuple)):
+        answers = [a[0] if isinstance(a, (list, tuple)) and a else a for a in answers]
+    prompts = entry.texts("prompt")
+    answers = _Fields({"ground_truth": answers}, entry.where).texts("ground_truth")
+    if len(prompts) != len(answers):
+        raise UsageError(f"{entry.where}: needs as many ground_truth texts as prompts.")
+    return [Query(p, a) for p, a in zip(prompts, answers, strict=True)]

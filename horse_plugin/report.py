@@ -103,7 +103,8 @@ def _curve(history) -> Figure:
     losses, validation = figure.subplots(1, 2)
     steps = [h["step"] for h in history]
     for kind in ("edit", "rephrase", "unrelated"):
-        losses.plot(steps, [h[kind] for h in history], label=kind)
+        if history[0][kind] is not None:
+            losses.plot(steps, [h[kind] for h in history], label=kind)
     losses.set(xlabel="step", ylabel="loss per answer token", ylim=(0, None))
     checked = [h for h in history if "validation" in h]
     for name in FIGURES:

@@ -3,8 +3,6 @@
 Tensors only. Rows are answer tokens; the layers come as a list from the lowest to the highest.
 """
 
-from itertools import pairwise
-
 import torch
 
 
@@ -31,7 +29,8 @@ def spread(residuals: list[torch.Tensor], kind: str, strength=1.0) -> list[torch
     Args:
         residuals: R_1 … R_T, from the lowest edited layer to the highest.
         kind: ``orthogonal``: each R_l loses its component along R_{l−1} as it was before its own
-            projection (Eq. 6). ``gram_schmidt``: along every orthogonalised predecessor.
+            projection (Eq. 6); the layer below is the nearest of the same output width.
+            ``gram_schmidt``: along every orthogonalised predecessor.
             ``decay``: R_l / (T − l + 1) (Eq. 5). ``uniform``: unchanged (MALMEN).
         strength: 1 removes the component (Eq. 6 as printed), 0 leaves it; used by the first two.
     """
@@ -41,12 +40,20 @@ def spread(residuals: list[torch.Tensor], kind: str, strength=1.0) -> list[torch
         last = len(residuals)
         return [r / (last - i) for i, r in enumerate(residuals)]  # T − l + 1 with l = i + 1
     if kind == "orthogonal":
-        return residuals[:1] + [project_out(r, below, strength) for below, r in pairwise(residuals)]
+        return [
+            project_out(r, below[-1], strength) if (below := _comparable(residuals[:l], r)) else r
+            for l, r in enumerate(residuals)
+        ]
     if kind == "gram_schmidt":
         done = []
         for r in residuals:
-            for direction in done:
+            for direction in _comparable(done, r):
                 r = project_out(r, direction, strength)
             done.append(r)
         return done
     raise ValueError(f"unknown spread {kind!r}")
+
+
+def _comparable(below: list[torch.Tensor], residual: torch.Tensor) -> list[torch.Tensor]:
+    """The residuals that have an inner product with this one: modules of its output width."""
+    return [r for r in below if r.shape == residual.shape]

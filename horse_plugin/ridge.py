@@ -7,6 +7,8 @@ import warnings
 
 import torch
 
+from .errors import HALF_HINT, HorseError
+
 
 class Ridge:
     """Solves with (HᵀH + μI)⁻¹ for one module's keys H, factorised once.
@@ -60,26 +62,27 @@ class Ridge:
 def _cholesky(gram: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
     """Lower Cholesky factor of Gram + μI.
 
-    fp32 first, then fp64, then fp64 with growing jitter; anything but the first warns.
+    In the keys' precision if it will do; else in float64, with a growing jitter if even that
+    fails, and a warning. The squared ratio of the factor's diagonal bounds the condition number
+    from below: times the rounding error, it says when float32 will not do.
 
     Raises:
-        ValueError: the Gram matrix holds NaN or infinity.
+        HorseError: the Gram matrix holds NaN or infinity, or stays singular.
     """
     if not gram.isfinite().all():
-        raise ValueError("the Gram matrix of the keys is not finite")
-    diagonal = gram.diagonal()
+        raise HorseError(f"the Gram matrix of the keys is not finite. {HALF_HINT}")
     factor, failed = torch.linalg.cholesky_ex(gram + mu * torch.eye(len(gram)).to(gram))
-    if not failed:
+    diagonal = factor.diagonal()
+    error = torch.finfo(gram.dtype).eps * (diagonal.max() / diagonal.min()).square()
+    if not failed and error < 1e-3:
         return factor
     gram, mu = gram.double(), mu.double()
     eye = torch.eye(len(gram)).to(gram)
-    jitter = 0.0
-    for jitter in (0.0, 1e-12, 1e-9, 1e-6):
-        factor, failed = torch.linalg.cholesky_ex(gram + (mu + jitter * diagonal.mean()) * eye)
+    for jitter in (0, 1e-12, 1e-9, 1e-6):
+        added = jitter * gram.diagonal().mean()
+        factor, failed = torch.linalg.cholesky_ex(gram + (mu + added) * eye)
         if not failed:
-            break
-    else:
-        raise ValueError("the ridge system stays singular in float64; raise lambda")
-    extra = f" with {jitter:g} of its mean diagonal added" if jitter else ""
-    warnings.warn(f"ridge: ill-conditioned system solved in float64{extra}", stacklevel=3)
-    return factor
+            extra = f" with {jitter:g} of its mean diagonal added" if jitter else ""
+            warnings.warn(f"ridge: ill-conditioned system solved in float64{extra}", stacklevel=3)
+            return factor
+    raise HorseError("the ridge system stays singular in float64; raise lambda.")

@@ -43,8 +43,8 @@ def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> T
     for batch in backbone.batches(prompts, batch_tokens, "trace"):
         states = backbone.trunk(batch)
         hooks = [
-            module.register_forward_hook(seen[name].hook(batch, leaf=l == 0))
-            for l, (name, module) in enumerate(backbone.modules.items())
+            module.register_forward_hook(seen[name].hook(batch))
+            for name, module in backbone.modules.items()
         ]
         try:
             with torch.enable_grad():
@@ -88,9 +88,13 @@ class _Seen:
         self.kept = {"device": device, "dtype": dtype}
         self.keys, self.grads, self.norms = [], [], []
 
-    def hook(self, batch, leaf: bool):
+    def hook(self, batch):
         def record(module, args, output):
-            if leaf:
+            if output.dim() != 3:
+                raise HorseError(
+                    f"{type(module).__name__}: works on flattened tokens, which HORSE cannot edit."
+                )
+            if not output.requires_grad:  # the graph starts here
                 output = output.detach().requires_grad_()
             else:
                 output.retain_grad()
@@ -98,7 +102,7 @@ class _Seen:
             self.keys.append(args[0][rows, cols].detach().to(**self.kept))
             self.norms.append(output[rows, cols].detach().to(**self.kept).norm(dim=-1))
             self._pending = output, rows, cols
-            return output
+            return output.clone()  # some models write into it
 
         return record
 

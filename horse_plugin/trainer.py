@@ -5,6 +5,8 @@ the edited model on the edit, the rephrased and the unrelated prompts, and turns
 the edited weights into one for the network, η and λ, without keeping the model's graph.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,18 +16,18 @@ from tqdm import tqdm
 from . import archive
 from .backbone import Backbone
 from .editor import HorseEditor, new_network, versions
-from .errors import HorseError, UsageError
+from .errors import HALF_HINT, HorseError, UsageError
 from .hparams import HORSEHyperParams
 from .metrics import Evaluator
 from .objective import KINDS, Objective, backward
-from .prompts import Prompt, batches, tokenize
+from .prompts import Prompt
 from .records import EditRecord, load_records
 from .trace import trace
 
-# What a resumed run may set anew: how long it goes on, and where and how fast it runs.
+# What a resumed run may set anew: how long it goes on, and where it runs.
 MAY_CHANGE = frozenset(
-    """max_epochs max_iters early_stop_patience device model_parallel batch_size batch_tokens
-    editor_batch_size trunk_cache_gb results_dir archive model_name tokenizer_name""".split()
+    """max_epochs early_stop_patience device model_parallel batch_size trunk_cache_gb results_dir
+    archive model_name tokenizer_name""".split()
 )
 
 
@@ -71,14 +73,13 @@ class HORSETrainer:
         self.network.spread_strength.requires_grad_(config.train_spread)
         steered = [self.network.log_eta, self.network.lamda, self.network.spread_strength]
         blocks = list(self.network.groups.parameters())
+        self.rates = config.meta_lr, config.eta_meta_lr
         self.optimizer = torch.optim.Adam(
-            [
-                {"params": blocks, "lr": config.meta_lr},
-                {"params": [p for p in steered if p.requires_grad], "lr": config.eta_meta_lr},
-            ]
+            [{"params": blocks}, {"params": [p for p in steered if p.requires_grad]}]
         )
         self.progress = progress
         self.step, self.best, self.history = 0, None, []
+        self._data = [_digest(records) for records in (self.train_records, self.val_records)]
         if resume:
             self._resume()
 
@@ -131,8 +132,13 @@ class HORSETrainer:
                 return objective.gradients()
 
         self.optimizer.zero_grad()
+        left = 1 - self.step / self.n_steps  # both rates sink to zero over the run
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * left
         losses = backward(self.network, traced, shifts_to_gradients)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), hp.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), hp.max_grad_norm)
+        if not norm.isfinite():
+            raise HorseError(f"the network's gradient is not finite. {HALF_HINT}")
         self.optimizer.step()
         return losses
 
@@ -144,8 +150,8 @@ class HORSETrainer:
             ("unrelated", lambda r: r.unrelated),
         ):
             queries[kind] = [of(r)[epoch % len(of(r))] for r in records if of(r)]
-        tok, limit = self.backbone.tokenizer, self.hparams.max_length
-        return {kind: tokenize(tok, queries[kind], limit) for kind in KINDS}
+        limit = self.hparams.max_length
+        return {kind: self.backbone.tokenize(queries[kind], limit) for kind in KINDS}
 
     def _batch(self, step: int) -> list[EditRecord]:
         """The records of one step: a new order every epoch, which depends on the seed alone."""
@@ -156,28 +162,22 @@ class HORSETrainer:
         return [self.train_records[j] for j in order[i * n : (i + 1) * n]]
 
     def _keep_trunk_states(self):
-        """Run the trunk over all prompts of this run, in an order that depends on nothing else.
-
-        States then never depend on the batch a step first met a prompt in, so a resumed run has
-        the same bits as one that went through.
-        """
-        if not self.hparams.trunk_cache_gb:
-            return
-        n = min(self.n_steps, self.steps_per_epoch)
+        """Run the trunk over the prompts of this run, in an order that depends on nothing else."""
         records = self.train_records
-        if n < self.steps_per_epoch:
+        if (n := self.hparams.max_iters) and n < self.steps_per_epoch:
             records = [r for step in range(n) for r in self._batch(step)]
-        queries = [q for r in records for q in (r.edit, *r.equivalent[:1], *r.unrelated[:1])]
-        prompts = tokenize(self.backbone.tokenizer, queries, self.hparams.max_length)
-        made = list(batches(prompts, self.hparams.batch_tokens, self.backbone.device))
-        for batch in tqdm(made, desc="trunk", unit="batch", disable=not self.progress):
-            self.backbone.trunk(batch)
+        queries = [q for r in records for q in (r.edit, *r.equivalent, *r.unrelated)]
+        prompts = self.backbone.tokenize(queries, self.hparams.max_length)
+        self.backbone.progress = self.progress
+        self.backbone.keep(prompts, self.hparams.batch_tokens)
+        self.backbone.progress = False
 
     def _evaluators(self) -> list[Evaluator]:
         hp = self.hparams
         n = min(hp.val_edits or hp.n_edits, len(self.val_records))
-        chunks = [self.val_records[i * n : (i + 1) * n] for i in range(hp.val_steps)]
-        return [Evaluator(self.backbone, c, hp.batch_tokens, hp.max_length) for c in chunks if c]
+        records = self.val_records[: hp.val_steps or n]
+        chunks = [records[i : i + n] for i in range(0, len(records), n)]
+        return [Evaluator(self.backbone, c, hp.batch_tokens, hp.max_length) for c in chunks]
 
     def _validate(self, evaluators):
         """Edit the validation records with the network as it is; keep it if it is the best."""
@@ -205,11 +205,11 @@ class HORSETrainer:
         patience = self.hparams.early_stop_patience
         if patience is None or self.best is None:
             return False
-        return self.step - self.best["step"] >= patience * self.hparams.val_interval
+        return self.step - self.best["step"] >= patience
 
     def _live(self, losses: dict[str, float]) -> dict[str, str]:
         """What the progress bar shows beside the steps."""
-        shown = {kind: f"{loss:.2f}" for kind, loss in losses.items()}
+        shown = {kind: f"{loss:.2f}" for kind, loss in losses.items() if loss is not None}
         return shown | ({"best": f"{self.best['score']:.1f}"} if self.best else {})
 
     def _about(self) -> dict:
@@ -219,6 +219,7 @@ class HORSETrainer:
             "modules": list(self.backbone.modules),
             "network": archive.network_about(self.network),
             "hparams": self.hparams.to_dict(),
+            "data": self._data,
             "versions": versions(),
             "step": self.step,
             "best": self.best,
@@ -237,6 +238,8 @@ class HORSETrainer:
         path = self.out / archive.CHECKPOINT
         tensors, about = archive.load_tensors(path)
         archive.check_model(path, about, self.backbone)
+        if about["data"] != self._data:
+            raise UsageError(f"{path}: was trained on other records. Give the same files.")
         for key, value in self.hparams.to_dict().items():
             if key not in MAY_CHANGE and about["hparams"].get(key) != value:
                 raise UsageError(
@@ -254,6 +257,11 @@ class HORSETrainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step, self.best, self.history = about["step"], about["best"], about["history"]
+
+
+def _digest(records: Sequence[EditRecord]) -> str:
+    text = json.dumps([r.to_dict() for r in records], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -33,7 +33,8 @@ def test_trunk_and_top_give_the_full_models_logits(architecture):
     model = tiny.model(architecture)
     want = {p: full_logits(model, p) for p in prompts()}
     backbone = Backbone(model, None, trunk_cache_gb=0.1)
-    for _ in range(2):  # computed, then from the cache
+    for keep in ([], prompts()[:4], prompts()):  # computed, some kept, all kept
+        backbone.keep(keep, 40)
         for batch in batches(prompts(), 40):
             got = backbone.logits(batch).split([len(p.answer) for p in batch.prompts])
             for p, logits in zip(batch.prompts, got, strict=True):

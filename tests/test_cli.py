@@ -96,6 +96,24 @@ def test_train_edit_eval(folder, horse):
 @pytest.mark.parametrize(
     ("line", "code", "says"),
     [
+        ("edit --hparams . --data val.json --out x", 2, "no such hparams file"),
+        ("edit --hparams tiny --data val.json --out tiny.yaml", 2, "tiny.yaml: cannot be written"),
+        (
+            "edit --hparams tiny --data val.json --out x/y --save-model model",
+            2,
+            "something already",
+        ),
+        (
+            "edit --hparams tiny --data lines.jsonl --out x",
+            2,
+            "lines.jsonl: line 2: not valid JSON",
+        ),
+        (
+            "train --hparams tiny --train val.json --val val.json --out broken",
+            2,
+            "holds an archive",
+        ),
+        ("train --hparams steps --train val.json --val val.json --out x", 2, "max_iters: must be"),
         ("edit --hparams none --data val.json --out x", 2, "none.yaml: no such hparams file"),
         ("edit --hparams tiny --data none.json --out x", 2, "none.json: no such file"),
         ("edit --hparams tiny --data bad.json --out x", 2, "bad.json: not valid JSON"),
@@ -119,13 +137,16 @@ def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, 
     (folder / "key.yaml").write_text(json.dumps(good | {"rnak": 3}))
     (folder / "type.yaml").write_text(json.dumps(good | {"rank": "high"}))
     (folder / "nomodel.yaml").write_text(json.dumps(good | {"model_name": "nowhere"}))
+    (folder / "steps.yaml").write_text(json.dumps(good | {"max_iters": 0}))
+    (folder / "lines.jsonl").write_text('{"prompt": "a", "target_new": "b"}\n{"prompt": ')
     (folder / "broken").mkdir(exist_ok=True)
     (folder / "broken" / archive.ARCHIVE).write_bytes(b"not tensors")
     got, _, err = horse(line)
     assert (got, says in err) == (code, True), err
-    assert len([x for x in err.splitlines() if x.startswith("horse: ")]) == 1
-    assert "Traceback" not in err
-    assert not (folder / "x").exists()
+    said = [x for x in err.splitlines() if x and not x.startswith("No archive: ")]
+    assert len(said) == 1
+    assert said[0].startswith("horse: ")
+    assert not [p for p in (folder / "x").rglob("*") if p.is_file()]
 
 
 def test_wrong_options_are_usage(horse):
@@ -149,7 +170,7 @@ def test_no_space_left_says_so_and_leaves_nothing(folder, horse, monkeypatch):
     code, _, err = horse("edit --hparams tiny --data val.json --out full")
     assert code == 1
     assert "No space left on device" in err
-    assert not [p for p in folder.iterdir() if "full" in p.name]
+    assert not list((folder / "full").iterdir())
 
 
 def test_a_debug_run_shows_the_traceback(folder):
@@ -160,13 +181,14 @@ def test_a_debug_run_shows_the_traceback(folder):
         text=True,
         cwd=folder,
     )
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "Traceback" in run.stderr
 
 
-def test_importing_the_package_does_not_load_easyedit():
+def test_importing_the_package_does_not_load_easyedit(tmp_path):
+    (tmp_path / "easyeditor.py").write_text("")  # there to be imported, should anything try
     code = "import sys, horse_plugin; assert 'easyeditor' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_the_yaml_of_the_demo_is_found():

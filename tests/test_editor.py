@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horse_plugin import EditDelta, EditRecord, Evaluator, HorseEditor, HorseError, UsageError
-from horse_plugin.backbone import Backbone
+from horse_plugin.hypernetwork import HyperNetwork
 from horse_plugin.prompts import batches, tokenize
 
 
@@ -135,8 +135,13 @@ def test_a_damaged_delta_does_not_load(tmp_path, file):
 
 def test_a_failed_edit_leaves_the_model_alone(monkeypatch):
     e = editor()
+    e.edit(tiny.records())
+    e.undo()
+    e.trained = True  # the network is taken as it is from now on
     before = state(e)
-    monkeypatch.setattr(e.network, "residuals", lambda *a: [torch.full((3, 32), torch.nan)] * 6)
+    monkeypatch.setattr(
+        HyperNetwork, "residuals", lambda *args: [torch.full((9, 32), torch.nan)] * 6
+    )
     with pytest.raises(HorseError, match=r"layers\.2\.mlp\.down_proj: its residual is not finite"):
         e.edit(tiny.records())
     assert same(before, state(e)) and not e.history
@@ -199,13 +204,68 @@ def test_edit_json_is_readable(tmp_path):
     assert described["seconds"] > 0
 
 
-def test_the_trunk_cache_changes_nothing():
-    plain, cached = editor(trunk_cache_gb=0), editor(trunk_cache_gb=1)
-    for e in (plain, cached):
-        e.first = e.edit(tiny.records())
-        e.undo()
-        e.second = e.edit(tiny.records())
-    for a, b in ((plain.first, cached.first), (cached.first, cached.second)):
-        for k in a.tensors:
-            torch.testing.assert_close(a.tensors[k], b.tensors[k])
-    assert isinstance(cached.backbone, Backbone) and cached.backbone._cache
+def test_kept_trunk_states_change_nothing_and_are_dropped_when_stale():
+    e, plain = editor(trunk_cache_gb=1), editor(trunk_cache_gb=0)
+    Evaluator(e.backbone, tiny.records())  # keeps its prompts' states
+    assert e.backbone._kept
+    a, b = e.edit(tiny.records()), plain.edit(tiny.records())
+    for k in a.tensors:
+        torch.testing.assert_close(a.tensors[k], b.tensors[k])
+    for x in (e, plain):
+        x.undo()
+        with torch.no_grad():
+            x.backbone.model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    a, b = e.edit(tiny.records()), plain.edit(tiny.records())
+    assert not e.backbone._kept
+    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_an_untrained_network_is_fitted_to_each_edit():
+    e = editor()
+    e.edit(tiny.records(1))
+    e.undo()
+    a, b = e.edit(tiny.records()), editor().edit(tiny.records())
+    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_one_token_at_one_module_is_too_little_for_an_untrained_network():
+    e = editor(inner_params=["model.layers.7.mlp.down_proj"])
+    words = [w for w in tiny.WORDS if len(e.backbone.tokenizer(f" {w}").input_ids) == 1]
+    with pytest.raises(HorseError, match="too few answer tokens"):
+        e.edit([EditRecord("the capital is", words[0])])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.layers.5.mlp.up_proj", "model.layers.6.mlp.down_proj"],
+        ["model.layers.6.mlp.down_proj", "model.layers.6.mlp.up_proj"],
+    ],
+)
+@pytest.mark.parametrize("spread", ["orthogonal", "gram_schmidt"])
+def test_edit_modules_of_different_widths_and_in_one_block(names, spread):
+    e = editor(inner_params=names, spread=spread)
+    unlikely = answer_loss(e)
+    delta = e.edit(tiny.records())
+    assert answer_loss(e) < unlikely
+    assert delta.modules == sorted(names, key=lambda n: (n.split(".")[2], "down" in n))
+
+
+def test_prompts_beyond_the_models_length_lose_their_beginning():
+    e = editor()
+    e.backbone.model.config.max_position_embeddings = 16
+    long = EditRecord(f"{tiny.words(0, 60)} is", "Oslo")
+    e.edit([long, *tiny.records()])
+    (prompt,) = e.backbone.tokenize([long.edit])
+    assert len(prompt.ids) == 16
+
+
+def test_saving_leaves_other_files_in_the_folder_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    delta = editor().edit(tiny.records(2))
+    delta.save(tmp_path)
+    delta.save(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+    with pytest.raises(UsageError, match="something already"):
+        editor().save_model(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,5 +1,7 @@
 """Residual, spread and ridge against the float64 oracle, on shapes and cases hypothesis finds."""
 
+import warnings
+
 import numpy as np
 import oracle
 import pytest
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from horse_plugin import HorseError
 from horse_plugin.hypernetwork import HyperNetwork, Normalizer
 from horse_plugin.residual import residual, spread
 from horse_plugin.ridge import Ridge
@@ -117,8 +120,20 @@ def test_an_ill_conditioned_system_is_solved_in_float64_with_a_warning():
     close(ridge.shift(torch.ones(6, 2)), want, 1e-3)
 
 
+@pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4])
+def test_features_with_an_offset_do_not_spoil_the_solution(offset):
+    """Hidden states of language models have a few huge features."""
+    h, r = (torch.tensor(x, dtype=torch.float32) for x in arrays(0, (30, 100), (30, 4)))
+    h[:, 0] += offset
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = Ridge(h, 1.0).shift(r)
+    want = torch.tensor(oracle.shift(h.double().numpy(), r.double().numpy(), 0.0))
+    assert (got - want).norm() < 0.02 * want.norm()
+
+
 def test_keys_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(HorseError, match="not finite"):
         Ridge(torch.tensor([[1.0, float("nan")]]), 1.0)
 
 
@@ -171,13 +186,24 @@ def test_normalizer_sees_the_same_whatever_the_batches(sizes, seed):
     close(parts.m2, whole.m2)
 
 
-def test_a_feature_that_never_moves_stays_finite():
+def test_a_module_whose_gradient_is_zero_stays_finite():
+    net = HyperNetwork([(4, 2)] * 2, rank=3, n_blocks=1)
+    keys, grads = [torch.randn(5, 4)] * 2, [torch.zeros(5, 2), torch.randn(5, 2)]
+    grads[1] -= grads[1].mean(0)  # the shared mean is zero then
+    net.update_normalizers(keys, grads)
+    net.calibrate(keys, grads, [1.0, 2.0], 0.15)
+    still, moved = net.residuals(keys, grads)
+    assert (still == 0).all()
+    assert moved.norm() > 0
+    assert net.log_eta[0] == net.log_eta[1]
+
+
+def test_without_any_residual_eta_stays_unset():
     net = HyperNetwork([(4, 2)], rank=3, n_blocks=1)
-    keys, grads = [torch.randn(5, 4)], [torch.zeros(5, 2)]  # a module whose gradient is zero
+    keys, grads = [torch.randn(5, 4)], [torch.zeros(5, 2)]
     net.update_normalizers(keys, grads)
     net.calibrate(keys, grads, [1.0], 0.15)
-    (r,) = net.residuals(keys, grads)
-    assert (r == 0).all()
+    assert not net.calibrated
 
 
 @given(

@@ -176,7 +176,7 @@ def test_a_missing_empty_or_broken_source_is_named(tmp_path):
         (empty, "no records"),
         (text, "expected a .json"),
         (thing, "expected a list"),
-        (lines, "could not be read"),
+        (lines, "line 1: not valid JSON"),
         ({"prompt": "x"}, "expected a list of requests"),
         (7, "expected a list of requests"),
         ([], "no records"),

@@ -32,7 +32,7 @@ def bpe_tokenizer(bos=False) -> transformers.PreTrainedTokenizerFast:
     tok.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(
-            vocab_size=320,
+            vocab_size=400,
             special_tokens=["<unk>", "<s>", "</s>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
