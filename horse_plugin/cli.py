@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -137,7 +138,9 @@ def demo(
     settings = _hparams(hparams) if hparams else None
     outcome = run(out, settings)
     _table(outcome.rows)
-    facts = Table("prompt", "before", "after", "asked for", title="Ten of the edited facts")
+    facts = Table(
+        *("prompt", "before", "after", "asked for"), title="Ten of the edited facts", box=box.SIMPLE
+    )
     for example in outcome.examples:
         facts.add_row(*example)
     console.print(facts)
@@ -154,7 +157,10 @@ def _hparams(path: Path, **overrides):
 def _table(rows: list[dict]):
     figures = ("efficacy", "generalization", "specificity", "locality", "portability")
     shown = [f for f in figures if any(r[f] is not None for r in rows)]
-    table = Table("method", "edits", *shown, "seconds", title=f"{rows[0]['dataset']}, percent")
+    table = Table(title=f"{rows[0]['dataset']}, percent", box=box.SIMPLE)
+    table.add_column("method")
+    for name in ("edits", *shown, "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
         seconds = "" if r["edit_seconds"] is None else f"{r['edit_seconds']:.1f}"
         table.add_row(r["method"], str(r["n_edits"]), *(_figure(r[f]) for f in shown), seconds)
