@@ -73,9 +73,11 @@ class HORSETrainer:
         self.network.spread_strength.requires_grad_(config.train_spread)
         steered = [self.network.log_eta, self.network.lamda, self.network.spread_strength]
         blocks = list(self.network.groups.parameters())
-        self.rates = config.meta_lr, config.eta_meta_lr
         self.optimizer = torch.optim.Adam(
-            [{"params": blocks}, {"params": [p for p in steered if p.requires_grad]}]
+            [
+                {"params": blocks, "lr": config.meta_lr},
+                {"params": [p for p in steered if p.requires_grad], "lr": config.eta_meta_lr},
+            ]
         )
         self.progress = progress
         self.step, self.best, self.history = 0, None, []
@@ -132,9 +134,6 @@ class HORSETrainer:
                 return objective.gradients()
 
         self.optimizer.zero_grad()
-        left = 1 - self.step / self.n_steps  # both rates sink to zero over the run
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * left
         losses = backward(self.network, traced, shifts_to_gradients)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), hp.max_grad_norm)
         if not norm.isfinite():
