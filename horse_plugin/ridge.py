@@ -24,8 +24,7 @@ class Ridge:
     def __init__(self, keys: torch.Tensor, mu):
         self.keys, self.mu = keys, torch.as_tensor(mu, dtype=keys.dtype, device=keys.device)
         self.dual = keys.shape[0] < keys.shape[1]
-        gram = keys @ keys.T if self.dual else keys.T @ keys
-        self._factor = _cholesky(gram, self.mu)
+        self._factor = self._cholesky()
 
     def factors(self, residual: torch.Tensor) -> torch.Tensor:
         """Z, n×d', with ΔW = HᵀZ; only where ``dual`` holds."""
@@ -58,31 +57,34 @@ class Ridge:
         """(Gram + μI)⁻¹ · right, in the factor's precision, returned in that of ``right``."""
         return torch.cholesky_solve(right.to(self._factor.dtype), self._factor).to(right.dtype)
 
+    def _cholesky(self) -> torch.Tensor:
+        """Lower Cholesky factor of Gram + μI.
 
-def _cholesky(gram: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
-    """Lower Cholesky factor of Gram + μI.
+        In the keys' precision if it will do; else in float64, with a growing jitter if even that
+        fails, and a warning. The squared ratio of the factor's diagonal bounds the condition
+        number from below: times the rounding error, it says when float32 will not do.
 
-    In the keys' precision if it will do; else in float64, with a growing jitter if even that
-    fails, and a warning. The squared ratio of the factor's diagonal bounds the condition number
-    from below: times the rounding error, it says when float32 will not do.
-
-    Raises:
-        HorseError: the Gram matrix holds NaN or infinity, or stays singular.
-    """
-    if not gram.isfinite().all():
-        raise HorseError(f"the Gram matrix of the keys is not finite. {HALF_HINT}")
-    factor, failed = torch.linalg.cholesky_ex(gram + mu * torch.eye(len(gram)).to(gram))
-    diagonal = factor.diagonal()
-    error = torch.finfo(gram.dtype).eps * (diagonal.max() / diagonal.min()).square()
-    if not failed and error < 1e-3:
-        return factor
-    gram, mu = gram.double(), mu.double()
-    eye = torch.eye(len(gram)).to(gram)
-    for jitter in (0, 1e-12, 1e-9, 1e-6):
-        added = jitter * gram.diagonal().mean()
-        factor, failed = torch.linalg.cholesky_ex(gram + (mu + added) * eye)
-        if not failed:
-            extra = f" with {jitter:g} of its mean diagonal added" if jitter else ""
-            warnings.warn(f"ridge: ill-conditioned system solved in float64{extra}", stacklevel=3)
+        Raises:
+            HorseError: the Gram matrix holds NaN or infinity, or stays singular.
+        """
+        gram = self._gram(self.keys)
+        if not gram.isfinite().all():
+            raise HorseError(f"the Gram matrix of the keys is not finite. {HALF_HINT}")
+        factor, failed = torch.linalg.cholesky_ex(gram + self.mu * torch.eye(len(gram)).to(gram))
+        diagonal = factor.diagonal()
+        error = torch.finfo(gram.dtype).eps * (diagonal.max() / diagonal.min()).square()
+        if not failed and error < 1e-3:
             return factor
-    raise HorseError("the ridge system stays singular in float64; raise lambda.")
+        gram = self._gram(self.keys.double())
+        eye = torch.eye(len(gram)).to(gram)
+        for jitter in (0, 1e-12, 1e-9, 1e-6):
+            added = self.mu.double() + jitter * gram.diagonal().mean()
+            factor, failed = torch.linalg.cholesky_ex(gram + added * eye)
+            if not failed:
+                extra = f" with {jitter:g} of its mean diagonal added" if jitter else ""
+                warnings.warn(f"ridge: ill-conditioned, solved in float64{extra}", stacklevel=4)
+                return factor
+        raise HorseError("the ridge system stays singular in float64; raise lambda.")
+
+    def _gram(self, keys: torch.Tensor) -> torch.Tensor:
+        return keys @ keys.T if self.dual else keys.T @ keys

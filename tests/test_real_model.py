@@ -1,6 +1,7 @@
 """The default model and real facts: an edit that works, on a machine without a hub."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_fifty_facts_are_edited_at_once_and_taken_back(backbone):
 def test_counterfact_and_zsre_are_read_whole():
     assert len(load_records(DATA / "counterfact-edit.json")) == 8000
     with pytest.warns(UserWarning, match="without an answer"):
-        assert len(load_records(DATA / "zsre_mend_train.json")) == 999
+        assert len(load_records(DATA / "zsre_mend_train.json")) == 998
     assert len(load_records(DATA / "zsre_mend_eval.json")) == 500
 
 
@@ -80,4 +81,4 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert made == ["archive", "edit", "report.html", "results.json"]
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("<svg") == 2
-    assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+    assert not re.search(r'(src|href)="http', page)  # nothing is fetched

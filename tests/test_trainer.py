@@ -38,12 +38,11 @@ def test_every_parameter_moves_in_the_first_steps(tmp_path, loc_loss, train_spre
 
 
 def test_training_lowers_the_loss(tmp_path):
-    t = trainer(tmp_path, max_epochs=12, meta_lr=3e-3)
+    t = trainer(tmp_path, max_epochs=20, meta_lr=3e-3)
     t.run()
-    first, last = t.history[0], t.history[-1]
-    assert sum(last[k] for k in ("edit", "rephrase", "unrelated")) < sum(
-        first[k] for k in ("edit", "rephrase", "unrelated")
-    )
+    totals = [sum(h[k] for k in ("edit", "rephrase", "unrelated")) for h in t.history]
+    third = len(totals) // 3
+    assert sum(totals[-third:]) < sum(totals[:third])
 
 
 def test_the_same_seed_gives_the_same_archive_bit_for_bit(tmp_path):
@@ -99,7 +98,7 @@ def test_resuming_on_other_records_is_refused(tmp_path):
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
-    trainer(tmp_path, max_iters=2).run()
+    trainer(tmp_path, max_epochs=1).run()
     with pytest.raises(UsageError, match=r"meta_lr: 0\.001, and the hparams now say 0\.1"):
         trainer(tmp_path, resume=True, meta_lr=0.1)
     with pytest.raises(UsageError, match="no such file"):
