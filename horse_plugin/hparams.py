@@ -68,6 +68,7 @@ class HORSEHyperParams:
     max_iters: int | None = None  # stop after so many steps, whatever max_epochs says
     meta_lr: float = 1e-3  # Adam, for the network
     eta_meta_lr: float = 1e-2  # Adam, for log(eta) and lambda (and the spread, if trained)
+    decay_meta_lr: bool = False  # let both rates sink linearly to 0 over the run
     train_spread: bool = False  # let training move spread_strength
     edit_coef: float = 1.0  # weight of the loss on the edit prompts
     gen_coef: float = 1.0  # ... on the rephrased prompts

@@ -73,10 +73,12 @@ class HORSETrainer:
         self.network.spread_strength.requires_grad_(config.train_spread)
         steered = [self.network.log_eta, self.network.lamda, self.network.spread_strength]
         blocks = list(self.network.groups.parameters())
+        steered = [p for p in steered if p.requires_grad]
+        self.rates = config.meta_lr, config.eta_meta_lr
         self.optimizer = torch.optim.Adam(
             [
-                {"params": blocks, "lr": config.meta_lr},
-                {"params": [p for p in steered if p.requires_grad], "lr": config.eta_meta_lr},
+                {"params": params, "lr": rate}
+                for params, rate in zip((blocks, steered), self.rates, strict=True)
             ]
         )
         self.progress = progress
@@ -134,6 +136,9 @@ class HORSETrainer:
                 return objective.gradients()
 
         self.optimizer.zero_grad()
+        if hp.decay_meta_lr:
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * (1 - self.step / self.n_steps)
         losses = backward(self.network, traced, shifts_to_gradients)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), hp.max_grad_norm)
         if not norm.isfinite():

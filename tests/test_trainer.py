@@ -220,3 +220,13 @@ def test_validation_may_edit_more_at_once_than_a_step(tmp_path):
     t = trainer(tmp_path, n_edits=3, val_edits=6)
     (evaluator,) = t._evaluators()
     assert len(evaluator.records) == 6
+
+
+def test_the_rates_sink_to_zero_when_asked_to(tmp_path):
+    t = trainer(tmp_path, decay_meta_lr=True, meta_lr=1e-3, eta_meta_lr=1e-2)
+    t.run()
+    left = 1 / t.n_steps
+    assert [g["lr"] for g in t.optimizer.param_groups] == pytest.approx([1e-3 * left, 1e-2 * left])
+    t = trainer(tmp_path)
+    t.run()
+    assert [g["lr"] for g in t.optimizer.param_groups] == [1e-3, 1e-2]
