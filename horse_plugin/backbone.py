@@ -73,7 +73,7 @@ class Backbone:
     def load(cls, hparams) -> "Backbone":
         """Load the model that the hparams name, in the dtype and on the device they ask for."""
         name = resolve(hparams.model_name)
-        device = _device(hparams.device)
+        device = resolve_device(hparams.device)
         kwargs = {"trust_remote_code": hparams.trust_remote_code}
         with quiet_transformers():
             tokenizer = _load(
@@ -400,7 +400,7 @@ def _in_order(model, names: Sequence[str]) -> list[str]:
     return sorted(names, key=order.__getitem__)
 
 
-def _device(device) -> torch.device:
+def resolve_device(device) -> torch.device:
     """What EasyEdit takes for a device: 0, "0", "cuda:0", "cpu", "auto"; None is the best one."""
     if device in (None, "", "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
