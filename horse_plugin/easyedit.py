@@ -5,7 +5,7 @@ classes learn about our hparams; whatever comes with other hparams runs as if we
 
 - ``BaseEditor`` gets the model that they name as our engine loads it, whatever its architecture,
   and runs on the device that they mean. (The EasyEdit on PyPI writes ``cuda:`` before whatever
-  ``device`` holds, and has no ``sequential_edit``.)
+  ``device`` holds, and lacks some arguments of today's, such as ``sequential_edit``.)
 - ``EditTrainer(config, train_set, val_set)`` makes a :class:`~horse_plugin.HORSETrainer`.
 """
 
@@ -157,16 +157,23 @@ def _with_our_model(init):
     return with_our_model
 
 
+# What the ``batch_edit`` of EasyEdit 0.0.1 calls the arguments of today's.
+OLD_NAMES = {"locality_inputs": "locality_prompts", "portability_inputs": "locality_ground_truth"}
+
+
 def _on_our_device(method):
-    """A method of ``BaseEditor`` on the device that our hparams mean, and told to stay or not."""
-    knows_sequential = "sequential_edit" in inspect.signature(method).parameters
+    """A method of ``BaseEditor`` on the device that our hparams mean, with today's arguments."""
+    known = inspect.signature(method).parameters
 
     @functools.wraps(method)
     def on_our_device(editor, *args, **kwargs):
         if not isinstance(editor.hparams, HORSEHyperParams):
             return method(editor, *args, **kwargs)
         with _device_of(editor.hparams), contextlib.ExitStack() as stack:
-            if kwargs.get("sequential_edit") and not knows_sequential:
+            for name, old in OLD_NAMES.items():
+                if name in kwargs and name not in known and old in known:
+                    kwargs[old] = kwargs.pop(name)
+            if kwargs.get("sequential_edit") and "sequential_edit" not in known:
                 # No original weights, nothing to put back: the edit stays.
                 stack.callback(setattr, editor, "apply_algo", editor.apply_algo)
                 editor.apply_algo = _apply_for_good
