@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from . import archive
 from .backbone import Backbone, resolve_device
 from .demo import FACTS
-from .editor import HorseEditor, new_network
+from .editor import HorseEditor
 from .errors import UsageError
 from .hparams import METHODS, UNTRAINED, HORSEHyperParams
 from .hypernetwork import HyperNetwork
@@ -82,23 +82,24 @@ def _ours(hparams) -> HORSEHyperParams:
     return HORSEHyperParams.from_dict(vars(hparams))
 
 
-def _network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
-    """The network that the hparams name; an untrained one is new each time, as it learns η."""
+def _network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork | None:
+    """The trained network that the hparams name; None if they ask for an untrained one."""
     if hparams.archive is None:
         raise UsageError(_how_to_train(hparams))
     if hparams.archive == UNTRAINED:
-        return new_network(backbone, hparams)
+        return None
     file = Path(hparams.archive, archive.ARCHIVE)
-    network, about = _read_network(hparams.archive, file.is_file() and file.stat().st_mtime_ns)
+    written = file.stat().st_mtime_ns if file.is_file() else None
+    network, about = _read_network(hparams.archive, written, backbone.edit_dtype)
     archive.check_model(file, about, backbone)
     if (trained := about["hparams"]["alg_name"]) != hparams.alg_name:
         raise UsageError(f"{file}: trained as {trained}, but alg_name is {hparams.alg_name}.")
-    return network.to(backbone.edit_device)
+    return archive.place(network, backbone)
 
 
 @functools.lru_cache(maxsize=1)
-def _read_network(folder: str, written) -> tuple[HyperNetwork, dict]:
-    """The archive in the folder, read again only when it was ``written`` again."""
+def _read_network(folder: str, written, dtype) -> tuple[HyperNetwork, dict]:
+    """The archive in the folder, kept until it is ``written`` again or used in another dtype."""
     return archive.read_network(folder)
 
 
