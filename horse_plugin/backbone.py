@@ -67,7 +67,7 @@ class Backbone:
             *(p for block in self._blocks[: self._first] for p in block.parameters()),
         ]
         self._trunk_versions = [p._version for p in self._trunk_weights]
-        self._tuple_output = self._returns_tuple()
+        self._tuple_output = False  # whether blocks return a tuple; the first trunk run tells
 
     @classmethod
     def load(cls, hparams) -> "Backbone":
@@ -184,13 +184,19 @@ class Backbone:
         def leave(block, args, kwargs):
             raise _TrunkDone(args[0] if args else kwargs["hidden_states"])
 
-        hook = self._blocks[self._first].register_forward_pre_hook(leave, with_kwargs=True)
-        try:
-            self._forward(ids)
-        except _TrunkDone as done:
-            return done.states
-        finally:
-            hook.remove()
+        def note(block, args, output):
+            self._tuple_output = isinstance(output, tuple)
+
+        with contextlib.ExitStack() as stack:
+            for hook in (
+                self._blocks[0].register_forward_hook(note),
+                self._blocks[self._first].register_forward_pre_hook(leave, with_kwargs=True),
+            ):
+                stack.callback(hook.remove)
+            try:
+                self._forward(ids)
+            except _TrunkDone as done:
+                return done.states
 
     def _drop_stale(self):
         """Forget kept states once a weight that they came from has been written to."""
@@ -294,17 +300,6 @@ class Backbone:
             for weight in weights:
                 weight.requires_grad_(False)
                 weight.grad = None
-
-    @torch.no_grad()
-    def _returns_tuple(self) -> bool:
-        """Whether this architecture's blocks return a tuple, learnt from one token."""
-        seen = []
-        hook = self._blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out))
-        try:
-            self._forward(torch.zeros((1, 1), dtype=torch.long, device=self.device))
-        finally:
-            hook.remove()
-        return isinstance(seen[0], tuple)
 
 
 def _load(auto_class, name: str, key: str, **kwargs):
