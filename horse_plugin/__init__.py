@@ -1,5 +1,6 @@
 """HORSE: thousands of facts changed in a language model at once, as an EasyEdit method."""
 
+from . import easyedit_hook
 from .delta import EditDelta
 from .editor import HorseEditor
 from .errors import HorseError, UsageError
@@ -21,3 +22,5 @@ __all__ = [
     "UsageError",
     "load_records",
 ]
+
+easyedit_hook.install()

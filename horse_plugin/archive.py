@@ -170,18 +170,29 @@ def load_network(folder, backbone) -> tuple[HyperNetwork, dict]:
         UsageError: no archive there, or one for another model or other modules.
         HorseError: a damaged archive.
     """
+    network, about = read_network(folder)
+    check_model(Path(folder, ARCHIVE), about, backbone)
+    return place(network, backbone), about
+
+
+def read_network(folder) -> tuple[HyperNetwork, dict]:
+    """A trained hypernetwork and its description, whatever model they are for.
+
+    Raises:
+        UsageError: no archive there.
+        HorseError: a damaged archive.
+    """
     path = Path(folder, ARCHIVE)
     if not path.is_file():
         raise UsageError(f"archive: {folder} holds no {ARCHIVE}.")
     tensors, about = load_tensors(path)
     if about.get("kind") != "hypernetwork":
         raise UsageError(f"{path}: holds no hypernetwork.")
-    check_model(path, about, backbone)
     network = HyperNetwork(**about["network"])
     network.load_state_dict(
         {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
     )
-    return place(network, backbone), about
+    return network, about
 
 
 def place(network: HyperNetwork, backbone) -> HyperNetwork:

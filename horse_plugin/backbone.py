@@ -67,13 +67,13 @@ class Backbone:
             *(p for block in self._blocks[: self._first] for p in block.parameters()),
         ]
         self._trunk_versions = [p._version for p in self._trunk_weights]
-        self._tuple_output = self._returns_tuple()
+        self._tuple_output = False  # whether blocks return a tuple; the first trunk run tells
 
     @classmethod
     def load(cls, hparams) -> "Backbone":
         """Load the model that the hparams name, in the dtype and on the device they ask for."""
         name = resolve(hparams.model_name)
-        device = _device(hparams.device)
+        device = resolve_device(hparams.device)
         kwargs = {"trust_remote_code": hparams.trust_remote_code}
         with quiet_transformers():
             tokenizer = _load(
@@ -184,13 +184,19 @@ class Backbone:
         def leave(block, args, kwargs):
             raise _TrunkDone(args[0] if args else kwargs["hidden_states"])
 
-        hook = self._blocks[self._first].register_forward_pre_hook(leave, with_kwargs=True)
-        try:
-            self._forward(ids)
-        except _TrunkDone as done:
-            return done.states
-        finally:
-            hook.remove()
+        def note(block, args, output):
+            self._tuple_output = isinstance(output, tuple)
+
+        with contextlib.ExitStack() as stack:
+            for hook in (
+                self._blocks[0].register_forward_hook(note),
+                self._blocks[self._first].register_forward_pre_hook(leave, with_kwargs=True),
+            ):
+                stack.callback(hook.remove)
+            try:
+                self._forward(ids)
+            except _TrunkDone as done:
+                return done.states
 
     def _drop_stale(self):
         """Forget kept states once a weight that they came from has been written to."""
@@ -295,17 +301,6 @@ class Backbone:
                 weight.requires_grad_(False)
                 weight.grad = None
 
-    @torch.no_grad()
-    def _returns_tuple(self) -> bool:
-        """Whether this architecture's blocks return a tuple, learnt from one token."""
-        seen = []
-        hook = self._blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out))
-        try:
-            self._forward(torch.zeros((1, 1), dtype=torch.long, device=self.device))
-        finally:
-            hook.remove()
-        return isinstance(seen[0], tuple)
-
 
 def _load(auto_class, name: str, key: str, **kwargs):
     try:
@@ -400,7 +395,7 @@ def _in_order(model, names: Sequence[str]) -> list[str]:
     return sorted(names, key=order.__getitem__)
 
 
-def _device(device) -> torch.device:
+def resolve_device(device) -> torch.device:
     """What EasyEdit takes for a device: 0, "0", "cuda:0", "cpu", "auto"; None is the best one."""
     if device in (None, "", "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

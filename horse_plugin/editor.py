@@ -12,7 +12,7 @@ from . import archive
 from .backbone import Backbone, quiet_transformers
 from .delta import EditDelta
 from .errors import HALF_HINT, HorseError
-from .hparams import HORSEHyperParams
+from .hparams import UNTRAINED, HORSEHyperParams
 from .hypernetwork import HyperNetwork
 from .records import EditRecord, load_records
 from .trace import Trace, trace
@@ -82,7 +82,7 @@ class HorseEditor:
 
     def _start(self, backbone, hparams, network=None):
         self.backbone, self.hparams = backbone, hparams
-        if network is None and hparams.archive:
+        if network is None and hparams.archive not in (None, UNTRAINED):
             network, _ = archive.load_network(hparams.archive, backbone)
         self.trained = network is not None
         self.network = network if self.trained else new_network(backbone, hparams)
@@ -92,6 +92,10 @@ class HorseEditor:
     def history(self) -> list[EditDelta]:
         """The edits that are in the model now, oldest first."""
         return [delta for delta, _ in self._edits]
+
+    def weights_before(self) -> dict[str, torch.Tensor]:
+        """What the last edit replaced: edit module → its weight before."""
+        return self._edits[-1][1]
 
     def edit(self, records: Sequence[EditRecord]) -> EditDelta:
         """Write all records into the model in one edit.

@@ -8,9 +8,11 @@ import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
+from .default_model import resolve
 from .errors import UsageError
 
 # Keys of EasyEdit's MALMEN and MEND files that say how *its* trainer runs. HORSE has no use for
@@ -26,6 +28,12 @@ AT_LEAST = dict.fromkeys(
         early_stop_patience batch_size editor_batch_size batch_tokens max_length""".split(),
     1,
 ) | dict.fromkeys("edit_coef gen_coef loc_coef spread_strength trunk_cache_gb seed".split(), 0)
+# The methods that our engine runs, and what they are in its terms.
+METHODS = {
+    "HORSE": {"spread": "orthogonal", "loc_loss": "ce"},
+    "MALMEN": {"spread": "uniform", "loc_loss": "kl"},
+}
+UNTRAINED = "untrained"  # said as the archive: edit without one
 SPREADS = ("orthogonal", "gram_schmidt", "uniform", "decay")
 LOC_LOSSES = ("ce", "kl")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -51,14 +59,14 @@ class HORSEHyperParams:
     dtype: str | None = None  # fp32, bf16 or fp16; overrides `half`
     trust_remote_code: bool = False
     inner_params: list[str] = field(default_factory=list)  # empty: found (Sec. 2.1)
-    archive: str | None = None  # folder of a trained hypernetwork
+    archive: str | None = None  # folder of a trained hypernetwork, or "untrained"
 
     # The method.
     rank: int = 256  # of A and B in the hypernetwork (Sec. 2.3)
     n_blocks: int = 2
     strength: float = 0.15  # mean row norm of R over that of the module's output: sets eta
     lr: float | None = None  # absolute eta (Eq. 4); given, it replaces `strength`
-    spread: str = "orthogonal"  # Eq. 6; or gram_schmidt, uniform (MALMEN), decay (Eq. 5)
+    spread: str | None = None  # orthogonal (Eq. 6), gram_schmidt, uniform (MALMEN), decay (Eq. 5)
     spread_strength: float = 1.0  # 1: Eq. 6 as printed, 0: no projection
     token: str = "ans"  # edit at the answer tokens; HORSE knows no other place
 
@@ -73,7 +81,7 @@ class HORSEHyperParams:
     edit_coef: float = 1.0  # weight of the loss on the edit prompts
     gen_coef: float = 1.0  # ... on the rephrased prompts
     loc_coef: float = 1.0  # ... on the unrelated prompts
-    loc_loss: str = "ce"  # ce: their true answer, kl: what the unedited model said
+    loc_loss: str | None = None  # ce: their true answer (HORSE); kl: what the model said (MALMEN)
     max_grad_norm: float = 1.0
     val_interval: int = 10  # steps between two validations
     val_edits: int | None = None  # records edited at once in a validation; null: n_edits
@@ -85,15 +93,20 @@ class HORSEHyperParams:
     batch_size: int = 1000  # requests that EasyEdit's batch_edit hands over at once
     editor_batch_size: int = 8192  # answer tokens in one pass of the hypernetwork
     batch_tokens: int = 4096  # padded tokens in one pass of the model
-    max_length: int | None = None  # longest prompt + answer in tokens; the model's limit holds too
+    max_length: int = 4096  # longest prompt + answer in tokens; the model's limit holds too
     trunk_cache_gb: float = 2.0  # memory for trunk states kept between steps
     results_dir: str = "./results"
+
+    source: ClassVar[Path | None] = None  # the YAML it was read from
 
     def __post_init__(self):
         for f in fields(self):
             setattr(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
+        for key, value in METHODS.get(self.alg_name, {}).items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
         for key, allowed in (
-            ("alg_name", ("HORSE", "MALMEN")),
+            ("alg_name", tuple(METHODS)),
             ("spread", SPREADS),
             ("loc_loss", LOC_LOSSES),
             ("dtype", (None, *DTYPES)),
@@ -128,9 +141,11 @@ class HORSEHyperParams:
         if not isinstance(keys, dict):
             raise UsageError(f"{path}: expected `key: value` lines, found {type(keys).__name__}.")
         try:
-            return cls.from_dict(keys)
+            made = cls.from_dict(keys)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
+        made.source = path
+        return made
 
     @classmethod
     def from_dict(cls, keys: dict) -> "HORSEHyperParams":
@@ -155,6 +170,16 @@ class HORSEHyperParams:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    @property
+    def archive_folder(self) -> Path:
+        """Where training puts its archive unless told otherwise."""
+        return Path(self.results_dir, "models", self.alg_name, Path(self.model_name).name)
+
+    @property
+    def model(self) -> types.SimpleNamespace:
+        """EasyEdit's data sets look for the tokenizer at ``config.model.name``."""
+        return types.SimpleNamespace(name=resolve(self.model_name))
 
 
 def _first_line(error) -> str:

@@ -65,9 +65,7 @@ class HORSETrainer:
                 f"n_edits: {config.n_edits} in one step, but only {len(self.train_records)} "
                 "training records."
             )
-        self.out = Path(
-            out or Path(config.results_dir, "models", config.alg_name, Path(config.model_name).name)
-        )
+        self.out = Path(out or config.archive_folder)
         self.backbone = backbone or Backbone.load(config)
         self.network = new_network(self.backbone, config)
         self.network.spread_strength.requires_grad_(config.train_spread)

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from horse_plugin import HorseEditor
-from horse_plugin.backbone import Backbone, _device
+from horse_plugin.backbone import Backbone, resolve_device
 from horse_plugin.errors import UsageError
 from horse_plugin.prompts import Prompt, batches
 from horse_plugin.trace import trace
@@ -183,13 +183,13 @@ def test_the_dtype_asked_for_is_loaded(tmp_path, dtype):
 @pytest.mark.parametrize("device", [None, "cpu", "auto"])
 def test_devices_without_a_gpu(device):
     wanted = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
-    assert _device(device).type == wanted
+    assert resolve_device(device).type == wanted
 
 
 @pytest.mark.parametrize("device", [0, "0", "cuda:0", "nonsense"])
 def test_a_device_that_is_not_there_is_named(device):
     if torch.cuda.is_available() and device != "nonsense":
-        assert _device(device) == torch.device("cuda:0")
+        assert resolve_device(device) == torch.device("cuda:0")
     else:
         with pytest.raises(UsageError, match="device: "):
-            _device(device)
+            resolve_device(device)
