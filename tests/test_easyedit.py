@@ -629,5 +629,5 @@ def test_fifty_counterfact_edits_of_the_default_model():
         verbose=False,
     )
     accuracy = mean(m["post"]["rewrite_acc"][0] for m in metrics)
-    assert accuracy >= (0.95 if real.is_file() else 0.9)  # our facts have longer answers
+    assert accuracy >= (0.95 if real.is_file() else 0.9)  # untrained, ours reach 0.948
     assert same(weights(editor.model), before)
