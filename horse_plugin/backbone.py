@@ -11,14 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .default_model import resolve
-from .errors import UsageError
+from .loading import load_model
+from .modules import block_index, find_blocks, find_edit_modules, shape_of
 from .prompts import Batch, Prompt, batches, tokenize
 from .records import Query
 
@@ -52,13 +51,9 @@ class Backbone:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.device = model.get_input_embeddings().weight.device
         self._head = model.get_output_embeddings()
-        prefix, self._blocks = _find_blocks(model)
-        width = model.get_input_embeddings().weight.shape[1]
-        names = [n.removesuffix(".weight") for n in inner_params]
-        names = names or _find_modules(prefix, self._blocks, width)
-        modules = {n: _get_module(model, n) for n in names}
-        self.modules = {n: modules[n] for n in _in_order(model, names)}
-        self._first = min(_block_index(n, prefix) for n in self.modules)
+        prefix, self._blocks = find_blocks(model)
+        self.modules = find_edit_modules(model, inner_params)
+        self._first = min(block_index(n, prefix) for n in self.modules)
         self.progress = False
         self._kept: dict[tuple[int, ...], torch.Tensor] = {}
         self._room = int(trunk_cache_gb * 1e9)
@@ -71,39 +66,13 @@ class Backbone:
 
     @classmethod
     def load(cls, hparams) -> "Backbone":
-        """Load the model that the hparams name, in the dtype and on the device they ask for."""
-        name = resolve(hparams.model_name)
-        device = resolve_device(hparams.device)
-        kwargs = {"trust_remote_code": hparams.trust_remote_code}
-        with quiet_transformers():
-            tokenizer = _load(
-                transformers.AutoTokenizer,
-                resolve(hparams.tokenizer_name) if hparams.tokenizer_name else name,
-                "tokenizer_name" if hparams.tokenizer_name else "model_name",
-                **kwargs,
-            )
-            model, found = _load(
-                transformers.AutoModelForCausalLM,
-                name,
-                "model_name",
-                dtype=_dtype(hparams, device),
-                device_map="auto" if hparams.model_parallel else None,
-                output_loading_info=True,
-                **kwargs,
-            )
-        if missing := sorted(found["missing_keys"]):
-            raise UsageError(
-                f"model_name: {hparams.model_name!r} lacks {len(missing)} weights that its config "
-                f"asks for, such as {missing[0]}. Is it a causal language model, and whole?"
-            )
-        if not hparams.model_parallel:
-            model.to(device)
-        return cls(model, tokenizer, hparams.inner_params, hparams.trunk_cache_gb)
+        """The backbone of the model that the hparams name."""
+        return cls(*load_model(hparams), hparams.inner_params, hparams.trunk_cache_gb)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(d, d') of each edit module: width of its input and of its output."""
-        return [_shape(m) for m in self.modules.values()]
+        return [shape_of(m) for m in self.modules.values()]
 
     @property
     def edit_device(self) -> torch.device:
@@ -302,14 +271,6 @@ class Backbone:
                 weight.grad = None
 
 
-def _load(auto_class, name: str, key: str, **kwargs):
-    try:
-        return auto_class.from_pretrained(name, **kwargs)
-    except Exception as error:  # whatever transformers and its file formats raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{key}: {name!r} not loaded: {reason}") from None
-
-
 @contextlib.contextmanager
 def _skipped(block: nn.Module, tuple_output: bool):
     """The block passes its input on. Its own ``forward`` may be an instance attribute already
@@ -327,116 +288,3 @@ def _skipped(block: nn.Module, tuple_output: bool):
             block.forward = before
         else:
             del block.forward
-
-
-def _find_blocks(model) -> tuple[str, nn.ModuleList]:
-    """The transformer blocks and their name: the longest list of modules of one class."""
-    lists = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1
-    ]
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    fitting = [(name, m) for name, m in lists if depth is None or len(m) == depth]
-    if not fitting:
-        raise UsageError(f"{type(model).__name__}: no list of transformer blocks found in it.")
-    return max(fitting, key=lambda item: len(item[1]))
-
-
-def _find_modules(prefix: str, blocks: nn.ModuleList, width: int) -> list[str]:
-    """The second MLP projection of the last six blocks (Sec. 2.1): in each block, the last linear
-    map outside attention that leads back to the model's width."""
-    names = []
-    for i in range(max(0, len(blocks) - 6), len(blocks)):
-        linear = [
-            name
-            for name, m in blocks[i].named_modules()
-            if isinstance(m, (nn.Linear, Conv1D))
-            and "att" not in name.lower()
-            and _shape(m)[1] == width
-        ]
-        if not linear:
-            raise UsageError(
-                f"{prefix}.{i}: no MLP projection found; name inner_params in the YAML."
-            )
-        names.append(f"{prefix}.{i}.{linear[-1]}")
-    return names
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(d, d'): width of a linear map's input and of its output."""
-    shape = tuple(module.weight.shape)
-    return shape if isinstance(module, Conv1D) else shape[::-1]
-
-
-def _get_module(model, name: str) -> nn.Module:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise UsageError(f"inner_params: the model has no module {name!r}.") from None
-    if not isinstance(module, (nn.Linear, Conv1D)):
-        raise UsageError(f"inner_params: {name!r} is a {type(module).__name__}, not a linear map.")
-    return module
-
-
-def _block_index(name: str, prefix: str) -> int:
-    head, _, rest = name.partition(f"{prefix}.")
-    index = rest.partition(".")[0]
-    if head or not index.isdigit():
-        raise UsageError(f"inner_params: {name!r} does not lie in a block of {prefix!r}.")
-    return int(index)
-
-
-def _in_order(model, names: Sequence[str]) -> list[str]:
-    """The names in the order in which the model holds, and runs, its modules."""
-    if len(set(names)) < len(names):
-        raise UsageError("inner_params: a module is named twice.")
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(names, key=order.__getitem__)
-
-
-def resolve_device(device) -> torch.device:
-    """What EasyEdit takes for a device: 0, "0", "cuda:0", "cpu", "auto"; None is the best one."""
-    if device in (None, "", "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = f"cuda:{device}" if str(device).isdigit() else str(device)
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"device: {device!r} is none; try 0, cuda:0 or cpu.") from None
-    if device.type == "meta":
-        raise UsageError("device: 'meta' holds no weights; try 0, cuda:0 or cpu.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: no CUDA GPU here; leave `device` out or set it to cpu.")
-    return device
-
-
-def _dtype(hparams, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it faster than fp32, unless the hparams say otherwise."""
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if hparams.dtype:
-        return named[hparams.dtype]
-    half = hparams.half
-    if half is None:
-        half = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-    return torch.bfloat16 if half else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-
-
-@contextlib.contextmanager
-def quiet_transformers():
-    """Keep transformers' own progress bars and warnings out of the command line's output."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from . import archive, results
-from .backbone import Backbone, quiet_transformers
+from .backbone import Backbone
 from .editor import HorseEditor
 from .errors import UsageError
 from .hparams import HORSEHyperParams
+from .loading import quiet_transformers
 from .metrics import Evaluator
 from .records import EditRecord, load_records
 from .report import write_report

@@ -21,12 +21,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from . import archive
-from .backbone import Backbone, resolve_device
+from .backbone import Backbone
 from .demo import FACTS
 from .editor import HorseEditor
 from .errors import UsageError
 from .hparams import METHODS, UNTRAINED, HORSEHyperParams
 from .hypernetwork import HyperNetwork
+from .loading import resolve_device
 from .trainer import HORSETrainer
 
 try:

@@ -9,11 +9,12 @@ from importlib import metadata
 import torch
 
 from . import archive
-from .backbone import Backbone, quiet_transformers
+from .backbone import Backbone
 from .delta import EditDelta
 from .errors import HALF_HINT, HorseError
 from .hparams import UNTRAINED, HORSEHyperParams
 from .hypernetwork import HyperNetwork
+from .loading import quiet_transformers
 from .records import EditRecord, load_records
 from .trace import Trace, trace
 

@@ -6,8 +6,9 @@ import tiny
 import torch
 
 from horse_plugin import HorseEditor
-from horse_plugin.backbone import Backbone, resolve_device
+from horse_plugin.backbone import Backbone
 from horse_plugin.errors import UsageError
+from horse_plugin.loading import resolve_device
 from horse_plugin.prompts import Prompt, batches
 from horse_plugin.trace import trace
 

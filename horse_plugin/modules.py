@@ -1,0 +1,83 @@
+"""Finding a model's transformer blocks and, in them, its edit modules. No architecture by name."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import UsageError
+
+
+def find_blocks(model) -> tuple[str, nn.ModuleList]:
+    """The transformer blocks and their name: the longest list of modules of one class."""
+    lists = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1
+    ]
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    fitting = [(name, m) for name, m in lists if depth is None or len(m) == depth]
+    if not fitting:
+        raise UsageError(f"{type(model).__name__}: no list of transformer blocks found in it.")
+    return max(fitting, key=lambda item: len(item[1]))
+
+
+def find_edit_modules(model, inner_params: Sequence[str]) -> dict[str, nn.Module]:
+    """Name → edit module, in the order in which the model holds, and runs, them.
+
+    Args:
+        inner_params: their names, with or without ``.weight``. Empty, they are the second MLP
+            projection of the last six blocks (Sec. 2.1).
+    """
+    names = [n.removesuffix(".weight") for n in inner_params] or _second_projections(model)
+    if len(set(names)) < len(names):
+        raise UsageError("inner_params: a module is named twice.")
+    modules = {n: _linear(model, n) for n in names}
+    return {n: modules[n] for n, _ in model.named_modules() if n in modules}
+
+
+def block_index(name: str, prefix: str) -> int:
+    """Which of the blocks called ``prefix`` the module lies in."""
+    head, _, rest = name.partition(f"{prefix}.")
+    index = rest.partition(".")[0]
+    if head or not index.isdigit():
+        raise UsageError(f"inner_params: {name!r} does not lie in a block of {prefix!r}.")
+    return int(index)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(d, d'): width of a linear map's input and of its output."""
+    shape = tuple(module.weight.shape)
+    return shape if isinstance(module, Conv1D) else shape[::-1]
+
+
+def _second_projections(model) -> list[str]:
+    """In each of the last six blocks, the last linear map outside attention that leads back to the
+    model's width."""
+    prefix, blocks = find_blocks(model)
+    width = model.get_input_embeddings().weight.shape[1]
+    names = []
+    for i in range(max(0, len(blocks) - 6), len(blocks)):
+        linear = [
+            name
+            for name, m in blocks[i].named_modules()
+            if isinstance(m, (nn.Linear, Conv1D))
+            and "att" not in name.lower()
+            and shape_of(m)[1] == width
+        ]
+        if not linear:
+            raise UsageError(
+                f"{prefix}.{i}: no MLP projection found; name inner_params in the YAML."
+            )
+        names.append(f"{prefix}.{i}.{linear[-1]}")
+    return names
+
+
+def _linear(model, name: str) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise UsageError(f"inner_params: the model has no module {name!r}.") from None
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise UsageError(f"inner_params: {name!r} is a {type(module).__name__}, not a linear map.")
+    return module
