@@ -163,15 +163,23 @@ def _with_our_model(init):
 OLD_NAMES = {"locality_inputs": "locality_prompts", "portability_inputs": "locality_ground_truth"}
 
 
-def _on_our_device(method):
-    """A method of ``BaseEditor`` on the device that our hparams mean, with today's arguments."""
+# Edit one request after another, and refuse any ``batch_size`` but 1 although they use none.
+ONE_BY_ONE = ("edit", "edit_requests", "generate_edit")
+
+
+def _for_our_hparams(method):
+    """A method of ``BaseEditor`` on the device that our hparams mean, with today's arguments, and
+    whatever their ``batch_size``."""
     known = inspect.signature(method).parameters
 
     @functools.wraps(method)
-    def on_our_device(editor, *args, **kwargs):
+    def for_our_hparams(editor, *args, **kwargs):
         if not isinstance(editor.hparams, HORSEHyperParams):
             return method(editor, *args, **kwargs)
         with _device_of(editor.hparams), contextlib.ExitStack() as stack:
+            if method.__name__ in ONE_BY_ONE:
+                stack.callback(setattr, editor.hparams, "batch_size", editor.hparams.batch_size)
+                editor.hparams.batch_size = 1
             for name, old in OLD_NAMES.items():
                 if name in kwargs and name not in known and old in known:
                     kwargs[old] = kwargs.pop(name)
@@ -181,7 +189,7 @@ def _on_our_device(method):
                 editor.apply_algo = _apply_for_good
             return method(editor, *args, **kwargs)
 
-    return on_our_device
+    return for_our_hparams
 
 
 def _apply_for_good(*args, **kwargs):
@@ -216,9 +224,9 @@ def register():
         staticmethod(lambda alg_name: alg_name in METHODS or batchable(alg_name)),
     )
     _set(BaseEditor, "__init__", _with_our_model(BaseEditor.__init__))
-    for name in ("edit", "batch_edit", "edit_requests", "edit_dataset"):
+    for name in (*ONE_BY_ONE, "batch_edit", "edit_dataset"):
         if hasattr(BaseEditor, name):
-            _set(BaseEditor, name, _on_our_device(getattr(BaseEditor, name)))
+            _set(BaseEditor, name, _for_our_hparams(getattr(BaseEditor, name)))
 
 
 def unregister():

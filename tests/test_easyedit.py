@@ -391,17 +391,18 @@ def test_batch_edit_over_many_requests_is_one_edit(hparams, monkeypatch):
 
 @pytest.mark.parametrize("method", ["edit", "batch_edit"])
 def test_sequential_edits_accumulate(hparams, method):
-    hparams.batch_size = 2 if method == "batch_edit" else 1
+    hparams.batch_size = 2
     editor, records = BaseEditor.from_hparams(hparams), tiny.records(4)
     other, tok = tiny_pair()
     getattr(editor, method)(**columns(records), sequential_edit=True, verbose=False)
-    for i in range(0, 4, hparams.batch_size):
-        HorseEditor(other, tok, hparams).edit(records[i : i + hparams.batch_size])
+    at_once = 2 if method == "batch_edit" else 1
+    for i in range(0, 4, at_once):
+        HorseEditor(other, tok, hparams).edit(records[i : i + at_once])
     assert same(weights(editor.model), weights(other))
 
 
 def test_edit_and_edit_requests_edit_one_by_one(hparams):
-    hparams.batch_size = 1  # EasyEdit asks for it
+    hparams.batch_size = 7  # EasyEdit asks for 1
     editor, records = BaseEditor.from_hparams(hparams), tiny.records(3)
     before = weights(editor.model)
     by_edit, _, _ = editor.edit(**columns(records), locality_inputs=related(records), verbose=False)
@@ -410,13 +411,13 @@ def test_edit_and_edit_requests_edit_one_by_one(hparams):
         assert [len(m["post"]["rewrite_acc"]) for m in metrics] == [1] * 3
         assert all("neighborhood_acc" in m["post"]["locality"] for m in metrics)
     assert same(weights(editor.model), before)
+    assert hparams.batch_size == 7
 
 
 def test_portability_and_fluency_are_measured(hparams, monkeypatch):
     import nltk
 
     monkeypatch.setattr(nltk, "word_tokenize", str.split)  # its own wants a download
-    hparams.batch_size = 1
     records = tiny.records(2)
     metrics, _, _ = BaseEditor.from_hparams(hparams).edit(
         **columns(records),
@@ -440,7 +441,6 @@ def test_normal_edit_edits_all_at_once(hparams):
 
 @pytest.mark.skipif(not hasattr(BaseEditor, "generate_edit"), reason="not in this EasyEdit")
 def test_generate_edit_answers_before_and_after(hparams, monkeypatch):
-    hparams.batch_size = 1
     editor, records = BaseEditor.from_hparams(hparams), tiny.records(1)
     generate = editor.model.generate
     monkeypatch.setattr(
