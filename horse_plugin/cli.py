@@ -157,8 +157,9 @@ def _hparams(path: Path, **overrides):
 def _table(rows: list[dict]):
     figures = ("efficacy", "generalization", "specificity", "locality", "portability")
     shown = [f for f in figures if any(r[f] is not None for r in rows)]
-    table = Table(title=f"{rows[0]['dataset']}, percent", box=box.SIMPLE)
-    table.add_column("method")
+    title = f"{rows[0]['dataset']}, percent"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("method", no_wrap=True)
     for name in ("edits", *shown, "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
