@@ -1,5 +1,6 @@
 """Queries as tokens: where the answer lies, and batches that waste little on padding."""
 
+import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -105,15 +106,21 @@ class Batch:
     labels: torch.Tensor
 
 
+# No row of a batch is shorter than this share of its longest: what is shorter is paid in padding.
+FILLED = 0.8
+
+
 def batches(prompts: Sequence[Prompt], max_tokens: int, device="cpu") -> Iterable[Batch]:
     """Yield the prompts in batches of at most ``max_tokens`` padded tokens, longest first.
 
     A prompt longer than ``max_tokens`` makes a batch of its own.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].inputs), i))
+    lengths = [len(p.inputs) for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
     while order:
-        width = len(prompts[order[0]].inputs)
-        n_rows = max(1, max_tokens // width)
+        width = lengths[order[0]]
+        alike = bisect.bisect_right(order, -FILLED * width, key=lambda i: -lengths[i])
+        n_rows = max(1, min(alike, max_tokens // width))
         yield _batch(prompts, order[:n_rows], width, device)
         order = order[n_rows:]
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,10 +29,12 @@ def same(a, b):
 
 @torch.no_grad()
 def answer_loss(editor):
-    """Mean cross-entropy of the new answers on the edited prompts."""
+    """Summed cross-entropy of the new answers on the edited prompts."""
     prompts = tokenize(editor.backbone.tokenizer, [r.edit for r in tiny.records()])
-    (batch,) = batches(prompts, 10_000)
-    return torch.nn.functional.cross_entropy(editor.backbone.logits(batch), batch.labels).item()
+    return sum(
+        F.cross_entropy(editor.backbone.logits(batch), batch.labels, reduction="sum").item()
+        for batch in batches(prompts, 10_000)
+    )
 
 
 @pytest.mark.parametrize("architecture", sorted(tiny.CONFIGS))

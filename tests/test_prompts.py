@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from horse_plugin.backbone import Backbone
 from horse_plugin.errors import UsageError
 from horse_plugin.metrics import predict
-from horse_plugin.prompts import batches, tokenize
+from horse_plugin.prompts import FILLED, batches, tokenize
 from horse_plugin.records import Query
 
 TOKENIZERS = {
@@ -100,13 +100,14 @@ def test_padding_side_and_batching_do_not_change_predictions(side, tokenizer):
     budget=st.integers(1, 200),
 )
 @settings(deadline=None)
-def test_batches_hold_every_prompt_once_within_the_budget(lengths, budget):
+def test_batches_hold_every_prompt_once_within_the_budget_and_little_padding(lengths, budget):
     from horse_plugin.prompts import Prompt
 
     made = [Prompt(tuple(range(n)), max(1, n - k)) for n, k in lengths]
     seen = []
     for batch in batches(made, budget):
         assert batch.ids.numel() <= budget or len(batch.prompts) == 1
+        assert all(len(p.inputs) >= FILLED * batch.ids.shape[1] for p in batch.prompts)
         seen += batch.index
         at = batch.ids[batch.rows, batch.cols]
         assert torch.equal(at + 1, batch.labels)  # ids count up, so the label is the next one
