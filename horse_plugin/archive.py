@@ -2,11 +2,12 @@
 
 An archive (a trained hypernetwork) and a checkpoint are one safetensors file each, with their
 description as JSON in its header, so that one rename replaces both together. A delta is a folder
-of ``delta.safetensors`` and ``edit.json``.
+of ``delta.safetensors`` and ``edit.json``. A checksum tells accidents, not forgeries: whatever is
+read is also checked for its form, by name.
 """
 
 import contextlib
-import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from .hypernetwork import HyperNetwork
 
 FORMAT = 1
 ARCHIVE, CHECKPOINT = "archive.safetensors", "checkpoint.safetensors"
+PART = ".part"  # ends the name of what is still being written
 
 
 def write(path, data: bytes | str):
@@ -32,7 +34,7 @@ def write(path, data: bytes | str):
     data = data.encode() if isinstance(data, str) else data
     with _said_plainly(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(PART, f".{path.name}.", path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -82,7 +84,7 @@ def new_folder(path) -> Iterator[Path]:
     path = check_empty(path)
     with _said_plainly(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        made = Path(tempfile.mkdtemp(PART, f".{path.name}.", path.parent))
         try:
             yield made
             made.chmod(0o777 & ~_umask())
@@ -92,12 +94,45 @@ def new_folder(path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def only_process(folder) -> Iterator[Path]:
+    """Hold the folder, which is made if need be, against other processes that write into it.
+
+    The system lets go of it when the process ends, however it ends; what a killed one had begun
+    to write is swept away by the next.
+
+    Raises:
+        HorseError: another process holds it.
+        UsageError: it cannot be made or written to.
+    """
+    folder = Path(folder)
+    check_writable(folder)
+    handle = os.open(folder, os.O_RDONLY)  # the folder is its own lock file
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise HorseError(
+            f"{folder}: another process is writing into it. Wait for it, or choose another folder."
+        ) from None
+    try:
+        for part in folder.glob(f".*{PART}"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        yield folder
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def _said_plainly(path: Path):
     try:
         yield
     except OSError as error:
-        advice = " Free space or choose another place." if error.errno == errno.ENOSPC else ""
-        raise HorseError(f"{path}: not written: {error.strerror or error}.{advice}") from None
+        reason = error.strerror or error
+    except safetensors.SafetensorError as error:  # how save_pretrained meets a full disk
+        reason = str(error)
+    else:
+        return
+    raise HorseError(f"{path}: not written: {reason}. Is there space, and a right to write?")
 
 
 def _umask() -> int:
@@ -109,9 +144,12 @@ def _umask() -> int:
 def save_tensors(path, tensors: dict[str, torch.Tensor], about: dict):
     """Write tensors with a JSON description, and a digest of both, into one safetensors file."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    about = {"format": FORMAT, **about}
-    header = json.dumps({"about": about, "sha256": _digest(tensors, about)}, sort_keys=True)
+    header = _header(tensors, {"format": FORMAT, **about})
     write(path, safetensors.torch.save(tensors, metadata={"horse": header}))
+
+
+def _header(tensors: dict[str, torch.Tensor], about: dict) -> str:
+    return json.dumps({"about": about, "sha256": _digest(tensors, about)}, sort_keys=True)
 
 
 def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -126,17 +164,60 @@ def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
         raise UsageError(f"{path}: no such file.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["horse"])
+            header = (file.metadata() or {})["horse"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about, digest = header["about"], header["sha256"]
+        about = json.loads(header)["about"]
+        found = about["format"]
+        whole = header == _header(tensors, about)  # to the letter: JSON has several ways to say 1e5
     except Exception as error:  # whatever a damaged header provokes in the two parsers
         reason = (str(error).splitlines() or ["?"])[0]
         raise HorseError(f"{path}: damaged, or not a HORSE file ({reason}).") from None
-    if digest != _digest(tensors, about):
+    if not whole:
         raise HorseError(f"{path}: damaged: its content does not match its checksum.")
-    if (found := about.pop("format")) != FORMAT:
+    if found != FORMAT:
         raise HorseError(f"{path}: format {found}; this version reads {FORMAT}.")
+    del about["format"]
     return tensors, about
+
+
+# What every description must hold; more is left to those who read it.
+MODEL = {
+    "name": str,
+    "architecture": str,
+    "n_blocks": int,
+    "hidden_size": int,
+    "vocab_size": int,
+    "embedding_norms": [(int, float)],
+}
+MADE_FOR = {"model": MODEL, "modules": [str], "hparams": {"alg_name": str}, "versions": {}}
+NETWORK = {
+    "shapes": [list],
+    "rank": int,
+    "n_blocks": int,
+    "spread": str,
+}
+
+
+def check_form(path, value, form, where: str = ""):
+    """Check what JSON held against its form.
+
+    Args:
+        form: a type or a tuple of types; a list of one form, for lists of it; or a dict of forms,
+            for objects that hold at least these.
+
+    Raises:
+        HorseError: naming file and field.
+    """
+    outer = type(form) if isinstance(form, (dict, list)) else form
+    if not isinstance(value, outer) or (isinstance(value, bool) and outer is not bool):
+        found = "missing" if value is None else f"{type(value).__name__}, which it must not be"
+        raise HorseError(f"{path}: damaged: field {where or 'about'!r} is {found}.")
+    if isinstance(form, dict):
+        for name, inner in form.items():
+            check_form(path, value.get(name), inner, f"{where}.{name}".lstrip("."))
+    elif isinstance(form, list):
+        for i, item in enumerate(value):
+            check_form(path, item, form[0], f"{where}[{i}]")
 
 
 def _digest(tensors: dict[str, torch.Tensor], about: dict) -> str:
@@ -188,11 +269,34 @@ def read_network(folder) -> tuple[HyperNetwork, dict]:
     tensors, about = load_tensors(path)
     if about.get("kind") != "hypernetwork":
         raise UsageError(f"{path}: holds no hypernetwork.")
-    network = HyperNetwork(**about["network"])
-    network.load_state_dict(
-        {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
-    )
-    return network, about
+    check_form(path, about, MADE_FOR | {"network": NETWORK})
+    return network_of(path, tensors, about["network"]), about
+
+
+def network_of(path, tensors: dict[str, torch.Tensor], form: dict) -> HyperNetwork:
+    """The network that ``form`` describes and the tensors fill.
+
+    Nothing is allocated for one that the tensors do not fill.
+
+    Raises:
+        HorseError: they do not fit each other.
+    """
+    tensors = {
+        n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")
+    }
+    if max(form["n_blocks"], len(form["shapes"])) > len(tensors):
+        raise HorseError(f"{path}: damaged: field 'network' asks for more than the file holds.")
+    try:
+        with torch.device("meta"):
+            network = HyperNetwork(**{n: form[n] for n in NETWORK})
+        shapes = {n: t.shape for n, t in network.state_dict().items()}
+        if shapes != {n: t.shape for n, t in tensors.items()}:
+            raise ValueError("does not have the form of the tensors")
+        network.to_empty(device="cpu").load_state_dict(tensors)
+    except Exception as error:  # of a size, a name or a type that torch does not take
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise HorseError(f"{path}: damaged: field 'network': {reason}.") from None
+    return network
 
 
 def place(network: HyperNetwork, backbone) -> HyperNetwork:
@@ -224,10 +328,15 @@ def check_model(path, about: dict, backbone):
 def same_model(a: dict, b: dict) -> bool:
     """Equal architecture and sizes, and embeddings that agree up to the rounding of a dtype."""
     names = ("architecture", "n_blocks", "hidden_size", "vocab_size")
-    rows = zip(a["embedding_norms"], b["embedding_norms"], strict=True)
-    return all(a[n] == b[n] for n in names) and all(
-        abs(x - y) <= 2e-3 * max(abs(x), abs(y)) for x, y in rows
-    )
+    rows = a["embedding_norms"], b["embedding_norms"]
+    if any(a[n] != b[n] for n in names) or len(rows[0]) != len(rows[1]):
+        return False
+    return all(abs(x - y) <= 2e-3 * max(abs(x), abs(y)) for x, y in zip(*rows, strict=True))
+
+
+def digest(weight: torch.Tensor) -> str:
+    """The sha256 of a weight's bits, with its dtype and shape."""
+    return _digest({"": weight.detach().cpu()}, {})
 
 
 def _model_name(fingerprint: dict) -> str:

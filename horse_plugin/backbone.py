@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .archive import digest
+from .errors import HALF_HINT, HorseError
 from .loading import load_model
 from .modules import block_index, find_blocks, find_edit_modules, shape_of
 from .prompts import Batch, Prompt, batches, tokenize
@@ -102,9 +104,12 @@ class Backbone:
 
     def tokenize(self, queries: Sequence[Query], max_length: int | None = None) -> list[Prompt]:
         """Queries as prompts, no longer than ``max_length`` and what the model can read."""
+        return tokenize(self.tokenizer, queries, self.limit(max_length))
+
+    def limit(self, max_length: int | None = None) -> int | None:
+        """The most tokens that a prompt may have: ``max_length``, or what the model can read."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limits = [n for n in (max_length, limit) if n is not None]
-        return tokenize(self.tokenizer, queries, min(limits, default=None))
+        return min((n for n in (max_length, limit) if n is not None), default=None)
 
     def batches(self, prompts: Sequence[Prompt], max_tokens: int, doing: str) -> Iterable[Batch]:
         """Batches on the model's device, with a progress bar where ``progress`` is set."""
@@ -217,6 +222,9 @@ class Backbone:
 
         The sum is rounded once, from ``edit_dtype``. Should anything fail half-way, every
         weight is put back before the exception goes on.
+
+        Raises:
+            HorseError: a shift of another shape, or a sum that is not finite, naming the module.
         """
         before = {}
         try:
@@ -225,7 +233,14 @@ class Backbone:
                 weight = module.weight
                 before[name] = weight.detach().clone()
                 shift = shift if isinstance(module, Conv1D) else shift.T
+                if shift.shape != weight.shape:
+                    raise HorseError(
+                        f"{name}: the shift is {tuple(shift.shape)}, the weight "
+                        f"{tuple(weight.shape)}."
+                    )
                 weight.copy_(weight.to(self.edit_dtype) + shift.to(weight.device, self.edit_dtype))
+                if not weight.isfinite().all():
+                    raise HorseError(f"{name}: the edited weight is not finite. {HALF_HINT}")
         except BaseException:
             self.restore(before)
             raise
@@ -236,6 +251,10 @@ class Backbone:
         """Put weights that :meth:`add` returned back, bit for bit."""
         for name, weight in weights.items():
             self.modules[name].weight.copy_(weight)
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of every edit module's weight as it is now, to the bit."""
+        return {name: digest(module.weight) for name, module in self.modules.items()}
 
     @contextlib.contextmanager
     def shifted(self, shifts: dict[str, torch.Tensor]):

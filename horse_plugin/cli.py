@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from . import show
 from .errors import HorseError, UsageError
 
 app = typer.Typer(
@@ -26,6 +25,7 @@ console = Console()
 
 Hparams = Annotated[Path, typer.Option(help="YAML with the settings, see hparams/HORSE.")]
 Data = Annotated[str, typer.Option(help="Facts: JSON, JSONL, Parquet, or a hub data-set id.")]
+Folder = Annotated[Path, typer.Argument(help="The folder of an edit, or of a chain of them.")]
 NEdits = Annotated[int | None, typer.Option(help="How many records, from the start.", min=1)]
 
 
@@ -46,13 +46,13 @@ def train(
     settings = _hparams(hparams, n_edits=n_edits, max_epochs=epochs)
     if not resume and (out / files.ARCHIVE).exists():
         raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
-    files.check_writable(out)
-    trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
-    folder = trainer.run()
+    with files.only_process(out):
+        trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
+        folder = trainer.run()
     best = trainer.best
     console.print(
-        f"Best at step {best['step']}: efficacy {_figure(best['efficacy'])}, generalization "
-        f"{_figure(best['generalization'])}, specificity {_figure(best['specificity'])}."
+        f"Best at step {best['step']}: efficacy {show.figure(best['efficacy'])}, generalization "
+        f"{show.figure(best['generalization'])}, specificity {show.figure(best['specificity'])}."
     )
     console.print(f"Archive: {folder}", soft_wrap=True)
 
@@ -61,70 +61,139 @@ def train(
 def edit(
     hparams: Hparams,
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder for the delta and results.json.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the edit, by itself.")] = None,
+    onto: Annotated[Path | None, typer.Option(help="Chain of edits to put it on top of.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the edit; a number in a chain.")] = None,
     archive: Annotated[Path | None, typer.Option(help="Trained archive; none: untrained.")] = None,
     n_edits: NEdits = None,
     save_model: Annotated[
         Path | None, typer.Option(help="Also save the edited model here.")
     ] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse contradictions and the like.")] = False,
+    heldout: Annotated[Path | None, typer.Option(help="Text for the perplexity check.")] = None,
+    max_rise: Annotated[float, typer.Option(help="Perplexity's, in %, without a warning.")] = 20.0,
 ):
-    """Edit all the facts at once, measure the edit, save it as a delta."""
-    from . import Evaluator, HorseEditor, load_records, results
+    """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto."""
+    from . import HorseEditor, load_records, results
     from . import archive as files
+    from .delta import check_free
+    from .ledger import Ledger
+    from .session import measured_edit
 
+    if (out is None) == (onto is None):
+        raise UsageError("edit: give --out for an edit by itself, or --onto for a chain of edits.")
     settings = _hparams(hparams, archive=archive and str(archive))
     records = load_records(data, n_edits)
-    files.check_writable(out)
     if save_model:
         files.check_empty(save_model)
-    if not settings.archive:
-        _say("No archive: the hypernetwork is untrained. `horse train` makes one.")
-    editor = HorseEditor.from_hparams(settings)
-    editor.backbone.progress = True
-    evaluator = Evaluator(editor.backbone, records, settings.batch_tokens, settings.max_length)
-    before = evaluator.evaluate()
-    delta = editor.edit(records)
-    after = evaluator.evaluate()
-    rows = [
-        results.row("unedited", Path(data).stem, settings, before),
-        results.row(settings.alg_name, Path(data).stem, settings, after, delta.about["seconds"]),
-    ]
-    delta.save(out)
-    results.save(out / "results.json", rows)
+    with files.only_process(out or onto) as folder:
+        ledger = Ledger(folder) if onto else None
+        name = ledger.new_name(name) if ledger else name
+        if not ledger:
+            check_free(folder)
+        if not settings.archive:
+            _say("No archive: the hypernetwork is untrained. `horse train` makes one.")
+        editor = HorseEditor.from_hparams(settings)
+        editor.backbone.progress = True
+        if ledger:
+            editor.apply_chain(ledger.deltas())
+        dataset = Path(data).stem
+        delta, rows = measured_edit(editor, records, dataset, name, strict, heldout, max_rise)
+        if ledger:
+            ledger.add(delta, rows)
+        else:
+            delta.save(folder)
+            results.save(folder / "results.json", rows)
     if save_model:
         editor.save_model(save_model)
-    _table(rows)
-    console.print(f"Delta: {out}", soft_wrap=True)
+    console.print(show.figures(rows))
+    console.print(f"Edit: {folder / delta.name if ledger else folder}", soft_wrap=True)
 
 
 @app.command(name="eval")
 def evaluate(
     hparams: Hparams,
     data: Data,
-    delta: Annotated[Path | None, typer.Option(help="An edit to measure; none: the model.")] = None,
+    delta: Annotated[
+        Path | None, typer.Option(help="An edit, or a chain of them; none: the model.")
+    ] = None,
     n_edits: NEdits = None,
     out: Annotated[Path | None, typer.Option(help="Where to write results.json.")] = None,
 ):
     """Measure the model, or an edit of it, on facts."""
-    from . import Evaluator, HorseEditor, load_records, results
+    from . import Evaluator, load_records, results
     from . import archive as files
 
-    settings = _hparams(hparams)
-    settings.archive = None  # a delta is applied as it is; no network is needed
-    records = load_records(data, n_edits)
-    loaded = HorseEditor.load_delta(delta) if delta else None
+    settings, records = _hparams(hparams), load_records(data, n_edits)
     if out:
         files.check_writable(out.parent)
-    editor = HorseEditor.from_hparams(settings)
-    editor.backbone.progress = True
+    editor, deltas = _editor(settings, delta)
     evaluator = Evaluator(editor.backbone, records, settings.batch_tokens, settings.max_length)
-    if loaded:
-        editor.apply(loaded)
-    name = loaded.about["hparams"]["alg_name"] if loaded else "unedited"
+    editor.apply_chain(deltas)
+    name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
     rows = [results.row(name, Path(data).stem, settings, evaluator.evaluate())]
     if out:
         results.save(out, rows)
-    _table(rows)
+    console.print(show.figures(rows))
+
+
+@app.command(name="show")
+def show_edit(folder: Folder):
+    """Print what an edit is: its facts, model, settings, versions and figures."""
+    from .ledger import read_edits
+
+    for delta in read_edits(folder):
+        for part in show.edit(delta):
+            console.print(part)
+
+
+@app.command()
+def log(folder: Folder):
+    """List the edits of a chain, oldest first."""
+    from .ledger import Ledger
+
+    console.print(show.log(Ledger.at(folder).entries))
+
+
+@app.command()
+def undo(
+    folder: Folder,
+    name: Annotated[str | None, typer.Argument(help="Which edit; the last one.")] = None,
+):
+    """Take an edit out of a chain, the last one or any other; its files stay."""
+    from . import archive as files
+    from .ledger import Ledger
+
+    Ledger.at(folder)
+    with files.only_process(folder):
+        undone = Ledger(folder).undo(name)
+    console.print(f"Undone: {undone}. Its files stay in {folder / undone}.", soft_wrap=True)
+
+
+@app.command()
+def export(
+    hparams: Hparams,
+    delta: Annotated[Path, typer.Option(help="An edit, or a chain of them.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model or the adapter.")],
+    lora: Annotated[bool, typer.Option(help="A PEFT LoRA adapter, not the whole model.")] = False,
+    rank: Annotated[int | None, typer.Option(help="The adapter's; none: exact.", min=1)] = None,
+):
+    """Write the edited model as a Hugging Face folder, or the edit as a PEFT LoRA adapter."""
+    from . import archive as files
+    from .export import save_adapter, to_rank
+
+    if rank and not lora:
+        raise UsageError("export: --rank is for --lora.")
+    files.check_empty(out)
+    editor, deltas = _editor(_hparams(hparams), delta)
+    if lora:
+        adapter = to_rank(editor, deltas, rank)
+        save_adapter(adapter, editor.backbone, out)
+        console.print(show.adapter(adapter))
+    else:
+        editor.apply_chain(deltas)
+        editor.save_model(out)
+    console.print(f"{'Adapter' if lora else 'Model'}: {out}", soft_wrap=True)
 
 
 @app.command()
@@ -137,13 +206,8 @@ def demo(
 
     settings = _hparams(hparams) if hparams else None
     outcome = run(out, settings)
-    _table(outcome.rows)
-    facts = Table(
-        *("prompt", "before", "after", "asked for"), title="Ten of the edited facts", box=box.SIMPLE
-    )
-    for example in outcome.examples:
-        facts.add_row(*example)
-    console.print(facts)
+    console.print(show.figures(outcome.rows))
+    console.print(show.examples(outcome.examples))
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
@@ -154,22 +218,15 @@ def _hparams(path: Path, **overrides):
     return replace(settings, **{k: v for k, v in overrides.items() if v is not None})
 
 
-def _table(rows: list[dict]):
-    figures = ("efficacy", "generalization", "specificity", "locality", "portability")
-    shown = [f for f in figures if any(r[f] is not None for r in rows)]
-    title = f"{rows[0]['dataset']}, percent"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for name in ("edits", *shown, "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for r in rows:
-        seconds = "" if r["edit_seconds"] is None else f"{r['edit_seconds']:.1f}"
-        table.add_row(r["method"], str(r["n_edits"]), *(_figure(r[f]) for f in shown), seconds)
-    console.print(table)
+def _editor(settings, delta: Path | None):
+    """An editor for edits that are there, which need no network, and these edits."""
+    from . import HorseEditor
+    from .ledger import read_edits
 
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    deltas = read_edits(delta) if delta else []
+    editor = HorseEditor.from_hparams(replace(settings, archive=None))
+    editor.backbone.progress = True
+    return editor, deltas
 
 
 def _say(message: str):
@@ -186,8 +243,8 @@ def run():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
-    except KeyboardInterrupt:
-        _say("horse: stopped.")
+    except KeyboardInterrupt as stopped:
+        _say(f"horse: {stopped or 'stopped.'}")
         sys.exit(1)
     except Exception as error:  # ours, or a bug of ours or of a library below: one line
         if debug:

@@ -72,7 +72,7 @@ def apply_horse_to_model(
     backbone = Backbone(model, tok, hparams.inner_params)
     editor = HorseEditor.from_backbone(backbone, hparams, _network(backbone, hparams))
     editor.edit([{key: r.get(key) for key in ("prompt", "target_new")} for r in requests])
-    before = editor.weights_before() if return_orig_weights else {}
+    before = editor.original_weights if return_orig_weights else {}
     return model, {f"{name}.weight": weight for name, weight in before.items()}
 
 

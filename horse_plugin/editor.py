@@ -1,5 +1,6 @@
 """Editing: records in, one change of the weights out, and its undoing."""
 
+import datetime
 import math
 import platform
 import time
@@ -11,7 +12,7 @@ import torch
 from . import archive
 from .backbone import Backbone
 from .delta import EditDelta
-from .errors import HALF_HINT, HorseError
+from .errors import HALF_HINT, HorseError, UsageError
 from .hparams import UNTRAINED, HORSEHyperParams
 from .hypernetwork import HyperNetwork
 from .loading import quiet_transformers
@@ -39,17 +40,29 @@ def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams
     for name, keys, r, lamda in zip(
         backbone.modules, traced.keys, residuals, network.lamda, strict=True
     ):
-        if not r.isfinite().all():
-            raise HorseError(f"{name}: its residual is not finite. {HALF_HINT}")
+        if (bad := ~r.isfinite().all(-1)).any():
+            record = traced.owners[bad.cpu()][0].item()
+            raise HorseError(f"record {record}: {name}: its residual is not finite. {HALF_HINT}")
         try:
-            tensors |= EditDelta.solve(name, keys, r, lamda)
+            solved = EditDelta.solve(name, keys, r, lamda)
         except HorseError as error:
-            raise HorseError(f"{name}: {error}") from None
+            record = traced.owners[keys.norm(dim=-1).nan_to_num(torch.inf).argmax()].item()
+            raise HorseError(f"{name}: {error} Record {record} has the largest keys.") from None
+        if not all(t.isfinite().all() for t in solved.values()):
+            record = traced.owners[r.norm(dim=-1).argmax()].item()
+            raise HorseError(
+                f"{name}: the shift is not finite. {HALF_HINT} "
+                f"Record {record} has the largest residual."
+            )
+        tensors |= solved
     return tensors
 
 
 class HorseEditor:
     """Edits a model with HORSE; every edit can be taken back, bit for bit.
+
+    The weights are always the original ones plus the edits in :attr:`history`, added in that
+    order; undoing an edit, the last or any other, sets them to the original ones plus the rest.
 
     Without an archive the hypernetwork is untrained: it edits, but harms more and generalises
     less. Its normaliser and η then come from each edit's own facts.
@@ -87,41 +100,49 @@ class HorseEditor:
             network, _ = archive.load_network(hparams.archive, backbone)
         self.trained = network is not None
         self.network = network if self.trained else new_network(backbone, hparams)
-        self._edits: list[tuple[EditDelta, dict]] = []
+        self._edits: list[EditDelta] = []
+        self._left: dict[str, str] = {}  # digests of the weights as this editor left them
+        self.original_weights: dict[str, torch.Tensor] = {}
 
     @property
     def history(self) -> list[EditDelta]:
         """The edits that are in the model now, oldest first."""
-        return [delta for delta, _ in self._edits]
+        return list(self._edits)
 
-    def weights_before(self) -> dict[str, torch.Tensor]:
-        """What the last edit replaced: edit module → its weight before."""
-        return self._edits[-1][1]
-
-    def edit(self, records: Sequence[EditRecord]) -> EditDelta:
+    def edit(self, records: Sequence[EditRecord], name: str | None = None) -> EditDelta:
         """Write all records into the model in one edit.
 
         Args:
             records: edit records, or anything that :func:`load_records` takes.
+            name: what to call the edit; :meth:`undo` takes it.
 
         Returns:
             The delta, already applied; ``about["seconds"]`` is what it took.
+
+        Raises:
+            HorseError: the weights were changed from outside since this editor's last edit; or
+                a number that is not finite, naming the module and the record. The model is as it
+                was.
         """
         records, start = load_records(records), time.perf_counter()
-        hp = self.hparams
+        hp, weights = self.hparams, self._weights()
         prompts = self.backbone.tokenize([r.edit for r in records], hp.max_length)
         traced = trace(self.backbone, prompts, hp.batch_tokens)
         if not self.trained:
             self.network = self._fitted(traced)
         about = {
+            "name": name,
+            "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "model": self.backbone.fingerprint(),
             "modules": list(self.backbone.modules),
+            "weights": weights,
+            "original": self._edits[0].about["original"] if self._edits else weights,
             "network": archive.network_about(self.network),
             "hparams": hp.to_dict(),
             "versions": versions(),
         }
         delta = EditDelta(solve_edit(self.backbone, self.network, traced, hp), records, about)
-        self.apply(delta)
+        self._add(delta)
         about["seconds"] = time.perf_counter() - start
         return delta
 
@@ -139,26 +160,120 @@ class HorseEditor:
         return network
 
     def apply(self, delta: EditDelta):
-        """Add a delta to the model.
+        """Add a delta to the model, such as a loaded one.
+
+        It must have been made on the weights as they are now, or as they were before all edits of
+        this editor: several edits of one model can be combined so.
 
         Raises:
-            UsageError: a loaded delta that was made for another model or other modules.
+            UsageError: a delta that was made for another model, other modules or other weights.
+            HorseError: the weights were changed from outside since this editor's last edit.
         """
-        archive.check_model("delta", delta.about, self.backbone)
-        before = self.backbone.add(delta.shifts)
-        self._edits.append((delta, {name: w.cpu() for name, w in before.items()}))
+        self._apply([delta], "weights")
 
-    def undo(self) -> EditDelta:
-        """Take the last edit back: every weight as it was before, bit for bit.
+    def apply_chain(self, deltas: Sequence[EditDelta]):
+        """Add deltas that were made one on top of the other, all of them or none.
+
+        They must have begun at the weights as they are now; one that is missing was undone.
 
         Raises:
-            HorseError: there is no edit to take back.
+            UsageError, HorseError: as :meth:`apply`.
+        """
+        self._apply(deltas, "original")
+
+    def _apply(self, deltas: Sequence[EditDelta], made_on: str):
+        now, done = self._weights(), self.history
+        known = [now, *(d.about["original"] for d in done[:1])]
+        for delta in deltas:
+            archive.check_model(delta.name, delta.about, self.backbone)
+            if (wanted := delta.about[made_on]) not in known:
+                module = next((m for m in now if wanted.get(m) != now[m]), "a module")
+                raise UsageError(
+                    f"{delta.name}: made on other weights of {module} than this model has. Load "
+                    "the model in the same dtype, and apply first what it was made on top of."
+                )
+        try:
+            for delta in deltas:
+                self._add(delta)
+        except BaseException:
+            if self._edits:
+                self._replay(done)
+            raise
+
+    def _weights(self) -> dict[str, str]:
+        """The digests of the weights now, which must be those that this editor left."""
+        now = self.backbone.digests()
+        if self._edits and now != self._left:
+            module = next(m for m in now if now[m] != self._left[m])
+            raise HorseError(
+                f"{module}: its weight was changed by others since this editor's last edit. "
+                "undo(force=True) overwrites the change; a new HorseEditor starts from it."
+            )
+        return now
+
+    def _add(self, delta: EditDelta):
+        before = self.backbone.add(delta.to(self.backbone.edit_device).shifts)
+        if not self._edits:
+            self.original_weights = {name: w.cpu() for name, w in before.items()}
+        self._edits.append(delta)
+        self._left = self.backbone.digests()
+        delta.about.setdefault("moved", self._moved(before))
+
+    def _moved(self, before: dict[str, torch.Tensor]) -> dict[str, float]:
+        """How far each weight is from what it was: ‖W − W before‖/‖W before‖ (Frobenius)."""
+        dtype, modules = self.backbone.edit_dtype, self.backbone.modules
+        return {
+            name: (
+                (modules[name].weight.to(dtype) - w.to(dtype)).norm() / w.to(dtype).norm()
+            ).item()
+            for name, w in before.items()
+        }
+
+    def undo(self, which: int | str = -1, force: bool = False) -> EditDelta:
+        """Take an edit back: the weights become what the other edits alone make of the original.
+
+        Every bit is as if the others had been applied to the original model in their order, and
+        without others as before the first edit.
+
+        Args:
+            which: the edit's place in :attr:`history`, or its name; the last by default.
+            force: do so even if others changed the weights meanwhile; their change is lost.
+
+        Returns:
+            The delta taken back.
+
+        Raises:
+            UsageError: there is no such edit.
+            HorseError: there is no edit at all, or the weights were changed from outside since
+                this editor's last edit.
         """
         if not self._edits:
             raise HorseError("undo: this editor has made no edit.")
-        delta, before = self._edits.pop()
-        self.backbone.restore(before)
-        return delta
+        names = [d.name for d in self._edits]
+        places = range(len(names))
+        if which in names:
+            place = len(names) - 1 - names[::-1].index(which)
+        elif isinstance(which, int) and -len(names) <= which < len(names):
+            place = places[which]
+        else:
+            raise UsageError(f"undo: no edit {which!r}; there are {', '.join(names)}.")
+        if not force:
+            self._weights()
+        undone = self._edits[place]
+        self._replay(self._edits[:place] + self._edits[place + 1 :])
+        return undone
+
+    def _replay(self, edits: list[EditDelta]):
+        """Set the weights to the original ones plus these edits, or leave them alone."""
+        before = {n: m.weight.detach().clone() for n, m in self.backbone.modules.items()}
+        self.backbone.restore(self.original_weights)
+        try:
+            for delta in edits:
+                self.backbone.add(delta.to(self.backbone.edit_device).shifts)
+        except BaseException:
+            self.backbone.restore(before)
+            raise
+        self._edits, self._left = list(edits), self.backbone.digests()
 
     def save_model(self, folder):
         """Save the model as it is now, with its tokenizer, as a plain Hugging Face folder."""

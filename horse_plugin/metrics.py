@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .backbone import Backbone
+from .errors import UsageError
+from .prompts import Prompt
 from .records import EditRecord, Query
 
 
@@ -28,6 +31,28 @@ def predict(
         for i, pair in zip(batch.index, parts, strict=True):
             results[i] = pair
     return results
+
+
+@torch.no_grad()
+def perplexity(backbone: Backbone, text: str, batch_tokens: int = 4096) -> float:
+    """exp of the mean cross-entropy per token of a text, read in pieces of up to 256 tokens.
+
+    Raises:
+        UsageError: a text of less than two tokens.
+    """
+    ids = backbone.tokenizer(text)["input_ids"]
+    size = min(256, backbone.limit() or 256)
+    pieces = [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
+    prompts = [Prompt(piece, 1) for piece in pieces if len(piece) > 1]
+    if not prompts:
+        raise UsageError("held-out text: less than two tokens; give a longer one.")
+    losses = [
+        F.cross_entropy(
+            backbone.logits(b).to(backbone.edit_dtype).cpu(), b.labels.cpu(), reduction="none"
+        )
+        for b in backbone.batches(prompts, batch_tokens, "perplexity")
+    ]
+    return torch.cat(losses).mean().exp().item()
 
 
 @dataclass

@@ -61,6 +61,7 @@ class Objective:
         with self.backbone.weight_gradients() as (grads, collect), torch.enable_grad():
             for i, batch in enumerate(self.batches):
                 losses, kinds = self._token_losses(i, batch), self._kinds(batch)
+                self._check(losses, batch)
                 (losses * scale.to(losses.device)[kinds]).sum().backward()
                 collect()
                 totals.index_add_(0, kinds.cpu(), losses.detach().cpu())
@@ -72,6 +73,17 @@ class Objective:
             for i, k in enumerate(KINDS)
         }
         return means, list(grads.values())
+
+    def _check(self, losses: torch.Tensor, batch):
+        """Name the first prompt of the batch whose loss is not finite."""
+        bad = ~losses.detach().isfinite().cpu()
+        if bad.any():
+            place = batch.index[batch.rows.cpu()[bad][0]]
+            kind = self.kind_of[place]
+            record = (self.kind_of[:place] == kind).sum().item()
+            raise HorseError(
+                f"record {record}: the loss on its {KINDS[kind]} prompt is not finite. {HALF_HINT}"
+            )
 
     def _token_losses(self, i: int, batch) -> torch.Tensor:
         logits = self.backbone.logits(batch).to(self.backbone.edit_dtype)

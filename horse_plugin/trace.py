@@ -19,6 +19,7 @@ class Trace:
         keys: H_l, n×d, the inputs of each edit module at the n answer positions.
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
         value_norms: the mean norm of a row of its outputs there.
+        owners: n, the index of the prompt that each row belongs to, on the CPU.
 
     All in ``Backbone.edit_dtype``. Rows are in the order of the prompts, the tokens of
     one answer in sequence.
@@ -27,6 +28,7 @@ class Trace:
     keys: list[torch.Tensor]
     grads: list[torch.Tensor]
     value_norms: list[float]
+    owners: torch.Tensor
 
 
 def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> Trace:
@@ -73,6 +75,7 @@ def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> T
         keys=[torch.cat(s.keys)[order] for s in seen.values()],
         grads=[torch.cat(s.grads)[order] for s in seen.values()],
         value_norms=[torch.cat(s.norms).mean().item() for s in seen.values()],
+        owners=owners,
     )
 
 

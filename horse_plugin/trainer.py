@@ -5,9 +5,13 @@ the edited model on the edit, the rephrased and the unrelated prompts, and turns
 the edited weights into one for the network, η and λ, without keeping the model's graph.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +34,14 @@ MAY_CHANGE = frozenset(
     archive model_name tokenizer_name""".split()
 )
 
+CHECKPOINT = archive.MADE_FOR | {
+    "network": archive.NETWORK,
+    "step": int,
+    "best": (dict, type(None)),
+    "history": [dict],
+    "data": [str],
+}
+
 
 class HORSETrainer:
     """Trains a hypernetwork and keeps the best one by its validation score.
@@ -39,7 +51,7 @@ class HORSETrainer:
         train_set, val_set: EasyEdit data sets, lists of records, or paths.
         out: folder for the archive; ``results_dir/models/HORSE/<model>`` by default.
         backbone: a loaded model; loaded from the hparams by default.
-        resume: go on from the checkpoint in ``out``.
+        resume: go on from the checkpoint in ``out``, or begin if there is none.
         progress: show a progress bar.
 
     Raises:
@@ -95,7 +107,11 @@ class HORSETrainer:
         return min(steps, self.hparams.max_iters or steps)
 
     def run(self) -> Path:
-        """Train to the end and return the archive's folder."""
+        """Train to the end and return the archive's folder.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the step at hand is finished and saved first.
+        """
         self._keep_trunk_states()
         evaluators = self._evaluators()
         bar = tqdm(
@@ -105,7 +121,7 @@ class HORSETrainer:
             unit="step",
             disable=not self.progress,
         )
-        with bar:
+        with bar, self._interruptible() as interrupted:
             while self.step < self.n_steps and not self._stale():
                 try:
                     losses = self.train_step(self._batch(self.step))
@@ -117,7 +133,37 @@ class HORSETrainer:
                     self._validate(evaluators)
                 bar.update()
                 bar.set_postfix(self._live(losses))
+                if interrupted:
+                    self._leave()
         return self.out
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[list]:
+        """Within it, a first Ctrl-C fills the list that it yields, a second one stops at once."""
+        received = []
+        if threading.current_thread() is not threading.main_thread():
+            yield received  # only the main thread may handle signals
+            return
+
+        def note(number, frame):
+            received.append(number)
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield received
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _leave(self):
+        """Stop between two steps: what was learned can be used, and gone on with."""
+        if self.best is None:
+            self._save_archive()
+        self._save_checkpoint()
+        raise KeyboardInterrupt(
+            f"stopped after step {self.step} of {self.n_steps}; {self.out} holds an archive, and "
+            "--resume goes on."
+        )
 
     def train_step(self, records: Sequence[EditRecord]) -> dict[str, float]:
         """One step of Eq. 7 on the records; returns the mean loss per token of each kind."""
@@ -198,10 +244,8 @@ class HORSETrainer:
         self.history[-1]["validation"] = means | {"score": score}
         if self.best is None or score > self.best["score"]:
             self.best = {"step": self.step, "score": score, **means}
-            archive.save_tensors(
-                self.out / archive.ARCHIVE, archive.network_tensors(self.network), self._about()
-            )
-        self._save_checkpoint()
+            self._save_archive()
+        self._save_checkpoint()  # after the archive that it says is the best
 
     def _stale(self) -> bool:
         patience = self.hparams.early_stop_patience
@@ -228,6 +272,11 @@ class HORSETrainer:
             "history": self.history,
         }
 
+    def _save_archive(self):
+        archive.save_tensors(
+            self.out / archive.ARCHIVE, archive.network_tensors(self.network), self._about()
+        )
+
     def _save_checkpoint(self):
         state = self.optimizer.state_dict()["state"]
         tensors = archive.network_tensors(self.network) | {
@@ -238,7 +287,11 @@ class HORSETrainer:
     def _resume(self):
         """Go on where the checkpoint stopped; the data order follows from seed and step."""
         path = self.out / archive.CHECKPOINT
+        if not path.exists():
+            warnings.warn(f"{path}: no checkpoint; training starts at the beginning", stacklevel=3)
+            return
         tensors, about = archive.load_tensors(path)
+        archive.check_form(path, about, CHECKPOINT)
         archive.check_model(path, about, self.backbone)
         if about["data"] != self._data:
             raise UsageError(f"{path}: was trained on other records. Give the same files.")
@@ -248,16 +301,18 @@ class HORSETrainer:
                     f"{path}: was trained with {key}: {about['hparams'].get(key)}, and the hparams "
                     f"now say {value}. Give the old value, or train into another folder."
                 )
-        self.network.load_state_dict(
-            {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
-        )
-        state = {}
-        for name, t in tensors.items():
-            if name.startswith("optimizer."):
-                _, i, key = name.split(".")
-                state.setdefault(int(i), {})[key] = t
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        network = archive.network_of(path, tensors, about["network"])
+        try:
+            self.network.load_state_dict(network.state_dict())
+            state = {}
+            for name, t in tensors.items():
+                if name.startswith("optimizer."):
+                    _, i, key = name.split(".")
+                    state.setdefault(int(i), {})[key] = t
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise HorseError(f"{path}: damaged: {(str(error).splitlines() or ['?'])[0]}") from None
         self.step, self.best, self.history = about["step"], about["best"], about["history"]
 
 

@@ -126,6 +126,12 @@ def test_train_edit_eval(folder, horse):
         ("edit --hparams nomodel --data val.json --out x", 2, "model_name: 'nowhere' not loaded"),
         ("edit --hparams tiny --data val.json --archive broken --out x", 1, "damaged"),
         ("eval --hparams tiny --data val.json --delta none", 2, "no such file"),
+        ("edit --hparams tiny --data val.json", 2, "give --out for an edit by itself, or --onto"),
+        ("edit --hparams tiny --data val.json --onto x --name ../y", 2, "not a name for an edit"),
+        ("log none", 2, "none: holds no chain of edits"),
+        ("undo none", 2, "none: holds no chain of edits"),
+        ("show none", 2, "no such file"),
+        ("export --hparams tiny --delta none --out x --rank 3", 2, "--rank is for --lora"),
         ("train --hparams tiny --train val.json --val val.json --out x --n-edits 7", 2, "n_edits"),
     ],
 )
@@ -149,13 +155,54 @@ def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, 
     assert not [p for p in (folder / "x").rglob("*") if p.is_file()]
 
 
+def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
+    chain = "edit --hparams tiny --onto chain --max-rise 1e9"
+    assert horse(f"{chain} --data val.json --n-edits 3 --name towns")[0] == 0
+    assert horse(f"{chain} --data train.json --n-edits 4")[0] == 0
+    last = json.loads((folder / "chain" / "002" / "results.json").read_text())[1]
+    evaluate = "eval --hparams tiny --data train.json --n-edits 4 --delta chain --out r/chain.json"
+    assert horse(evaluate)[0] == 0
+    (row,) = json.loads((folder / "r" / "chain.json").read_text())
+    assert (row["efficacy"], row["generalization"]) == (last["efficacy"], last["generalization"])
+
+    code, out, _ = horse("log chain")
+    assert code == 0 and out.index("towns") < out.index("002") and "undone" not in out
+    code, out, _ = horse("show chain/towns")
+    assert code == 0
+    for told in ("towns", "LlamaForCausalLM", "efficacy", "down_proj", "perplexity"):
+        assert told in out
+    assert horse("export --hparams tiny --delta chain --out whole")[0] == 0
+    code, out, _ = horse("export --hparams tiny --delta chain --out lora --lora --rank 2")
+    assert code == 0 and "relative error" in out
+    assert json.loads((folder / "lora" / "adapter_config.json").read_text())["r"] == 2
+
+    assert horse("undo chain towns")[0] == 0
+    code, out, _ = horse("log chain")
+    assert "undone" in out
+    assert horse(evaluate)[0] == 0
+    assert horse("undo chain")[0] == 0
+    code, _, err = horse("undo chain")
+    assert (code, "none is in force" in err) == (2, True)
+
+
+def test_strict_refuses_on_the_command_line(folder, horse):
+    (folder / "twice.json").write_text(
+        json.dumps([{"prompt": "the capital is", "target_new": a} for a in ("Oslo", "Lima")])
+    )
+    code, _, err = horse("edit --hparams tiny --data twice.json --out strict --strict")
+    assert (code, "1 edits contradict another one" in err) == (2, True)
+    assert not list((folder / "strict").iterdir())
+
+
 def test_wrong_options_are_usage(horse):
     assert horse("edit --hparams tiny")[0] == 2
     assert horse("edit --no-such-option")[0] == 2
     assert horse("no-such-command")[0] == 2
 
 
-@pytest.mark.parametrize("command", ["", "train", "edit", "eval", "demo"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "edit", "eval", "show", "log", "undo", "export", "demo"]
+)
 def test_help(horse, command):
     code, out, _ = horse(f"{command} --help")
     assert code == 0

@@ -101,7 +101,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     trainer(tmp_path, max_epochs=1).run()
     with pytest.raises(UsageError, match=r"meta_lr: 0\.001, and the hparams now say 0\.1"):
         trainer(tmp_path, resume=True, meta_lr=0.1)
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.warns(UserWarning, match="no checkpoint; training starts at the beginning"):
         trainer(tmp_path / "none", resume=True)
 
 
@@ -167,6 +167,22 @@ def test_a_gradient_that_is_not_finite_stops_with_the_step(tmp_path, monkeypatch
     with pytest.raises(HorseError, match=r"step 0: .*layers\.2\.mlp\.down_proj"):
         t.run()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_record(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    good = t.backbone.logits
+    (prompt,) = t.backbone.tokenize([t._batch(0)[4].equivalent[0]])
+
+    def poisoned(batch):
+        logits = good(batch)
+        rows = [i for i, p in enumerate(batch.prompts) if p == prompt]
+        return torch.where(torch.isin(batch.rows, torch.tensor(rows))[:, None], torch.nan, logits)
+
+    monkeypatch.setattr(t.backbone, "logits", poisoned)
+    says = r"step 0: record 4: the loss on its rephrase prompt is not finite.*bf16"
+    with pytest.raises(HorseError, match=says):
+        t.run()
 
 
 def test_too_few_records_are_refused(tmp_path):

@@ -1,0 +1,86 @@
+"""Work for the tests that kill it: run in processes of their own, which fork from a warm server."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import tiny
+import torch
+import torch._dynamo  # which every optimiser loads, slowly, on its first step
+
+from horse_plugin import HorseEditor, HORSETrainer, archive
+from horse_plugin.backbone import Backbone
+from horse_plugin.ledger import Ledger
+
+SETTINGS = {
+    "max_epochs": 2,
+    "max_iters": 4,
+    "n_edits": 3,
+    "val_interval": 1,
+    "rank": 1,
+    "inner_params": ["model.layers.7.mlp.down_proj"],
+}
+MODEL, TOKENIZER = tiny.model(), tiny.bpe_tokenizer()
+
+
+def start(work, *args) -> multiprocessing.Process:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["processes"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server
+    process = context.Process(target=_quietly, args=(work, *args))
+    process.start()
+    return process
+
+
+def _quietly(work, *args):
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    torch.set_num_threads(1)
+    work(*args)
+
+
+def train(out, die_at: int | None = None, seconds: float | None = None, resume=False):
+    """Train; die by SIGKILL at the ``die_at``-th call that writes, or after so many seconds."""
+    settings = tiny.hparams(**SETTINGS)
+    backbone = Backbone(MODEL, TOKENIZER, settings.inner_params)
+    data = tiny.records(15)
+    _die(die_at, seconds)
+    with archive.only_process(out):
+        trainer = HORSETrainer(settings, data[:9], data[9:12], out, backbone, resume, False)
+        trainer.run()
+
+
+def chain(folder, n: int, die_at: int | None = None, ready=None):
+    """Put ``n`` edits on top of those in a ledger."""
+    editor = HorseEditor(MODEL, TOKENIZER, tiny.hparams())
+    _die(die_at, None)
+    with archive.only_process(folder):
+        ledger = Ledger(folder)
+        editor.apply_chain(ledger.deltas())
+        if ready:
+            ready.set()
+            time.sleep(600)  # until killed, with the folder held
+        for _ in range(n):
+            ledger.add(editor.edit(tiny.records(2), ledger.new_name()))
+
+
+def _die(at: int | None, seconds: float | None):
+    """SIGKILL before, within or after one of the system calls that write, or by the clock."""
+    if seconds is not None:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-4))
+    if at is None:
+        return
+    count = iter(range(at))
+
+    def deadly(call):
+        def counted(*args, **kwargs):
+            if next(count, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return counted
+
+    for name in ("fsync", "chmod", "replace", "fdopen"):
+        setattr(os, name, deadly(getattr(os, name)))
