@@ -11,7 +11,7 @@ def figures(rows: list[dict]) -> Table:
     """Rows of ``results.json``, in percent."""
     shown = [f for f in FIGURES if any(r[f] is not None for r in rows)]
     title = f"{rows[0]['dataset']}, percent"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE, padding=0)
     table.add_column("method", no_wrap=True)
     for name in ("edits", *shown, "seconds"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -7,7 +7,7 @@ import torch
 
 from horse_plugin import HorseEditor
 from horse_plugin.backbone import Backbone
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.loading import resolve_device
 from horse_plugin.prompts import Prompt, batches
 from horse_plugin.trace import trace
@@ -107,7 +107,7 @@ def test_a_failure_half_way_leaves_every_weight_as_it_was():
     before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
     shifts = {n: torch.randn(s) for n, s in zip(backbone.modules, backbone.shapes, strict=True)}
     shifts[list(shifts)[3]] = torch.randn(2, 2)  # does not fit
-    with pytest.raises(RuntimeError):
+    with pytest.raises(HorseError, match="the shift is"):
         backbone.add(shifts)
     for k, v in backbone.model.state_dict().items():
         assert torch.equal(v, before[k]), k
