@@ -1,55 +1,122 @@
-"""How long editing and training take on this machine: medians over runs, as a table and JSON.
+"""Our engine beside benchmarks/reference.py, pair by pair in one run: seconds, ratios and memory.
 
-    python benchmarks/engine.py --data FACTS.json --n-edits 500 --out engine.json
+    python benchmarks/engine.py --data FACTS.json --n-edits 500 --times 3 --out engine.json
 
-An edit is timed from records to edited weights, the model being loaded; `first` has no trunk
-states to fall back on, `again` has them all. A training step is timed in the same two ways.
+The model is loaded, the network untrained, the dtype the same. Ours and the reference take turns;
+a ratio is the median over the turns. `first`: ours keeps no trunk state yet, and a training step
+and an evaluation begin with keeping those of all its prompts; `again`: they are kept, as from the
+second epoch. The reference has no such difference. Peak memory is that of a process which does
+nothing else.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
+from reference import Reference
 from rich.console import Console
 from rich.table import Table
 
-from horse_plugin import HorseEditor, HORSEHyperParams, HORSETrainer, load_records
+from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, load_records
 from horse_plugin.backbone import Backbone
 from horse_plugin.demo import FACTS, default_hparams
+from horse_plugin.editor import versions
 from horse_plugin.results import peak_memory_mb
+from horse_plugin.trace import trace
 
 
-def timed(run, times: int) -> list[float]:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+class Pair:
+    """The same work, done by ours and by the reference, on one loaded model.
 
+    Args:
+        records: what is edited, trained on and evaluated, all at once.
+    """
 
-def measure(hparams: HORSEHyperParams, data: str, n_edits: int, times: int) -> dict:
-    hparams.n_edits = n_edits
-    records = load_records(data, n_edits)
-    backbone = Backbone.load(hparams)
-    editor = HorseEditor.from_backbone(backbone, hparams)
-    trainer = HORSETrainer(hparams, records, records, "unused", backbone, progress=False)
+    def __init__(self, hparams: HORSEHyperParams, records):
+        hparams.n_edits = len(records)
+        self.hparams, self.records = hparams, records
+        self.backbone = Backbone.load(hparams)
+        few = self.backbone.tokenize([r.edit for r in records[:32]], hparams.max_length)
+        traced = trace(self.backbone, few, hparams.batch_tokens)
+        self.network = HorseEditor.from_backbone(self.backbone, hparams)._fitted(traced)
+        self.reference = Reference(self.backbone, self.network, hparams)
+        self.forget()
 
-    def edit():
-        editor.edit(records)
+    def forget(self):
+        """Have no trunk state kept."""
+        model, tokenizer = self.backbone.model, self.backbone.tokenizer
+        hp = self.hparams
+        self.backbone = Backbone(model, tokenizer, hp.inner_params, hp.trunk_cache_gb)
+        self.trainer = HORSETrainer(
+            hp, self.records, self.records, "unused", self.backbone, progress=False
+        )
+
+    def keep(self):
+        """Keep the trunk states of all prompts, as a training run does before its first step."""
+        queries = [q for r in self.records for q in (r.edit, *r.equivalent, *r.unrelated)]
+        prompts = self.backbone.tokenize(queries, self.hparams.max_length)
+        self.backbone.keep(prompts, self.hparams.batch_tokens)
+
+    def edit(self):
+        editor = HorseEditor.from_backbone(self.backbone, self.hparams, self.network)
+        editor.edit(self.records)
         editor.undo()
 
-    def step():
-        trainer.train_step(records)
+    def train(self):
+        self.keep()
+        self.trainer.train_step(self.records)
 
-    edit()  # warm-up: the libraries' own first-time work
-    first = {"edit, first": timed(edit, times), "training step, first": timed(step, times)}
-    queries = [q for r in records for q in (r.edit, *r.equivalent, *r.unrelated)]
-    backbone.keep(backbone.tokenize(queries), hparams.batch_tokens)
-    return first | {"edit, again": timed(edit, times), "training step, again": timed(step, times)}
+    def evaluate(self):
+        limits = self.hparams.batch_tokens, self.hparams.max_length
+        Evaluator(self.backbone, self.records, *limits).evaluate()
+
+    def edit_reference(self):
+        self.reference.undo(self.reference.edit(self.records))
+
+    def train_reference(self):
+        self.reference.train_step(self.records)
+
+    def evaluate_reference(self):
+        unrelated = [q for r in self.records for q in r.unrelated]
+        edited = [q for r in self.records for q in (r.edit, *r.equivalent)]
+        for queries in (unrelated, edited, unrelated):  # before the edit: what locality compares
+            self.reference.predict(queries)
+
+    def turns(self, times: int) -> dict[str, list[tuple[float, float]]]:
+        """Per kind of work, (our seconds, the reference's) of each turn."""
+        found = {}
+        for _ in range(times):
+            for name, ours, theirs in (
+                ("edit", self.edit, self.edit_reference),
+                ("training step", self.train, self.train_reference),
+                ("evaluation", self.evaluate, self.evaluate_reference),
+            ):
+                self.forget()
+                first, reference = _seconds(ours), _seconds(theirs)
+                self.keep()
+                again = _seconds(ours)
+                found.setdefault(f"{name}, first", []).append((first, reference))
+                found.setdefault(f"{name}, again", []).append((again, reference))
+        return found
+
+
+def _seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _alone(which: str) -> float:
+    """Peak memory in MB of an edit and a training step, in a process of their own."""
+    command = [sys.executable, *sys.argv, "--alone", which]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main():
@@ -59,19 +126,32 @@ def main():
     parser.add_argument("--n-edits", type=int, default=500)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--out", help="where to write JSON")
+    parser.add_argument("--alone", choices=("ours", "reference"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     hparams = HORSEHyperParams.from_hparams(args.hparams) if args.hparams else default_hparams()
-    seconds = measure(hparams, args.data, args.n_edits, args.times)
-    table = Table("what", "median s", "min", "max", title=f"{args.n_edits} facts")
-    for what, values in seconds.items():
-        figures = (statistics.median(values), min(values), max(values))
-        table.add_row(what, *(f"{v:.2f}" for v in figures))
+    pair = Pair(hparams, load_records(args.data, args.n_edits))
+    if args.alone:
+        pairs = (pair.edit, pair.edit_reference), (pair.train, pair.train_reference)
+        for ours, theirs in pairs:
+            ours() if args.alone == "ours" else theirs()
+        print(peak_memory_mb())
+        return
+    pair.edit()  # warm-up: the libraries' own first-time work
+    pair.edit_reference()
+    turns = pair.turns(args.times)
+    memory = {which: _alone(which) for which in ("ours", "reference")}
+    ratios = {what: statistics.median(b / a for a, b in t) for what, t in turns.items()}
+    table = Table("what", "ours s", "reference s", "ratio", title=f"{len(pair.records)} facts")
+    for what, seconds in turns.items():
+        medians = (statistics.median(s) for s in zip(*seconds, strict=True))
+        table.add_row(what, *(f"{m:.2f}" for m in medians), f"{ratios[what]:.1f}")
     Console().print(table)
-    print(f"peak memory {peak_memory_mb():.0f} MB, {torch.get_num_threads()} threads")
+    print("peak memory: " + ", ".join(f"{k} {v:.0f} MB" for k, v in memory.items()))
     if args.out:
-        about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+        about = {"machine": platform.processor() or platform.machine(), "versions": versions()}
+        about |= {"threads": torch.get_num_threads(), "dtype": str(pair.backbone.model.dtype)}
         with open(args.out, "w") as file:
-            json.dump({"seconds": seconds, "peak_memory_mb": peak_memory_mb(), **about}, file)
+            json.dump({"seconds": turns, "ratios": ratios, "peak_memory_mb": memory} | about, file)
 
 
 if __name__ == "__main__":

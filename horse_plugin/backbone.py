@@ -86,6 +86,19 @@ class Backbone:
         """The precision of everything that decides an edit: float32, or float64 for such models."""
         return torch.promote_types(self.model.dtype, torch.float32)
 
+    @property
+    def n_weights(self) -> dict[str, int]:
+        """Matrix entries of the trunk's blocks, of those from the first edited one on (``top``), of
+        those over it (``above``), and of the head."""
+        sizes = [sum(p.numel() for p in b.parameters() if p.dim() == 2) for b in self._blocks]
+        first = self._first
+        return {
+            "trunk": sum(sizes[:first]),
+            "top": sum(sizes[first:]),
+            "above": sum(sizes[first + 1 :]),
+            "head": self._head.weight.numel(),
+        }
+
     def fingerprint(self) -> dict:
         """What tells this model from others: names, sizes, and norms of a few embedding rows.
 

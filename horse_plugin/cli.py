@@ -211,6 +211,47 @@ def demo(
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Where to write the figures, as JSON.")],
+    hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A model's config: the same with random weights.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Facts; the embedded ones by default.")] = None,
+    n_edits: Annotated[int, typer.Option(help="Facts edited at once.", min=1)] = 500,
+):
+    """Time and memory of every stage of an edit, beside the least this machine could take."""
+    from . import archive as files
+    from . import load_records, results
+    from .backbone import Backbone
+    from .bench import bench as measure
+    from .demo import FACTS, default_hparams
+    from .loading import random_model
+
+    settings = _hparams(hparams) if hparams else default_hparams()
+    files.check_writable(out.parent)
+    records = load_records(data or FACTS / "train.json", n_edits)
+    settings.n_edits = len(records)
+    if config:
+        settings.inner_params = []
+        backbone = Backbone(*random_model(config, settings), (), settings.trunk_cache_gb)
+    else:
+        backbone = Backbone.load(settings)
+    found = measure(backbone, settings, records)
+    results.save(out, [found])
+    total = sum(s["seconds"] for s in found["stages"])
+    title = f"{found['n_edits']} edits, {found['dtype']}, {found['device']}"
+    table = Table("stage", title=title, box=box.SIMPLE)
+    for name in ("seconds", "share", "floor", "peak MB"):
+        table.add_column(name, justify="right")
+    for s in found["stages"] + found["others"]:
+        share = f"{100 * s['seconds'] / total:.0f}%" if s in found["stages"] else ""
+        floor = "" if s["floor_seconds"] is None else f"{s['floor_seconds']:.4f}"
+        table.add_row(s["name"], f"{s['seconds']:.4f}", share, floor, f"{s['peak_memory_mb']:.0f}")
+    console.print(table)
+
+
 def _hparams(path: Path, **overrides):
     from . import HORSEHyperParams
 

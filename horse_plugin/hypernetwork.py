@@ -11,6 +11,8 @@ from torch import nn
 
 from .residual import residual, spread
 
+ROWS = 8192  # tokens that the normaliser takes in at once, in float64
+
 
 class Normalizer(nn.Module):
     """Running mean and standard deviation of each feature over all rows seen (Welford, merged)."""
@@ -124,7 +126,8 @@ class HyperNetwork(nn.Module):
     def update_normalizers(self, keys: list[torch.Tensor], grads: list[torch.Tensor]):
         """Take in a batch; modules of one shape share their statistics, as in MALMEN."""
         for l, (h, g) in enumerate(zip(keys, grads, strict=True)):
-            self._place(l)[0].normalizer.update(torch.cat((h, g), -1))
+            for chunk in _chunks(h, g, ROWS):
+                self._place(l)[0].normalizer.update(torch.cat(chunk, -1))
 
     def forward(self, l: int, keys, grads) -> tuple[torch.Tensor, torch.Tensor]:
         """(H_l, ∇G_l) → (H̃_l, ∇G̃_l): n×d and n×d'."""

@@ -5,6 +5,7 @@ import contextlib
 import torch
 import transformers
 
+from .default_model import NAME as DEFAULT_MODEL
 from .default_model import resolve
 from .errors import UsageError
 
@@ -40,6 +41,28 @@ def load_model(hparams):
             f"asks for, such as {missing[0]}. Is it a causal language model, and whole?"
         )
     return (model if hparams.model_parallel else model.to(device)), tokenizer
+
+
+def random_model(config: str, hparams):
+    """A model of that config with random weights, and the default model's tokenizer, to time.
+
+    Args:
+        config: a folder or a JSON file with a Hugging Face config. A vocabulary smaller than the
+            tokenizer's is enlarged to it.
+
+    Raises:
+        UsageError: no such config or device.
+    """
+    device = resolve_device(hparams.device)
+    with quiet_transformers():
+        tokenizer = _load(transformers.AutoTokenizer, resolve(DEFAULT_MODEL), "tokenizer_name")
+        made = _load(transformers.AutoConfig, str(config), "config")
+        made.vocab_size = max(made.vocab_size, len(tokenizer))
+        with device:
+            model = transformers.AutoModelForCausalLM.from_config(
+                made, dtype=_dtype(hparams, device)
+            )
+    return model, tokenizer
 
 
 def _load(auto_class, name: str, key: str, **kwargs):

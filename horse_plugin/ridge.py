@@ -9,6 +9,8 @@ import torch
 
 from .errors import HALF_HINT, HorseError
 
+CHUNK = 8192  # tokens
+
 
 class Ridge:
     """Solves with (HᵀH + μI)⁻¹ for one module's keys H, factorised once.
@@ -67,7 +69,7 @@ class Ridge:
         Raises:
             HorseError: the Gram matrix holds NaN or infinity, or stays singular.
         """
-        gram = self._gram(self.keys)
+        gram = self._gram(self.keys.dtype)
         if not gram.isfinite().all():
             raise HorseError(f"the Gram matrix of the keys is not finite. {HALF_HINT}")
         factor, failed = torch.linalg.cholesky_ex(gram + self.mu * torch.eye(len(gram)).to(gram))
@@ -75,7 +77,7 @@ class Ridge:
         error = torch.finfo(gram.dtype).eps * (diagonal.max() / diagonal.min()).square()
         if not failed and error < 1e-3:
             return factor
-        gram = self._gram(self.keys.double())
+        gram = self._gram(torch.float64)
         eye = torch.eye(len(gram)).to(gram)
         for jitter in (0, 1e-12, 1e-9, 1e-6):
             added = self.mu.double() + jitter * gram.diagonal().mean()
@@ -86,5 +88,10 @@ class Ridge:
                 return factor
         raise HorseError("the ridge system stays singular in float64; raise lambda.")
 
-    def _gram(self, keys: torch.Tensor) -> torch.Tensor:
-        return keys @ keys.T if self.dual else keys.T @ keys
+    def _gram(self, dtype: torch.dtype) -> torch.Tensor:
+        """Gram matrix in that precision; of many tokens chunk by chunk, so that no whole copy of
+        the keys is made."""
+        if self.dual:
+            keys = self.keys.to(dtype)
+            return keys @ keys.T
+        return sum(rows.T @ rows for rows in (c.to(dtype) for c in self.keys.split(CHUNK)))

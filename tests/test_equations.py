@@ -234,3 +234,26 @@ def test_residuals_do_not_depend_on_the_chunking():
     net.calibrate(keys, grads, [1.0, 1.0], 0.1)
     for a, b in zip(net.residuals(keys, grads), net.residuals(keys, grads, rows=2), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_many_tokens_in_chunks_give_the_same_weights(monkeypatch, spoilt):
+    """Also in the float64 fallback, which the spoilt keys need."""
+    keys, r = (torch.tensor(a, dtype=torch.float32) for a in arrays(0, (40, 6), (40, 3)))
+    if spoilt:
+        keys[:, 0] *= 1e5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = Ridge(keys, 1.0).shift(r)
+        monkeypatch.setattr("horse_plugin.ridge.CHUNK", 7)
+        torch.testing.assert_close(Ridge(keys, 1.0).shift(r), whole)
+
+
+def test_the_normaliser_takes_in_chunks_as_it_does_the_whole(monkeypatch):
+    keys, grads = (torch.tensor(a, dtype=torch.float32) for a in arrays(1, (40, 6), (40, 3)))
+    whole, chunked = (HyperNetwork([(6, 3)], 2, 1) for _ in range(2))
+    whole.update_normalizers([keys], [grads])
+    monkeypatch.setattr("horse_plugin.hypernetwork.ROWS", 7)
+    chunked.update_normalizers([keys], [grads])
+    for name, value in whole.groups["6x3"].normalizer.state_dict().items():
+        torch.testing.assert_close(chunked.groups["6x3"].normalizer.state_dict()[name], value)

@@ -1,0 +1,189 @@
+"""Where the time of an edit goes, stage by stage, beside the least it could take on this machine.
+
+A floor counts the operations of a stage over the machine's measured rate of matrix products, or
+its bytes over the measured bandwidth; attention, norms and padding are left out of it.
+"""
+
+import contextlib
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .backbone import Backbone
+from .delta import EditDelta
+from .editor import HorseEditor, versions
+from .metrics import Evaluator
+from .records import EditRecord
+from .residual import residual, spread
+from .results import peak_memory_mb
+from .trace import trace
+from .trainer import HORSETrainer
+
+
+@dataclass
+class Stage:
+    """One stage: its seconds, its peak memory in MB, and the fewest seconds possible, if known."""
+
+    name: str
+    seconds: float
+    peak_memory_mb: float
+    floor_seconds: float | None = None
+
+
+def bench(backbone: Backbone, hparams, records: Sequence[EditRecord]) -> dict:
+    """Measure one edit of all the records, its evaluation, and a training step on them.
+
+    An untrained network is fitted beforehand, so that it costs what a trained one does. Trunk
+    states that ``trunk_cache_gb`` has no room for are computed in the stages after the trunk. The
+    model is left as it was.
+
+    Returns:
+        ``stages`` of the edit, ``others`` (evaluation and training step, with trunk states kept),
+        measured rates of the machine, sizes, versions.
+    """
+    hp, device, clock = hparams, backbone.edit_device, _Clock(backbone.device)
+    rates = {
+        "model_flops": matrix_rate(backbone.model.dtype, device),
+        "solver_flops": matrix_rate(backbone.edit_dtype, device),
+        "bytes": bandwidth(device),
+    }
+    fitting = backbone.tokenize([r.edit for r in records[:64]], hp.max_length)
+    editor = HorseEditor.from_backbone(backbone, hp)
+    if not editor.trained:
+        network = editor._fitted(trace(backbone, fitting, hp.batch_tokens))
+        editor = HorseEditor.from_backbone(backbone, hp, network)
+    network = editor.network
+
+    with torch.no_grad():
+        queries = [r.edit for r in records]
+        prompts = clock("tokenise", lambda: backbone.tokenize(queries, hp.max_length))
+        clock("trunk", lambda: backbone.keep(prompts, hp.batch_tokens))
+        traced = clock("trace", lambda: trace(backbone, prompts, hp.batch_tokens))
+        pairs = list(zip(traced.keys, traced.grads, strict=True))
+        pseudo = clock("network", lambda: [network(l, h, g) for l, (h, g) in enumerate(pairs)])
+
+        def residuals():
+            etas = network.log_eta.exp()
+            raw = [residual(h, *p, e) for (h, _), p, e in zip(pairs, pseudo, etas, strict=True)]
+            return spread(raw, network.spread, network.spread_strength)
+
+        spreads = clock("residual and spread", residuals)
+
+        def solve():
+            tensors = {}
+            for name, h, r, lamda in zip(
+                backbone.modules, traced.keys, spreads, network.lamda, strict=True
+            ):
+                tensors |= EditDelta.solve(name, h, r, lamda)
+            return tensors
+
+        about = {"model": backbone.fingerprint(), "modules": list(backbone.modules)}
+        delta = EditDelta(clock("solve", solve), list(records), about)
+        clock("apply", lambda: editor.apply(delta))
+        editor.undo()
+    stages, clock.stages = clock.stages, []
+    for stage, floor in _floors(backbone, network, prompts, rates).items():
+        next(s for s in stages if s.name == stage).floor_seconds = floor
+
+    evaluator = Evaluator(backbone, records, hp.batch_tokens, hp.max_length)
+    clock("evaluation", evaluator.evaluate)
+    trainer = HORSETrainer(hp, records, records, "unused", backbone, progress=False)
+    clock("training step", lambda: trainer.train_step(records))
+    return {
+        "model": backbone.fingerprint()["name"],
+        "dtype": str(backbone.model.dtype).removeprefix("torch."),
+        "n_edits": len(records),
+        "n_tokens": sum(len(p.inputs) for p in prompts),
+        "n_answer_tokens": len(traced.keys[0]),
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "rates": rates,
+        "stages": [asdict(s) for s in stages],
+        "others": [asdict(s) for s in clock.stages],
+        "versions": versions(),
+    }
+
+
+class _Clock:
+    """Runs stages and notes what each took."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stages = device, []
+
+    def __call__(self, name: str, run):
+        _reset_peak()
+        seconds, result = _timed(run, self.device)
+        self.stages.append(Stage(name, seconds, peak_memory_mb()))
+        return result
+
+
+def _timed(run, device):
+    start = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def _reset_peak():
+    """Let peak memory start anew; where the system cannot, a stage's peak is that so far."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, width: int | None = None) -> float:
+    """Operations a second of a square matrix product, the best of a few."""
+    width = width or (8192 if device.type == "cuda" else 1536)
+    a = torch.randn(width, width, device=device).to(dtype)
+    return 2 * width**3 / min(_timed(lambda: a @ a, device)[0] for _ in range(6))
+
+
+def bandwidth(device: torch.device, n_bytes: int = 2**28) -> float:
+    """Bytes a second, read and written, of a copy, the best of a few."""
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * n_bytes / min(_timed(lambda: target.copy_(source), device)[0] for _ in range(6))
+
+
+def _floors(backbone: Backbone, network, prompts, rates: dict) -> dict[str, float]:
+    """Seconds per stage that no implementation of the method goes below."""
+    tokens = sum(len(p.inputs) for p in dict.fromkeys(prompts))
+    n, sizes = sum(len(p.answer) for p in prompts), backbone.n_weights
+    item = torch.finfo(backbone.edit_dtype).bits // 8
+    weight = torch.finfo(backbone.model.dtype).bits // 8
+    forward_and_back = sizes["top"] + sizes["above"]  # the gradient stops at the lowest module
+    lowrank = spread_bytes = solving = applying = 0
+    for l, (d, d_out) in enumerate(network.shapes):
+        for block in network._place(l)[0].blocks:
+            lowrank += 4 * n * block.A.numel()
+        spread_bytes += item * n * (2 * d + 5 * d_out)  # H, H̃, ∇G̃, R; then R, R_{l−1}, R'
+        m = min(n, d)
+        solving += n * d * m + m**3 / 3 + 2 * m * m * d_out + 2 * n * d * d_out
+        applying += (2 * weight + item) * d * d_out
+    return {
+        "trunk": 2 * sizes["trunk"] * tokens / rates["model_flops"],
+        "trace": (2 * forward_and_back * tokens + 4 * sizes["head"] * n) / rates["model_flops"],
+        "network": lowrank / rates["solver_flops"],
+        "residual and spread": spread_bytes / rates["bytes"],
+        "solve": solving / rates["solver_flops"],
+        "apply": applying / rates["bytes"],
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.machine()
