@@ -240,16 +240,7 @@ def bench(
         backbone = Backbone.load(settings)
     found = measure(backbone, settings, records)
     results.save(out, [found])
-    total = sum(s["seconds"] for s in found["stages"])
-    title = f"{found['n_edits']} edits, {found['dtype']}, {found['device']}"
-    table = Table("stage", title=title, box=box.SIMPLE)
-    for name in ("seconds", "share", "floor", "peak MB"):
-        table.add_column(name, justify="right")
-    for s in found["stages"] + found["others"]:
-        share = f"{100 * s['seconds'] / total:.0f}%" if s in found["stages"] else ""
-        floor = "" if s["floor_seconds"] is None else f"{s['floor_seconds']:.4f}"
-        table.add_row(s["name"], f"{s['seconds']:.4f}", share, floor, f"{s['peak_memory_mb']:.0f}")
-    console.print(table)
+    console.print(show.stages(found))
 
 
 def _hparams(path: Path, **overrides):

@@ -25,6 +25,20 @@ def figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
+def stages(found: dict) -> Table:
+    """What :func:`horse_plugin.bench.bench` found, in seconds; shares are of the whole edit."""
+    total = sum(s["seconds"] for s in found["stages"])
+    title = f"{found['n_edits']} edits, {found['dtype']}, {found['device']}"
+    table = Table("stage", title=title, box=box.SIMPLE)
+    for name in ("seconds", "share", "floor", "peak MB"):
+        table.add_column(name, justify="right")
+    for s in found["stages"] + found["others"]:
+        share = f"{100 * s['seconds'] / total:.0f}%" if s in found["stages"] else ""
+        floor = "" if s["floor_seconds"] is None else f"{s['floor_seconds']:.4f}"
+        table.add_row(s["name"], f"{s['seconds']:.4f}", share, floor, f"{s['peak_memory_mb']:.0f}")
+    return table
+
+
 def examples(rows) -> Table:
     """(prompt, before, after, target) texts of the demo."""
     names = ("prompt", "before", "after", "asked for")
