@@ -139,6 +139,11 @@ def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, about
 
 
+def digest(text: str) -> str:
+    """Twelve hex digits that tell this text from others."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def _digest(tensors: dict[str, torch.Tensor], about: dict) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -160,6 +165,7 @@ def network_about(network: HyperNetwork) -> dict:
         "rank": block[0].A.shape[1],
         "n_blocks": len(block),
         "spread": network.spread,
+        "coefficient": network.coefficient,
     }
 
 
