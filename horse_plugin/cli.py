@@ -244,7 +244,8 @@ def _numbers(option: str, text: str, least: int = 1) -> list[int]:
 
 
 def _compared(out: Path, rows: list[dict]):
-    _table(rows)
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        _table([row for row in rows if row["dataset"] == dataset])
     for row in rows:
         if row.get("reason"):
             _say(f"{row['method']}, {row['n_edits']} edits: {row['reason']}")
