@@ -180,6 +180,11 @@ def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, about
 
 
+def text_digest(text: str) -> str:
+    """Twelve hex digits that tell this text from others."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 # What every description must hold; more is left to those who read it.
 MODEL = {
     "name": str,
@@ -195,6 +200,7 @@ NETWORK = {
     "rank": int,
     "n_blocks": int,
     "spread": str,
+    "coefficient": str,
 }
 
 
@@ -241,6 +247,7 @@ def network_about(network: HyperNetwork) -> dict:
         "rank": block[0].A.shape[1],
         "n_blocks": len(block),
         "spread": network.spread,
+        "coefficient": network.coefficient,
     }
 
 

@@ -28,6 +28,11 @@ Data = Annotated[str, typer.Option(help="Facts: JSON, JSONL, Parquet, or a hub d
 Folder = Annotated[Path, typer.Argument(help="The folder of an edit, or of a chain of them.")]
 NEdits = Annotated[int | None, typer.Option(help="How many records, from the start.", min=1)]
 
+Datas = Annotated[list[str] | None, typer.Option(help="Facts to edit; may be repeated.")]
+Trains = Annotated[list[str] | None, typer.Option(help="Training facts, one for each --data.")]
+Vals = Annotated[list[str] | None, typer.Option(help="Validation facts, one for each --data.")]
+Seeds = Annotated[str, typer.Option(help="Seeds, comma-separated.")]
+
 
 @app.command()
 def train(
@@ -197,6 +202,79 @@ def export(
 
 
 @app.command()
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
+    methods: Annotated[str, typer.Option(help="Names, comma-separated; all by default.")] = "",
+    data: Datas = None,
+    train: Trains = None,
+    val: Vals = None,
+    n_edits: Annotated[str, typer.Option(help="Numbers of edits: 100,500.")] = "",
+    models: Annotated[str, typer.Option(help="Stems of YAMLs in <hparams-dir>/<method>.")] = "",
+    hparams_dir: Annotated[Path | None, typer.Option(help="Folder of YAMLs.")] = None,
+    seeds: Seeds = "0",
+    corpus: Annotated[
+        str | None, typer.Option(help="Text for statistics; none: the training facts.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Three methods, 50 edits, a few minutes.")] = False,
+):
+    """Methods side by side, as the paper's Table 1. Run again, it goes on where it stopped."""
+    from . import compare as sides
+
+    rows = sides.compare(
+        out,
+        _names(methods),
+        _names(models),
+        sides.data_sets(data or (), train or (), val or ()),
+        _numbers("n-edits", n_edits),
+        _numbers("seeds", seeds, least=0),
+        hparams_dir,
+        corpus,
+        quick,
+    )
+    _compared(out, rows)
+
+
+@app.command()
+def ablate(
+    out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
+    hparams: Annotated[Path | None, typer.Option(help="YAML; the default model's if none.")] = None,
+    archive: Annotated[Path | None, typer.Option(help="The full method's; none: trained.")] = None,
+    data: Datas = None,
+    train: Trains = None,
+    val: Vals = None,
+    n_edits: Annotated[str, typer.Option(help="Numbers of edits: 100,500.")] = "100",
+    seeds: Seeds = "0",
+    rows: Annotated[str, typer.Option(help="Names of rows, comma-separated; all if none.")] = "",
+):
+    """What each part of HORSE brings, as the paper's Table 2."""
+    from . import compare as sides
+
+    measured = sides.ablate(
+        out,
+        hparams,
+        sides.data_sets(data or (), train or (), val or ()),
+        _numbers("n-edits", n_edits),
+        _numbers("seeds", seeds, least=0),
+        archive and str(archive),
+        _names(rows),
+    )
+    _compared(out, measured)
+
+
+@app.command()
+def stats(
+    hparams: Annotated[list[Path], typer.Option(help="YAML of MEMIT, PMET, …; may be repeated.")],
+    corpus: Annotated[str, typer.Option(help="File of text or facts, or a hub data-set id.")],
+    out: Annotated[Path | None, typer.Option(help="Instead of the YAML's stats_dir.")] = None,
+):
+    """Second-moment statistics of any text, in the files that EasyEdit's MEMIT family reads."""
+    from .compare.stats import from_yamls
+
+    for path in from_yamls(hparams, corpus, out):
+        console.print(f"Written: {path}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the archive, the edit and the report.")],
     hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
@@ -248,6 +326,26 @@ def _hparams(path: Path, **overrides):
 
     settings = HORSEHyperParams.from_hparams(path)
     return replace(settings, **{k: v for k, v in overrides.items() if v is not None})
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
+    numbers = _names(text)
+    if not all(n.isdigit() and int(n) >= least for n in numbers):
+        raise UsageError(f"--{option}: expected whole numbers from {least}, got {text!r}.")
+    return [int(n) for n in numbers]
+
+
+def _compared(out: Path, rows: list[dict]):
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        console.print(show.figures([row for row in rows if row["dataset"] == dataset]))
+    for row in rows:
+        if row.get("reason"):
+            _say(f"{row['method']}, {row['n_edits']} edits: {row['reason']}")
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
 def _editor(settings, delta: Path | None):

@@ -72,14 +72,18 @@ def run(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS) ->
     return Outcome(rows, examples)
 
 
+def hparams_folder() -> Path:
+    """The folder of the YAMLs that ship, one folder a method: a checkout's or a package's."""
+    name = "HORSE/llama-smollm2-135m.yaml"
+    for folder in (Path(__file__).parents[1] / "hparams", Path(__file__).with_name("settings")):
+        if (folder / name).is_file():
+            return folder
+    raise UsageError(f"hparams/{name}: not found; name a YAML with --hparams.")
+
+
 def default_hparams() -> HORSEHyperParams:
     """The settings that ship for the default model."""
-    name = "HORSE/llama-smollm2-135m.yaml"
-    folders = [Path(__file__).parents[1] / "hparams", Path(__file__).with_name("settings")]
-    for folder in folders:  # a checkout, then an installed package
-        if (folder / name).is_file():
-            return HORSEHyperParams.from_hparams(folder / name)
-    raise UsageError(f"hparams/{name}: not found; name a YAML with --hparams.")
+    return HORSEHyperParams.from_hparams(hparams_folder() / "HORSE/llama-smollm2-135m.yaml")
 
 
 def _examples(records: list[EditRecord], n: int = 10) -> list[EditRecord]:

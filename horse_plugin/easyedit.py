@@ -130,7 +130,7 @@ class ReadDevice(TorchFunctionMode):
         return self.meant if named else value
 
 
-def _device_of(hparams: HORSEHyperParams) -> ReadDevice:
+def device_of(hparams: HORSEHyperParams) -> ReadDevice:
     """EasyEdit 0.0.1 writes ``cuda:{hparams.device}``, but ours may be ``cpu`` or left out."""
     return ReadDevice(f"cuda:{hparams.device}", resolve_device(hparams.device))
 
@@ -151,7 +151,7 @@ def _with_our_model(init):
         tok.pad_token, tok.padding_side = tok.eos_token, "left"  # as EasyEdit sets it
         hparams.model_name = (backbone.model, tok)
         try:
-            with _device_of(hparams):
+            with device_of(hparams):
                 init(editor, hparams)
         finally:
             editor.model_name = hparams.model_name = name
@@ -176,7 +176,7 @@ def _for_our_hparams(method):
     def for_our_hparams(editor, *args, **kwargs):
         if not isinstance(editor.hparams, HORSEHyperParams):
             return method(editor, *args, **kwargs)
-        with _device_of(editor.hparams), contextlib.ExitStack() as stack:
+        with device_of(editor.hparams), contextlib.ExitStack() as stack:
             if method.__name__ in ONE_BY_ONE:
                 stack.callback(setattr, editor.hparams, "batch_size", editor.hparams.batch_size)
                 editor.hparams.batch_size = 1

@@ -25,7 +25,12 @@ def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(hparams.seed)
         network = HyperNetwork(
-            backbone.shapes, hparams.rank, hparams.n_blocks, hparams.spread, hparams.spread_strength
+            backbone.shapes,
+            hparams.rank,
+            hparams.n_blocks,
+            hparams.spread,
+            hparams.spread_strength,
+            hparams.coefficient,
         )
     if hparams.lr is not None:
         torch.nn.init.constant_(network.log_eta, math.log(hparams.lr))

@@ -34,6 +34,7 @@ METHODS = {
     "MALMEN": {"spread": "uniform", "loc_loss": "kl"},
 }
 UNTRAINED = "untrained"  # said as the archive: edit without one
+COEFFICIENTS = ("token", "edit_only", "none")
 SPREADS = ("orthogonal", "gram_schmidt", "uniform", "decay")
 LOC_LOSSES = ("ce", "kl")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -66,6 +67,9 @@ class HORSEHyperParams:
     n_blocks: int = 2
     strength: float = 0.15  # mean row norm of R over that of the module's output: sets eta
     lr: float | None = None  # absolute eta (Eq. 4); given, it replaces `strength`
+    coefficient: str = (
+        "token"  # c_i (Eq. 4); for ablation edit_only: not in Eq. 7, none: c_i = -eta
+    )
     spread: str | None = None  # orthogonal (Eq. 6), gram_schmidt, uniform (MALMEN), decay (Eq. 5)
     spread_strength: float = 1.0  # 1: Eq. 6 as printed, 0: no projection
     token: str = "ans"  # edit at the answer tokens; HORSE knows no other place
@@ -77,6 +81,7 @@ class HORSEHyperParams:
     meta_lr: float = 1e-3  # Adam, for the network
     eta_meta_lr: float = 1e-2  # Adam, for log(eta) and lambda (and the spread, if trained)
     decay_meta_lr: bool = False  # let both rates sink linearly to 0 over the run
+    train_lamda: bool = True  # false: the ridge term stays as it starts
     train_spread: bool = False  # let training move spread_strength
     edit_coef: float = 1.0  # weight of the loss on the edit prompts
     gen_coef: float = 1.0  # ... on the rephrased prompts
@@ -107,6 +112,7 @@ class HORSEHyperParams:
                 setattr(self, key, value)
         for key, allowed in (
             ("alg_name", tuple(METHODS)),
+            ("coefficient", COEFFICIENTS),
             ("spread", SPREADS),
             ("loc_loss", LOC_LOSSES),
             ("dtype", (None, *DTYPES)),

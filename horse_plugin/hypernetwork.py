@@ -83,6 +83,8 @@ class HyperNetwork(nn.Module):
         rank, n_blocks: of the residual blocks.
         spread: how residuals are spread over layers; see :func:`horse_plugin.residual.spread`.
         spread_strength: 1 is Eq. 6 as printed, 0 is no projection.
+        coefficient: ``token`` is c_i of Eq. 4. For ablation, ``none`` puts −η in its place, and
+            ``edit_only`` does so in the loss of Eq. 7 alone.
 
     Attributes:
         log_eta: log η_l (Eq. 4). NaN until :meth:`calibrate` or the caller sets it.
@@ -96,9 +98,11 @@ class HyperNetwork(nn.Module):
         n_blocks: int,
         spread: str = "orthogonal",
         spread_strength: float = 1.0,
+        coefficient: str = "token",
     ):
         super().__init__()
         self.shapes, self.spread = [tuple(s) for s in shapes], spread
+        self.coefficient = coefficient
         self.groups = nn.ModuleDict(
             {
                 _name(shape): Blocks(shape, rank, n_blocks, self.shapes.count(shape))
@@ -135,21 +139,33 @@ class HyperNetwork(nn.Module):
         return group(keys, grads, module)
 
     def residuals(
-        self, keys: list[torch.Tensor], grads: list[torch.Tensor], rows: int | None = None
+        self,
+        keys: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        rows: int | None = None,
+        in_loss: bool = False,
     ):
         """R'_1 … R'_T, each n×d' (Eq. 4, then Eq. 5 or 6), from H_l and ∇G_l of every module.
 
         Args:
             rows: tokens in one pass of the network, for bounded memory; all by default.
+            in_loss: as the second term of Eq. 7 has them; other than in the edit where
+                ``coefficient`` says so.
         """
+        constant = self.coefficient == "none" or (in_loss and self.coefficient == "edit_only")
         raw = [
-            torch.cat([self._residual(l, h, g) for h, g in _chunks(keys[l], grads[l], rows)])
+            torch.cat(
+                [self._residual(l, h, g, constant) for h, g in _chunks(keys[l], grads[l], rows)]
+            )
             for l in range(len(self.shapes))
         ]
         return spread(raw, self.spread, self.spread_strength)
 
-    def _residual(self, l: int, keys, grads) -> torch.Tensor:
-        return residual(keys, *self(l, keys, grads), self.log_eta[l].exp())
+    def _residual(self, l: int, keys, grads, constant: bool) -> torch.Tensor:
+        eta, (pseudo_keys, pseudo_grads) = self.log_eta[l].exp(), self(l, keys, grads)
+        if constant:
+            return -eta * pseudo_grads
+        return residual(keys, pseudo_keys, pseudo_grads, eta)
 
     @torch.no_grad()
     def calibrate(self, keys, grads, value_norms: Sequence[float], strength: float):

@@ -105,17 +105,20 @@ class Evaluator:
     def _queries(self, kind: str) -> list[tuple[Query, ...]]:
         return [(r.edit,) if kind == "edit" else getattr(r, kind) for r in self.records]
 
-    def _predict(self, kind: str) -> list[list]:
+    def _predict(self, kind: str, backbone: Backbone | None = None) -> list[list]:
         """Predictions on one kind of prompt, grouped by record."""
         groups = self._queries(kind)
-        flat = iter(predict(self.backbone, [q for g in groups for q in g], *self._limits))
+        flat = iter(
+            predict(backbone or self.backbone, [q for g in groups for q in g], *self._limits)
+        )
         return [[next(flat) for _ in g] for g in groups]
 
-    def evaluate(self) -> Evaluation:
-        """Measure the model as it is now."""
+    def evaluate(self, backbone: Backbone | None = None) -> Evaluation:
+        """Measure the model as it is now, or an edited copy of it."""
         shares = {
             name: [
-                _mean(_share(p, answer) for p, answer in record) for record in self._predict(kind)
+                _mean(_share(p, answer) for p, answer in record)
+                for record in self._predict(kind, backbone)
             ]
             for name, kind in (
                 ("efficacy", "edit"),
@@ -123,7 +126,7 @@ class Evaluator:
                 ("portability", "portability"),
             )
         }
-        now = self._predict("unrelated")
+        now = self._predict("unrelated", backbone)
         shares["specificity"] = [_mean(_share(p, answer) for p, answer in r) for r in now]
         shares["locality"] = [
             _mean(_share(p, q) for (p, _), (q, _) in zip(after, before, strict=True))

@@ -113,6 +113,8 @@ def backward(network: HyperNetwork, traced: Trace, shifts_to_gradients) -> dict[
     ]
     shifts = [ridge.shift(r.detach()) for ridge, r in zip(ridges, residuals, strict=True)]
     losses, weight_grads = shifts_to_gradients(shifts)
+    if network.coefficient == "edit_only":
+        residuals = network.residuals(traced.keys, traced.grads, in_loss=True)
     surrogate = sum(
         (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda
         for ridge, g, r, shift, lamda in zip(

@@ -77,7 +77,7 @@ def load_records(source, size: int | None = None) -> list[EditRecord]:
     where = source if isinstance(source, (str, Path)) else type(source).__name__
     if size is not None and size < 1:
         raise UsageError(f"{where}: at least one record must be asked for, not {size}.")
-    raw = _read(source) if isinstance(source, (str, Path)) else _items(source)
+    raw = read_items(source) if isinstance(source, (str, Path)) else _items(source)
     if not raw:
         raise UsageError(f"{where}: no records in it.")
     records = [_record(item, i, where) for i, item in enumerate(raw) if not _has_no_edit(item)]
@@ -107,7 +107,8 @@ def _items(source) -> list:
         ) from None
 
 
-def _read(source) -> list:
+def read_items(source) -> list:
+    """A JSON, JSONL or Parquet file, or a hub data set, as the objects that it holds."""
     path, suffix = Path(source), Path(source).suffix.lower()
     if suffix in (".json", ".jsonl", ".parquet"):
         if not path.is_file():

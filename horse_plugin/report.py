@@ -16,7 +16,7 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child, .text td, .text th { text-align: left }
-svg { max-width: 100%; height: auto } p.note { color: #555 }
+svg { max-width: 100%; height: auto } p.note, ul.note { color: #555 }
 @media print { body { margin: 0 } h2 { break-after: avoid } svg, tr { break-inside: avoid } }
 """
 
@@ -37,20 +37,24 @@ Every figure is the share of answer tokens predicted right, in percent, averaged
 efficacy on the edited prompts, generalization on their rephrasings, specificity on unrelated
 prompts. Locality is the share of tokens on unrelated prompts that the edit left as they were.</p>
 <div class="scroll">{_table(rows)}</div>
-<h2>Before and after</h2>{_svg(_bars(rows))}
+<h2>Before and after</h2>{svg(_bars(rows))}
 <h2>Learning curve</h2>
 <p class="note">Left: mean loss per answer token of the edited model at each training step. Right:
-the same three figures when the validation facts are edited.</p>{_svg(_curve(history))}
+the same three figures when the validation facts are edited.</p>{svg(_curve(history))}
 <h2>What the model writes</h2>
 <div class="scroll">{_examples(examples)}</div>
 <p class="note">Versions: {_text(", ".join(f"{k} {v}" for k, v in first["versions"].items()))}.</p>
 """
-    page = (
+    archive.write(path, page("HORSE report", body))
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page that needs nothing but itself."""
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>HORSE report</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
-    archive.write(path, page)
 
 
 def _text(value) -> str:
@@ -122,7 +126,8 @@ def _curve(history) -> Figure:
     return figure
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element, the same bytes for the same figure."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "horse", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

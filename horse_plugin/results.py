@@ -1,8 +1,10 @@
 """Rows of ``results.json``: one measured model each, comparable across methods."""
 
+import contextlib
 import json
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -38,6 +40,14 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def reset_peak_memory():
+    """Let :func:`peak_memory_mb` count from now on, where the system can (CUDA, Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def save(path, rows: list[dict]):

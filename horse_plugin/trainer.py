@@ -81,6 +81,7 @@ class HORSETrainer:
         self.backbone = backbone or Backbone.load(config)
         self.network = new_network(self.backbone, config)
         self.network.spread_strength.requires_grad_(config.train_spread)
+        self.network.lamda.requires_grad_(config.train_lamda)
         steered = [self.network.log_eta, self.network.lamda, self.network.spread_strength]
         blocks = list(self.network.groups.parameters())
         steered = [p for p in steered if p.requires_grad]

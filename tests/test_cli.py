@@ -93,6 +93,55 @@ def test_train_edit_eval(folder, horse):
     assert (row["method"], row["efficacy"]) == ("unedited", rows[1]["efficacy"])
 
 
+def test_compare_and_ablate_write_tables_and_go_on_where_they_stopped(folder, horse):
+    (folder / "HORSE").mkdir()
+    (folder / "HORSE" / "small.yaml").write_text((folder / "tiny.yaml").read_text())
+    facts = "--data val.json --train train.json --val val.json --n-edits 2,4"
+    line = f"compare --hparams-dir . --models small --methods unedited,HORSE {facts} --out c"
+    code, out, err = horse(line)
+    assert code == 0, err
+    assert "Report: c/report.html" in out
+    rows = json.loads((folder / "c" / "results.json").read_text())
+    assert [(r["method"], r["n_edits"]) for r in rows] == [
+        (m, n) for n in (2, 4) for m in ("unedited", "HORSE")
+    ]
+    files = sorted(p.name for p in (folder / "c").iterdir())
+    assert files == [
+        "archives",
+        "edits-model-val.svg",
+        "report.html",
+        "results.csv",
+        "results.json",
+        "table.md",
+        "table.tex",
+    ]
+    assert horse(line)[0] == 0
+    assert json.loads((folder / "c" / "results.json").read_text()) == rows
+    (archive_of,) = (folder / "c" / "archives").iterdir()
+    code, out, err = horse(
+        "ablate --hparams HORSE/small --data val.json --n-edits 4 --out b "
+        f"--archive {archive_of} --rows horse,decay"
+    )
+    assert code == 0, err
+    assert "decay, 4 edits: HORSE is trained: give training and validation records." in err
+    of = json.loads((folder / "b" / "results.json").read_text())
+    assert [r["method"] for r in of] == ["unedited", "HORSE", "decay"]
+    assert of[1]["efficacy"] == rows[3]["efficacy"]
+
+
+def test_stats_go_where_the_yaml_says(folder, horse):
+    asks = {"model_name": str(folder / "model"), "layers": [2], "stats_dir": "s"}
+    asks |= {"rewrite_module_tmp": "model.layers.{}.mlp.down_proj", "mom2_dataset": "corpus"}
+    asks |= {"mom2_dtype": "float32", "mom2_n_samples": 9}
+    (folder / "memit.yaml").write_text(json.dumps(asks))
+    code, out, err = horse("stats --hparams memit.yaml --corpus val.json")
+    assert code == 0, err
+    file = "s/model/corpus_stats/model.layers.2.mlp.down_proj_float32_mom2_9.npz"
+    assert f"Written: {file}" in out
+    assert (folder / file).is_file()
+    assert "Written" not in horse("stats --hparams memit.yaml --corpus val.json")[1]
+
+
 @pytest.mark.parametrize(
     ("line", "code", "says"),
     [
@@ -132,6 +181,11 @@ def test_train_edit_eval(folder, horse):
         ("undo none", 2, "none: holds no chain of edits"),
         ("show none", 2, "no such file"),
         ("export --hparams tiny --delta none --out x --rank 3", 2, "--rank is for --lora"),
+        ("compare --methods GPT --out x", 2, "'GPT' is not one of unedited"),
+        ("compare --data val.json --n-edits 3,x --out x", 2, "--n-edits: expected whole numbers"),
+        ("compare --data val.json --train a --train b --out x", 2, "2 files for 1 data sets"),
+        ("ablate --hparams tiny --data val.json --n-edits 99 --out x", 2, "99 edits asked for"),
+        ("stats --hparams tiny.yaml --corpus val.json", 2, "not a YAML that asks for statistics"),
         ("train --hparams tiny --train val.json --val val.json --out x --n-edits 7", 2, "n_edits"),
     ],
 )
@@ -201,7 +255,8 @@ def test_wrong_options_are_usage(horse):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "edit", "eval", "show", "log", "undo", "export", "demo"]
+    "command",
+    """ train edit eval show log undo export bench compare ablate stats demo""".split(" "),
 )
 def test_help(horse, command):
     code, out, _ = horse(f"{command} --help")

@@ -1,0 +1,206 @@
+"""EasyEdit's own methods as rows of the comparison, each through its own ``apply`` function.
+
+A method edits a copy of the model, in float32 as EasyEdit loads it, and the copy then takes the
+model's own dtype: the weights it starts from are the same bits for every method.
+"""
+
+import contextlib
+import inspect
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import yaml
+
+import easyeditor
+from .. import archive
+from ..backbone import Backbone
+from ..easyedit import device_of
+from ..errors import HorseError, UsageError
+from ..records import EditRecord
+from . import stats
+from .methods import Edited, Task, texts_digest
+from easyeditor.util.alg_dict import ALG_DICT
+from easyeditor.util.hparams import HyperParams
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one of EasyEdit's methods needs to be called right.
+
+    Attributes:
+        hparams: name of its class of hparams.
+        name: its name in ``ALG_DICT``.
+        padding: the side on which its code expects padding.
+        at_subject: it edits at the subject, which it looks for in the prompt.
+        one_by_one: it takes one request at a time.
+        space: it puts no space before the answer, so that one has to be there.
+    """
+
+    hparams: str
+    name: str
+    padding: str = "left"
+    at_subject: bool = False
+    one_by_one: bool = False
+    space: bool = False
+
+
+METHODS = {
+    "FT": Method("FTHyperParams", "FT"),
+    "LoRA": Method("LoRAHyperParams", "LoRA"),
+    "ROME": Method("ROMEHyperParams", "ROME", "right", at_subject=True, one_by_one=True),
+    "MEMIT": Method("MEMITHyperParams", "MEMIT", "right", at_subject=True),
+    "MEND": Method("MENDHyperParams", "MEND"),
+    "PMET": Method("PMETHyperParams", "PMET", "right", at_subject=True, space=True),
+    "EMMET": Method("EMMETHyperParams", "EMMET", "right", at_subject=True),
+    "AlphaEdit": Method("AlphaEditHyperParams", "AlphaEdit", "right", at_subject=True),
+    "UltraEdit": Method("UltraEditHyperParams", "ULTRAEDIT"),
+}
+
+# What EasyEdit's modules remember from one model and one call to the next.
+REMEMBERED = {
+    "CONTEXT_TEMPLATES_CACHE": lambda: None,
+    "COV_CACHE": dict,
+    "KZ_CACHE": dict,
+    "inv_mom2_cache": dict,
+    "P_loaded": bool,
+    "cache_c_new": bool,
+}
+
+
+def load_hparams_file(path) -> dict:
+    keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return HyperParams.construct_float_from_scientific_notation(keys)
+
+
+def load_hparams(method: str, path, device: torch.device):
+    """EasyEdit's hparams of a method from its YAML, for a device.
+
+    Raises:
+        UsageError: this EasyEdit has no such method, or the file does not fit it.
+    """
+    spec = METHODS[method]
+    cls = getattr(easyeditor, spec.hparams, None)
+    if cls is None or spec.name not in ALG_DICT:
+        raise UsageError(f"this EasyEdit has no {method}: set EASYEDIT_HOME to a newer checkout.")
+    try:
+        keys = load_hparams_file(path)
+        # An older EasyEdit knows fewer keys, and would refuse the file for the others.
+        known = {f.name for f in fields(cls)}
+        hparams = cls(**{k: v for k, v in keys.items() if k in known})
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: not hparams of EasyEdit's {method} ({error}).") from None
+    hparams.device = str(device)
+    return hparams
+
+
+def edit(
+    method: str, hparams, backbone: Backbone, records: Sequence[EditRecord], seed: int, log
+) -> tuple[Backbone, float]:
+    """Edit a copy of the backbone's model; returns the copy's backbone and the seconds it took.
+
+    Args:
+        log: a text file for what EasyEdit prints.
+    """
+    spec = METHODS[method]
+    apply = _fresh(ALG_DICT[spec.name])
+    tokenizer = deepcopy(backbone.tokenizer)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, spec.padding
+    model = deepcopy(backbone.model).float().requires_grad_(True)
+    model.config._name_or_path = stats.model_name(backbone)  # statistics are looked up by it
+    requests = [_request(r, i, spec) for i, r in enumerate(records)]
+    if hasattr(hparams, "batch_size_once"):
+        hparams.batch_size = len(requests)  # UltraEdit leaves out what goes beyond
+    groups = [[r] for r in requests] if spec.one_by_one else [requests]
+    with torch.random.fork_rng(), _said_to(log), device_of(hparams):
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        for group in groups:
+            model, _ = apply(model, tokenizer, group, hparams, copy=False)
+        seconds = time.perf_counter() - start
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise HorseError(f"{method} left weights that are not finite.")
+    model = model.to(backbone.model.dtype)
+    return Backbone(model, backbone.tokenizer, list(backbone.modules)), seconds
+
+
+def _request(record: EditRecord, i: int, spec: Method) -> dict:
+    """EasyEdit's request. A method that edits at the subject gets the prompt as a template; a
+    prompt that does not hold its subject just once is its own subject, edited at its last token."""
+    prompt, subject = record.prompt, record.subject
+    if spec.at_subject:
+        template = prompt.replace(subject, "{}") if subject else ""
+        known = template.count("{}") == 1 and "{}" not in prompt
+        prompt, subject = (template, subject) if known else ("{}", prompt)
+    return {
+        "case_id": i,
+        "prompt": prompt,
+        "subject": subject,
+        "target_new": (" " if spec.space else "") + record.target_new.lstrip(),
+        "ground_truth": record.ground_truth or "",
+    }
+
+
+def _fresh(apply):
+    """The method as if nothing had been edited before."""
+    if owner := getattr(apply, "__self__", None):
+        return type(owner)().apply_to_model
+    package = inspect.getmodule(apply).__name__.rpartition(".")[0]
+    for name, module in list(sys.modules.items()):
+        if name.startswith(package):
+            for attribute, first in REMEMBERED.items():
+                if hasattr(module, attribute):
+                    setattr(module, attribute, first())
+    return apply
+
+
+@contextlib.contextmanager
+def _said_to(log):
+    """Send to a file what EasyEdit says on standard output and as log messages."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def run(method: str, path, task: Task) -> Edited:
+    """Edit the task's records with a method, its YAML at ``path``; a runner's work.
+
+    Statistics that the method reads are made once. An archive that it needs has to be there.
+    """
+    hparams = load_hparams(method, path, task.backbone.device)
+    if getattr(hparams, "stats_dir", None):
+        _prepare_statistics(hparams, task)
+    if hasattr(hparams, "archive") and not Path(hparams.archive or "").is_file():
+        raise UsageError(
+            f"{method} needs a network that EasyEdit's EditTrainer trains, and horse compare does "
+            f"not run it: name one as archive in {path}."
+        )
+    log = task.folder / "logs" / f"{method}-{task.model}-{len(task.records)}-{task.seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        backbone, seconds = edit(method, hparams, task.backbone, task.records, task.seed, file)
+    return Edited(backbone, seconds)
+
+
+def _prepare_statistics(hparams, task: Task):
+    """Statistics from where the YAML has them (``horse stats``), or made in the task's folder."""
+    name = stats.model_name(task.backbone)
+    if not all(stats.stats_file(hparams, name, m).is_file() for m in stats.modules_of(hparams)):
+        corpus = str(task.corpus) if task.corpus else texts_digest(task.train)
+        hparams.stats_dir = str(task.folder / "stats" / archive.text_digest(corpus))
+    if getattr(hparams, "P_loc", None) and not Path(hparams.P_loc).is_file():
+        about = archive.text_digest(f"{hparams.layers} {hparams.nullspace_threshold}")
+        hparams.P_loc = str(Path(hparams.stats_dir, name, f"null_space_project-{about}.pt"))
+    if not (task.corpus or task.train):
+        raise UsageError("statistics: name a corpus, or give training records.")
+    stats.prepare(hparams, task.backbone, task.corpus or task.train)

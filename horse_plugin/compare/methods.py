@@ -1,0 +1,211 @@
+"""The rows of a comparison: a name and a runner each.
+
+A runner is called with a :class:`Task` and gives, for the length of a ``with``, the edited model.
+To add a method, add a row to :data:`METHODS`.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .. import archive
+from ..backbone import Backbone
+from ..editor import HorseEditor
+from ..errors import UsageError
+from ..hparams import HORSEHyperParams
+from ..records import EditRecord
+from ..trainer import HORSETrainer
+
+
+@dataclass
+class Task:
+    """What every method gets: the same model, records, training records and seed.
+
+    Attributes:
+        model: stem of the model's YAMLs, ``<hparams_dir>/<method>/<model>.yaml``.
+        backbone: the model, unedited; whoever edits it puts it back.
+        hparams: those that the model was loaded with.
+        records: to edit, all at once.
+        train, val: records that trained methods may train on and choose by; may be empty.
+        corpus: text for second-moment statistics; none: the training records.
+        folder: for archives, statistics and logs.
+    """
+
+    model: str
+    dataset: str
+    backbone: Backbone
+    hparams: HORSEHyperParams
+    records: Sequence[EditRecord]
+    train: Sequence[EditRecord]
+    val: Sequence[EditRecord]
+    hparams_dir: Path
+    folder: Path
+    seed: int = 0
+    corpus: str | None = None
+
+    def yaml(self, method: str) -> Path:
+        """The YAML of a method for this model.
+
+        Raises:
+            UsageError: there is none.
+        """
+        path = self.hparams_dir / method / f"{self.model}.yaml"
+        if not path.is_file():
+            raise UsageError(f"{path}: no such hparams file, so {method} cannot run.")
+        return path
+
+
+@dataclass
+class Edited:
+    """An edited model and what the edit took; ``budget`` says what the method trained on."""
+
+    backbone: Backbone
+    edit_seconds: float | None = None
+    train_seconds: float | None = None
+    budget: str | None = None
+
+
+class Unedited:
+    """The model as it is; no seed changes it."""
+
+    seeded = False
+
+    def settings(self, task: Task) -> dict:
+        return {}
+
+    @contextlib.contextmanager
+    def __call__(self, task: Task) -> Iterator[Edited]:
+        yield Edited(task.backbone)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A method that our engine runs, with some hparams changed; an archive is trained once for
+    each model, data set and seed, and serves every number of edits."""
+
+    alg_name: str = "HORSE"
+    changes: dict = field(default_factory=dict)
+    trained: bool = True
+    archive: str | None = None  # trained before; none: trained here
+    seeded = True
+
+    def hparams(self, task: Task) -> HORSEHyperParams:
+        made = task.hparams
+        if made.alg_name != self.alg_name:
+            made = HORSEHyperParams.from_hparams(task.yaml(self.alg_name))
+        own = {"dtype": task.hparams.dtype, "half": task.hparams.half, "archive": None}
+        return replace(made, device=task.hparams.device, seed=task.seed, **own | self.changes)
+
+    def settings(self, task: Task) -> dict:
+        about = {"trained": self.archive or self.trained, **self.hparams(task).to_dict()}
+        if self.trained:
+            about |= {"train": texts_digest(task.train), "val": texts_digest(task.val)}
+        return about
+
+    @contextlib.contextmanager
+    def __call__(self, task: Task) -> Iterator[Edited]:
+        hparams, backbone = self.hparams(task), task.backbone
+        if hparams.inner_params != task.hparams.inner_params:
+            backbone = Backbone(backbone.model, backbone.tokenizer, hparams.inner_params)
+        trained = {}
+        if self.trained:
+            folder, trained = self._archive(task, hparams, backbone)
+            hparams = replace(hparams, archive=str(folder))
+        editor = HorseEditor.from_backbone(backbone, hparams)
+        seconds = editor.edit(task.records).about["seconds"]
+        try:
+            yield Edited(backbone, seconds, **trained)
+        finally:
+            editor.undo()
+
+    def _archive(self, task: Task, hparams, backbone: Backbone) -> tuple[Path, dict]:
+        """The trained archive's folder, and what its training took; a run that stopped goes on."""
+        if self.archive:
+            _, about = archive.read_network(self.archive)
+            steps, n = about["step"], about["hparams"]["n_edits"]
+            return Path(self.archive), {"budget": f"before, {steps} steps of {n} records"}
+        if not task.train or not task.val:
+            raise UsageError(f"{self.alg_name} is trained: give training and validation records.")
+        settings = json.dumps(self.settings(task), sort_keys=True)
+        folder = task.folder / "archives" / f"{self.alg_name}-{archive.text_digest(settings)}"
+        done = folder / "trained.json"
+        if not done.is_file():
+            resume = (folder / archive.CHECKPOINT).is_file()
+            start = time.perf_counter()
+            trainer = HORSETrainer(hparams, task.train, task.val, folder, backbone, resume)
+            trainer.run()
+            about = {
+                "train_seconds": None if resume else time.perf_counter() - start,
+                "budget": f"{trainer.step} steps of {hparams.n_edits} records "
+                f"from {len(task.train):,}",
+            }
+            archive.write(done, json.dumps(about))
+        return folder, json.loads(done.read_text())
+
+
+@dataclass(frozen=True)
+class EasyEdit:
+    """One of EasyEdit's own methods, with its YAML; see :mod:`.easyedit_methods`."""
+
+    name: str
+    seeded = True
+
+    def settings(self, task: Task) -> dict:
+        return {
+            "yaml": task.yaml(self.name).read_text(),
+            "corpus": task.corpus or texts_digest(task.train),
+        }
+
+    @contextlib.contextmanager
+    def __call__(self, task: Task) -> Iterator[Edited]:
+        path = task.yaml(self.name)
+        from . import easyedit_methods
+
+        yield easyedit_methods.run(self.name, path, task)
+
+
+Method = Callable[[Task], contextlib.AbstractContextManager[Edited]]
+
+# The paper's Table 1, in its order, after the model itself and before what the paper leaves out.
+METHODS: dict[str, Method] = {
+    "unedited": Unedited(),
+    **{name: EasyEdit(name) for name in ("FT", "LoRA", "MEMIT", "MEND", "PMET", "EMMET")},
+    **{name: EasyEdit(name) for name in ("ROME", "AlphaEdit", "UltraEdit")},
+    "MALMEN": Engine("MALMEN"),
+    "HORSE, untrained": Engine(trained=False),
+    "HORSE": Engine(),
+}
+
+# The paper's Table 2, and below it ours.
+ABLATIONS: dict[str, Method] = {
+    "HORSE": Engine(),
+    "w/o orthogonal spread": Engine(changes={"spread": "uniform"}),
+    "w/o c_i": Engine(changes={"coefficient": "none"}),
+    "w/o c_i in the loss": Engine(changes={"coefficient": "edit_only"}),
+    "w/o network training": Engine(trained=False),
+    "λ fixed": Engine(changes={"train_lamda": False}),
+    "KL, not cross-entropy": Engine(changes={"loc_loss": "kl"}),
+    "Gram-Schmidt": Engine(changes={"spread": "gram_schmidt"}),
+    "decay": Engine(changes={"spread": "decay"}),
+}
+
+
+def choose(names: Sequence[str], table: dict[str, Method]) -> dict[str, Method]:
+    """The named rows of a table of methods, in the table's order; names are matched in any case.
+
+    Raises:
+        UsageError: naming one that is not there.
+    """
+    known = {name.lower(): name for name in table}
+    if unknown := [n for n in names if n.lower() not in known]:
+        raise UsageError(f"methods: {unknown[0]!r} is not one of {'; '.join(table)}.")
+    wanted = {known[n.lower()] for n in names}
+    return {name: method for name, method in table.items() if name in wanted}
+
+
+def texts_digest(records: Sequence[EditRecord]) -> str:
+    """A digest of the records."""
+    return archive.text_digest(json.dumps([r.to_dict() for r in records], sort_keys=True))

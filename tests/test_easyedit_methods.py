@@ -1,0 +1,107 @@
+"""EasyEdit's own methods as rows of the comparison, on a tiny model.
+
+On the EasyEdit that PyPI has, and on the checkout that EASYEDIT_HOME names, as test_easyedit.py.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+pytest.importorskip("easyeditor")
+from horse_plugin import UsageError, load_records
+from horse_plugin.compare import METHODS, DataSet, Plan, easyedit_methods, runner
+
+SHIPPED = Path(__file__).parents[1] / "hparams"
+MODEL = "llama-tiny"
+
+
+@pytest.fixture(scope="module")
+def yamls(tmp_path_factory):
+    """A tiny model and the shipped YAMLs, with its layers in the place of the default model's."""
+    path = tmp_path_factory.mktemp("methods")
+    tiny.model().save_pretrained(path / MODEL)
+    tiny.bpe_tokenizer().save_pretrained(path / MODEL)
+    own = {"model_name": str(path / MODEL), "tokenizer_name": str(path / MODEL)}
+    own |= {"v_num_grad_steps": 2, "v_loss_layer": 7, "num_steps": 2, "mom2_n_samples": 30}
+    for file in SHIPPED.glob("*/llama-smollm2-135m.yaml"):
+        keys = yaml.safe_load(file.read_text())
+        keys |= {k: v for k, v in own.items() if k in keys}
+        if keys.get("layers"):
+            keys["layers"] = [2, 3][: len(keys["layers"])]
+        if file.parent.name == "UltraEdit":
+            keys["lr"] = 0.1  # a random model's gradients are small
+        if "inner_params" in keys:
+            keys["inner_params"] = [f"model.layers.{i}.mlp.down_proj" for i in (6, 7)]
+        (path / file.parent.name).mkdir()
+        (path / file.parent.name / "tiny.yaml").write_text(yaml.safe_dump(keys))
+    settings = {"model_name": str(path / MODEL), "dtype": "fp32", "device": "cpu", "rank": 4}
+    (path / "HORSE" / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def plan(yamls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # EasyEdit writes logs/ wherever it runs
+    facts = [replace(r, subject=r.prompt.split()[3]) for r in tiny.records(12)]
+    data = [DataSet("facts", facts[:4], facts[4:])]
+
+    def make(*names):
+        table = {name: METHODS[name] for name in names}
+        return Plan(table, {"tiny": yamls / "HORSE/tiny.yaml"}, data, (4,), yamls, tmp_path / "out")
+
+    return make
+
+
+# What the EasyEdit on PyPI can no longer do with today's peft and transformers.
+OUT_OF_DATE = {"LoRA": "AdaLoRA does not work when `total_step` is None", "MEMIT": "IndexError"}
+
+
+def available(name) -> bool:
+    spec = easyedit_methods.METHODS[name]
+    return spec.name in easyedit_methods.ALG_DICT
+
+
+@pytest.mark.parametrize("name", [n for n in easyedit_methods.METHODS if n != "MEND"])
+def test_each_method_edits_a_copy_and_is_the_same_when_repeated(plan, name):
+    first, second = plan("unedited", name), plan("unedited", name)
+    second.out = second.out.with_name("again")
+    (_, row), (_, again) = (runner.run(p, progress=False) for p in (first, second))
+    if not available(name):
+        assert f"this EasyEdit has no {name}" in row["reason"]
+        return
+    if not available("UltraEdit") and name in OUT_OF_DATE:
+        assert OUT_OF_DATE[name] in row["reason"]
+        return
+    assert "reason" not in row, row["reason"]
+    assert row["edit_seconds"] > 0
+    assert row["locality"] < 100  # something was edited
+    figures = ("efficacy", "generalization", "specificity", "locality")
+    assert [row[f] for f in figures] == [again[f] for f in figures]
+    log = first.out / "logs" / f"{name}-tiny-4-0.log"
+    assert log.is_file()
+
+
+def test_mend_without_an_archive_keeps_its_row(plan):
+    (row,) = runner.run(plan("MEND"), progress=False)
+    assert "MEND" in row["reason"]
+
+
+def test_a_prompt_without_its_subject_is_edited_at_its_last_token():
+    (record,) = load_records([{"prompt": "who is {} a {}", "target_new": "b", "subject": "a"}])
+    spec = easyedit_methods.METHODS["MEMIT"]
+    request = easyedit_methods._request(record, 0, spec)
+    assert (request["prompt"], request["subject"]) == ("{}", record.prompt)
+    record = replace(record, prompt="the a is")
+    assert easyedit_methods._request(record, 0, spec)["prompt"] == "the {} is"
+    assert easyedit_methods._request(record, 0, easyedit_methods.METHODS["PMET"])["target_new"] == (
+        " b"
+    )
+
+
+def test_a_yaml_that_does_not_fit_is_named(tmp_path):
+    (tmp_path / "x.yaml").write_text("alg_name: FT\n")
+    with pytest.raises(UsageError, match=r"x\.yaml: not hparams of EasyEdit's FT"):
+        easyedit_methods.load_hparams("FT", tmp_path / "x.yaml", "cpu")
