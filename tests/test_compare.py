@@ -4,12 +4,13 @@ import contextlib
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from horse_plugin import HorseError, UsageError, compare
+from horse_plugin import HorseError, HORSEHyperParams, UsageError, compare
 from horse_plugin.backbone import Backbone
 from horse_plugin.compare import METHODS, DataSet, Plan, methods, output, runner, stats, tables
 from horse_plugin.compare.methods import Edited, Engine
@@ -293,3 +294,13 @@ def test_a_corpus_is_any_text(tmp_path):
     (tmp_path / "c.txt").write_text("\n")
     with pytest.raises(UsageError, match="no text in it"):
         stats.read_corpus(tmp_path / "c.txt", 9)
+
+
+def test_malmen_is_trained_as_horse_is():
+    folder = Path(__file__).parents[1] / "hparams"
+    ours, theirs = (
+        HORSEHyperParams.from_hparams(folder / method / "llama-smollm2-135m.yaml").to_dict()
+        for method in ("HORSE", "MALMEN")
+    )
+    differing = {key for key in ours if ours[key] != theirs[key]}
+    assert differing == {"alg_name", "spread", "loc_loss"}
