@@ -86,15 +86,37 @@ class Objective:
             )
 
     def _token_losses(self, i: int, batch) -> torch.Tensor:
-        logits = self.backbone.logits(batch).to(self.backbone.edit_dtype)
-        losses = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+        logits, dtype = self.backbone.logits(batch), self.backbone.edit_dtype
+        losses = CrossEntropy.apply(logits, batch.labels.to(logits.device), dtype)
         if self.reference is None:
             return losses
         unrelated = (self._kinds(batch) == KINDS.index("unrelated")).to(logits.device)
-        kl = F.kl_div(
-            logits[unrelated].log_softmax(-1), self.reference[i], log_target=True, reduction="none"
-        ).sum(-1)
+        log_p = logits[unrelated].to(dtype).log_softmax(-1)
+        kl = F.kl_div(log_p, self.reference[i], log_target=True, reduction="none").sum(-1)
         return losses.masked_scatter(unrelated, kl)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """−log p of each label, from logits of any precision and computed in ``dtype``.
+
+    torch's own keeps several n×vocabulary tensors for the backward pass, which is most of the
+    memory of a training step; this one turns the only one it keeps into the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype):
+        log_p = logits.log_softmax(-1, dtype=dtype)
+        ctx.save_for_backward(log_p, labels)
+        ctx.dtype = logits.dtype
+        return -log_p.gather(1, labels[:, None])[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        gradient, labels = ctx.saved_tensors
+        gradient.exp_()
+        gradient.scatter_add_(1, labels[:, None], -torch.ones_like(grad)[:, None])
+        return gradient.mul_(grad[:, None]).to(ctx.dtype), None, None
 
 
 def backward(network: HyperNetwork, traced: Trace, shifts_to_gradients) -> dict[str, float]:
