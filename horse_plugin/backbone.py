@@ -7,6 +7,7 @@ before the output head. No architecture is written out here.
 """
 
 import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,11 @@ from .loading import load_model
 from .modules import block_index, find_blocks, find_edit_modules, shape_of
 from .prompts import Batch, Prompt, batches, tokenize
 from .records import Query
+
+# oneDNN keeps what it compiled for the last 1,024 shapes of products. Batches have shapes of their
+# own, so that this grows to gigabytes; a few are as quick.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "64")
 
 
 class _TrunkDone(Exception):
