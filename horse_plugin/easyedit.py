@@ -17,6 +17,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -31,10 +32,12 @@ from .loading import resolve_device
 from .trainer import HORSETrainer
 
 try:
+    import easyeditor
     from easyeditor import BaseEditor, EditTrainer
     from easyeditor.editors.batch_editor import BatchEditor
     from easyeditor.util.alg_dict import ALG_DICT
     from easyeditor.util.alg_train_dict import ALG_TRAIN_DICT
+    from easyeditor.util.hparams import HyperParams
 except ImportError as error:
     raise UsageError(
         f"EasyEdit could not be imported ({error}): install it with `pip install --no-deps "
@@ -112,6 +115,17 @@ def _how_to_train(hparams: HORSEHyperParams) -> str:
         f"archive: none given. Train one with `{shlex.join(map(str, command))}` and set "
         f"archive: {out}; or set archive: {UNTRAINED} to edit without."
     )
+
+
+def hparams_class(name: str) -> type | None:
+    """EasyEdit's class of hparams of that name, if this EasyEdit has it."""
+    return getattr(easyeditor, name, None)
+
+
+def read_yaml(path) -> dict:
+    """A YAML as EasyEdit reads it: ``1e-5`` is a number."""
+    keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return HyperParams.construct_float_from_scientific_notation(keys)
 
 
 class ReadDevice(TorchFunctionMode):

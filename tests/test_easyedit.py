@@ -231,13 +231,13 @@ def test_without_easyedit_one_sentence_says_what_to_do(code, home, says):
     assert says in run_python(code, EASYEDIT_HOME=home).stderr.splitlines()[-1]
 
 
-def test_only_two_files_import_easyedit_and_nothing_else_needs_them():
+def test_only_one_file_imports_easyedit_and_nothing_else_needs_it():
     for path in PACKAGE.rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
         names += [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
         imports_it = any(name.partition(".")[0] == "easyeditor" for name in names)
-        assert imports_it == (path.name in ("easyedit.py", "easyedit_methods.py")), path
+        assert imports_it == (path.name == "easyedit.py"), path
     code = """
         import sys
         sys.modules["easyeditor"] = None

@@ -17,16 +17,13 @@ from pathlib import Path
 import torch
 import yaml
 
-import easyeditor
 from .. import archive
 from ..backbone import Backbone
-from ..easyedit import device_of
+from ..easyedit import ALG_DICT, device_of, hparams_class, read_yaml
 from ..errors import HorseError, UsageError
 from ..records import EditRecord
 from . import stats
 from .methods import Edited, Task, texts_digest
-from easyeditor.util.alg_dict import ALG_DICT
-from easyeditor.util.hparams import HyperParams
 
 
 @dataclass(frozen=True)
@@ -73,11 +70,6 @@ REMEMBERED = {
 }
 
 
-def load_hparams_file(path) -> dict:
-    keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return HyperParams.construct_float_from_scientific_notation(keys)
-
-
 def load_hparams(method: str, path, device: torch.device):
     """EasyEdit's hparams of a method from its YAML, for a device.
 
@@ -85,11 +77,11 @@ def load_hparams(method: str, path, device: torch.device):
         UsageError: this EasyEdit has no such method, or the file does not fit it.
     """
     spec = METHODS[method]
-    cls = getattr(easyeditor, spec.hparams, None)
+    cls = hparams_class(spec.hparams)
     if cls is None or spec.name not in ALG_DICT:
         raise UsageError(f"this EasyEdit has no {method}: set EASYEDIT_HOME to a newer checkout.")
     try:
-        keys = load_hparams_file(path)
+        keys = read_yaml(path)
         # An older EasyEdit knows fewer keys, and would refuse the file for the others.
         known = {f.name for f in fields(cls)}
         hparams = cls(**{k: v for k, v in keys.items() if k in known})
