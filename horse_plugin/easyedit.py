@@ -37,7 +37,6 @@ try:
     from easyeditor.editors.batch_editor import BatchEditor
     from easyeditor.util.alg_dict import ALG_DICT
     from easyeditor.util.alg_train_dict import ALG_TRAIN_DICT
-    from easyeditor.util.hparams import HyperParams
 except ImportError as error:
     raise UsageError(
         f"EasyEdit could not be imported ({error}): install it with `pip install --no-deps "
@@ -124,6 +123,8 @@ def hparams_class(name: str) -> type | None:
 
 def read_yaml(path) -> dict:
     """A YAML as EasyEdit reads it: ``1e-5`` is a number."""
+    from easyeditor.util.hparams import HyperParams
+
     keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     return HyperParams.construct_float_from_scientific_notation(keys)
 
