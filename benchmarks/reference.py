@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from horse_plugin import EditRecord
@@ -113,7 +114,7 @@ class Reference:
                 at = labels != IGNORED
                 for l, module in enumerate(self.modules):
                     keys, grads = (t[at].to(self.backbone.edit_dtype) for t in seen[module])
-                    torch.save((keys, grads), folder / f"{l}_{i}.pt")
+                    save_file({"keys": keys, "grads": grads}, folder / f"{l}_{i}.safetensors")
                     module.weight.grad = None
         finally:
             for hook in hooks:
@@ -134,11 +135,11 @@ class Reference:
                 reduction=reduction,
             )
 
-    @staticmethod
-    def _load(folder: Path, l: int, n_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _load(self, folder: Path, l: int, n_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
         """H_l and ∇G_l, n×d and n×d'."""
-        parts = [torch.load(folder / f"{l}_{i}.pt") for i in range(n_batches)]
-        return tuple(torch.cat(t) for t in zip(*parts, strict=True))
+        device = str(self.backbone.edit_device)
+        parts = [load_file(folder / f"{l}_{i}.safetensors", device) for i in range(n_batches)]
+        return tuple(torch.cat([p[name] for p in parts]) for name in ("keys", "grads"))
 
     def _residuals(self, traced) -> list[torch.Tensor]:
         """R'_1 … R'_T, n×d' each: Eq. 4, then Eq. 6."""
