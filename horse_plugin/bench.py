@@ -54,7 +54,7 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord]) -> dict:
     }
     fitting = backbone.tokenize([r.edit for r in records[:64]], hp.max_length)
     editor = HorseEditor.from_backbone(backbone, hp)
-    if not editor.trained:
+    if editor.network is None:
         network = editor._fitted(trace(backbone, fitting, hp.batch_tokens))
         editor = HorseEditor.from_backbone(backbone, hp, network)
     network = editor.network

@@ -68,7 +68,7 @@ def edit(
     data: Data,
     out: Annotated[Path | None, typer.Option(help="Folder for the edit, by itself.")] = None,
     onto: Annotated[Path | None, typer.Option(help="Chain of edits to put it on top of.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the edit; a number in a chain.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the edit; else a number, or OUT's.")] = None,
     archive: Annotated[Path | None, typer.Option(help="Trained archive; none: untrained.")] = None,
     n_edits: NEdits = None,
     save_model: Annotated[
@@ -93,7 +93,7 @@ def edit(
         files.check_empty(save_model)
     with files.only_process(out or onto) as folder:
         ledger = Ledger(folder) if onto else None
-        name = ledger.new_name(name) if ledger else name
+        name = ledger.new_name(name) if ledger else name or folder.name
         if not ledger:
             check_free(folder)
         if not settings.archive:

@@ -4,8 +4,9 @@ Nothing of EasyEdit is copied or changed on disk. Beside the entries in its tabl
 classes learn about our hparams; whatever comes with other hparams runs as if we were not there:
 
 - ``BaseEditor`` gets the model that they name as our engine loads it, whatever its architecture,
-  and runs on the device that they mean. (The EasyEdit on PyPI writes ``cuda:`` before whatever
-  ``device`` holds, and lacks some arguments of today's, such as ``sequential_edit``.)
+  and runs on the device that they mean. Its sequential edits are the history of one
+  :class:`HorseEditor`, its attribute ``horse``. (The EasyEdit on PyPI writes ``cuda:`` before
+  whatever ``device`` holds, and lacks some arguments of today's, such as ``sequential_edit``.)
 - ``EditTrainer(config, train_set, val_set)`` makes a :class:`~horse_plugin.HORSETrainer`.
 """
 
@@ -14,6 +15,7 @@ import functools
 import inspect
 import shlex
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,9 +75,17 @@ def apply_horse_to_model(
     model = deepcopy(model) if copy else model
     backbone = Backbone(model, tok, hparams.inner_params)
     editor = HorseEditor.from_backbone(backbone, hparams, _network(backbone, hparams))
-    editor.edit([{key: r.get(key) for key in ("prompt", "target_new")} for r in requests])
-    before = editor.original_weights if return_orig_weights else {}
-    return model, {f"{name}.weight": weight for name, weight in before.items()}
+    editor.edit(_facts(requests))
+    return model, _weights_before(editor) if return_orig_weights else {}
+
+
+def _facts(requests) -> list[dict]:
+    return [{key: r.get(key) for key in ("prompt", "target_new")} for r in requests]
+
+
+def _weights_before(editor: HorseEditor) -> dict[str, torch.Tensor]:
+    """Parameter name → weight before all edits of the editor."""
+    return {f"{name}.weight": weight for name, weight in editor.original_weights.items()}
 
 
 def _ours(hparams) -> HORSEHyperParams:
@@ -170,6 +180,7 @@ def _with_our_model(init):
                 init(editor, hparams)
         finally:
             editor.model_name = hparams.model_name = name
+        editor.horse = None
 
     return with_our_model
 
@@ -198,17 +209,30 @@ def _for_our_hparams(method):
             for name, old in OLD_NAMES.items():
                 if name in kwargs and name not in known and old in known:
                     kwargs[old] = kwargs.pop(name)
-            if kwargs.get("sequential_edit") and "sequential_edit" not in known:
-                # No original weights, nothing to put back: the edit stays.
-                stack.callback(setattr, editor, "apply_algo", editor.apply_algo)
-                editor.apply_algo = _apply_for_good
-            return method(editor, *args, **kwargs)
+            given = dict(zip(known, (editor, *args), strict=False)) | kwargs
+            if not given.get("sequential_edit"):
+                return method(editor, *args, **kwargs)
+            stack.callback(setattr, editor, "apply_algo", editor.apply_algo)
+            editor.apply_algo = functools.partial(_apply_on_top, editor)
+            *outcome, _ = method(editor, *args, **kwargs)
+            return *outcome, _weights_before(editor.horse)
 
     return for_our_hparams
 
 
-def _apply_for_good(*args, **kwargs):
-    return apply_horse_to_model(*args, **kwargs | {"return_orig_weights": False})
+def _apply_on_top(base: BaseEditor, model, tok, requests, hparams, **kwargs):
+    """One edit on top of those in ``base.horse.history``; an ``apply_algo``, as the one above.
+
+    No weights are returned, so that no EasyEdit puts any back: the edit stays.
+    """
+    hparams = _ours(hparams)
+    backbone, horse = Backbone(model, tok, hparams.inner_params), base.horse
+    network = _network(backbone, hparams)
+    if horse is None or horse.backbone.modules != backbone.modules or horse.changed:
+        base.horse = horse = HorseEditor.from_backbone(backbone, replace(hparams, archive=None))
+    horse.hparams, horse.network = hparams, network
+    horse.edit(_facts(requests))
+    return model, {}
 
 
 def _new_trainer(cls, config, *args, **kwargs):

@@ -1,6 +1,7 @@
 """Editing: records in, one change of the weights out, and its undoing."""
 
 import datetime
+import itertools
 import math
 import platform
 import time
@@ -76,6 +77,9 @@ class HorseEditor:
         model, tokenizer: a Hugging Face causal language model and its tokenizer.
         hparams: settings; ``archive`` names a trained hypernetwork.
 
+    Attributes:
+        network: the trained hypernetwork, or None.
+
     Raises:
         UsageError: the archive is for another model or other modules.
     """
@@ -103,8 +107,7 @@ class HorseEditor:
         self.backbone, self.hparams = backbone, hparams
         if network is None and hparams.archive not in (None, UNTRAINED):
             network, _ = archive.load_network(hparams.archive, backbone)
-        self.trained = network is not None
-        self.network = network if self.trained else new_network(backbone, hparams)
+        self.network = network
         self._edits: list[EditDelta] = []
         self._left: dict[str, str] = {}  # digests of the weights as this editor left them
         self.original_weights: dict[str, torch.Tensor] = {}
@@ -119,7 +122,7 @@ class HorseEditor:
 
         Args:
             records: edit records, or anything that :func:`load_records` takes.
-            name: what to call the edit; :meth:`undo` takes it.
+            name: what to call the edit; :meth:`undo` takes it. A number by default.
 
         Returns:
             The delta, already applied; ``about["seconds"]`` is what it took.
@@ -133,23 +136,27 @@ class HorseEditor:
         hp, weights = self.hparams, self._weights()
         prompts = self.backbone.tokenize([r.edit for r in records], hp.max_length)
         traced = trace(self.backbone, prompts, hp.batch_tokens)
-        if not self.trained:
-            self.network = self._fitted(traced)
+        network = self.network or self._fitted(traced)
         about = {
-            "name": name,
+            "name": name or self._new_name(),
             "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "model": self.backbone.fingerprint(),
             "modules": list(self.backbone.modules),
             "weights": weights,
             "original": self._edits[0].about["original"] if self._edits else weights,
-            "network": archive.network_about(self.network),
+            "network": archive.network_about(network),
             "hparams": hp.to_dict(),
             "versions": versions(),
         }
-        delta = EditDelta(solve_edit(self.backbone, self.network, traced, hp), records, about)
+        delta = EditDelta(solve_edit(self.backbone, network, traced, hp), records, about)
         self._add(delta)
         about["seconds"] = time.perf_counter() - start
         return delta
+
+    def _new_name(self) -> str:
+        names = {d.name for d in self._edits}
+        numbers = (f"{i:03d}" for i in itertools.count(len(names) + 1))
+        return next(n for n in numbers if n not in names)
 
     def _fitted(self, traced: Trace) -> HyperNetwork:
         """An untrained network whose normaliser and η come from the edit at hand."""
@@ -205,11 +212,18 @@ class HorseEditor:
                 self._replay(done)
             raise
 
+    @property
+    def changed(self) -> str | None:
+        """An edit module whose weight others changed since this editor's last edit, if any."""
+        return self._changed(self.backbone.digests())
+
+    def _changed(self, now: dict[str, str]) -> str | None:
+        return next((m for m in now if self._edits and now[m] != self._left[m]), None)
+
     def _weights(self) -> dict[str, str]:
         """The digests of the weights now, which must be those that this editor left."""
         now = self.backbone.digests()
-        if self._edits and now != self._left:
-            module = next(m for m in now if now[m] != self._left[m])
+        if module := self._changed(now):
             raise HorseError(
                 f"{module}: its weight was changed by others since this editor's last edit. "
                 "undo(force=True) overwrites the change; a new HorseEditor starts from it."

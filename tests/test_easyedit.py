@@ -390,15 +390,39 @@ def test_batch_edit_over_many_requests_is_one_edit(hparams, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["edit", "batch_edit"])
-def test_sequential_edits_accumulate(hparams, method):
+def test_sequential_edits_are_one_history(hparams, method):
+    """Each is an edit with a name, on top of the others, and all of them can be taken back."""
     hparams.batch_size = 2
-    editor, records = BaseEditor.from_hparams(hparams), tiny.records(4)
-    other, tok = tiny_pair()
-    getattr(editor, method)(**columns(records), sequential_edit=True, verbose=False)
+    base, records = BaseEditor.from_hparams(hparams), tiny.records(4)
+    before = weights(base.model)
+    other = HorseEditor(*tiny_pair(), hparams)
     at_once = 2 if method == "batch_edit" else 1
-    for i in range(0, 4, at_once):
-        HorseEditor(other, tok, hparams).edit(records[i : i + at_once])
-    assert same(weights(editor.model), weights(other))
+    for half in (records[:2], records[2:]):
+        _, _, replaced = getattr(base, method)(**columns(half), sequential_edit=True, verbose=False)
+        for i in range(0, 2, at_once):
+            other.edit(half[i : i + at_once])
+    assert same(weights(base.model), weights(other.backbone.model))
+    names = ["001", "002", "003", "004"][: 4 // at_once]
+    assert [d.name for d in base.horse.history] == names
+    assert same(replaced, {name: before[name] for name in replaced}) and len(replaced) == 6
+    base.batch_edit(**columns(records), verbose=False)  # measured and taken back, as ever
+    base.horse.undo("001")
+    other.undo("001")
+    assert same(weights(base.model), weights(other.backbone.model))
+    while base.horse.history:
+        base.horse.undo()
+    assert same(weights(base.model), before)
+
+
+def test_weights_put_back_by_hand_begin_a_new_history(hparams):
+    base, records = BaseEditor.from_hparams(hparams), tiny.records(2)
+    before = weights(base.model)
+    for _ in range(2):
+        _, _, replaced = base.edit(**columns(records), sequential_edit=True, verbose=False)
+        assert len(base.horse.history) == 2
+        for name, weight in replaced.items():
+            base.model.get_parameter(name).data.copy_(weight)
+        assert same(weights(base.model), before)
 
 
 def test_edit_and_edit_requests_edit_one_by_one(hparams):

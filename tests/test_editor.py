@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horse_plugin import EditDelta, EditRecord, Evaluator, HorseEditor, HorseError, UsageError
+from horse_plugin.editor import new_network
 from horse_plugin.hypernetwork import HyperNetwork
 from horse_plugin.prompts import batches, tokenize
 
@@ -140,7 +141,7 @@ def test_a_failed_edit_leaves_the_model_alone(monkeypatch):
     e = editor()
     e.edit(tiny.records())
     e.undo()
-    e.trained = True  # the network is taken as it is from now on
+    e.network = new_network(e.backbone, e.hparams)  # taken as it is from now on
     before = state(e)
     monkeypatch.setattr(
         HyperNetwork, "residuals", lambda *args: [torch.full((14, 32), torch.nan)] * 6
