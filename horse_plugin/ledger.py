@@ -19,6 +19,7 @@ from .errors import HorseError, UsageError
 
 LEDGER = "ledger.json"
 ENTRY = {"name": str, "made": str, "n_edits": int, "undone": (str, type(None))}
+UNFINISHED = "unfinished"  # ``undone`` of an edit whose folder is about to get its name
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
@@ -76,12 +77,17 @@ class Ledger:
         return name
 
     def add(self, delta: EditDelta, rows: Sequence[dict] = ()):
-        """Put an edit, and what was measured of it, on top; whole or not at all."""
+        """Put an edit, and what was measured of it, on top; whole or not at all.
+
+        It is in force from the moment in which its folder has its name, wherever a kill comes.
+        """
+        entry = {"name": delta.name, "made": delta.about["made"], "n_edits": len(delta.records)}
         with archive.new_folder(self.folder / delta.name) as made:
             delta.save(made)
             results.save(made / "results.json", list(rows))
-        entry = {"name": delta.name, "made": delta.about["made"], "n_edits": len(delta.records)}
-        self._write([*self.entries, entry | {"undone": None}])
+            self._write([*self.entries, entry | {"undone": UNFINISHED}])
+        self.entries.append(entry | {"undone": None})
+        self._write(self.entries)
 
     def undo(self, name: str | None = None) -> str:
         """Take an edit out of force, the last one by default; its folder stays.
@@ -95,13 +101,14 @@ class Ledger:
             there = f"in force are {', '.join(active)}" if active else "none is in force"
             raise UsageError(f"{self.folder}: no edit {name or ''} to undo; {there}.")
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self._write([e | {"undone": now} if e["name"] == name else e for e in self.entries])
+        entries = [e | {"undone": now} if e["name"] == name else e for e in self.entries]
+        self._write(entries)
+        self.entries = entries
         return name
 
     def _write(self, entries: list[dict]):
         text = json.dumps({"edits": entries, "sha256": _digest(entries)}, indent=1)
         archive.write(self.folder / LEDGER, text + "\n")
-        self.entries = entries
 
 
 def read_edits(folder) -> list[EditDelta]:
@@ -134,4 +141,8 @@ def _read(path: Path) -> list[dict]:
     for entry in entries:
         if not NAME.fullmatch(entry["name"]):
             raise HorseError(f"{path}: {entry['name']!r} is no name for an edit.")
+    if entries and entries[-1]["undone"] == UNFINISHED:
+        *entries, last = entries
+        if (path.parent / last["name"]).exists():
+            entries.append(last | {"undone": None})
     return entries

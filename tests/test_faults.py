@@ -87,16 +87,20 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path, undisturbe
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(wanted)  # and nothing beside them
 
 
-@pytest.mark.parametrize("at", range(0, 20, 3))
+# Of the 22 calls of each edit the last ten are the list's, the folder's name and the list's again.
+@pytest.mark.parametrize("at", [*range(0, 12, 4), *range(12, 23), 30, 40])
 def test_a_chain_whose_process_is_killed_holds_whole_edits_only(tmp_path, at):
+    """And all of them: every folder is in the list, and everything in the list is there."""
     killed = processes.start(processes.chain, tmp_path, 2, at)
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
-    n = len(read_edits(tmp_path)) if (tmp_path / "ledger.json").exists() else 0
-    processes_on = processes.start(processes.chain, tmp_path, 1)
-    processes_on.join()
-    assert processes_on.exitcode == 0
-    assert len(read_edits(tmp_path)) == n + 1
+    names = sorted(p.name for p in tmp_path.iterdir() if p.is_dir() and p.name[0] != ".")
+    assert names == [d.name for d in Ledger(tmp_path).deltas()]
+    assert names == ["001", "002"][: sum(at > named for named in (17, 17 + 22))]
+    goes_on = processes.start(processes.chain, tmp_path, 1)
+    goes_on.join()
+    assert goes_on.exitcode == 0
+    assert [d.name for d in read_edits(tmp_path)] == [*names, f"{len(names) + 1:03d}"]
 
 
 def test_of_two_processes_one_wins_and_the_other_says_so(tmp_path):
