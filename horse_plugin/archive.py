@@ -341,10 +341,5 @@ def same_model(a: dict, b: dict) -> bool:
     return all(abs(x - y) <= 2e-3 * max(abs(x), abs(y)) for x, y in zip(*rows, strict=True))
 
 
-def digest(weight: torch.Tensor) -> str:
-    """The sha256 of a weight's bits, with its dtype and shape."""
-    return _digest({"": weight.detach().cpu()}, {})
-
-
 def _model_name(fingerprint: dict) -> str:
     return "{name} ({architecture}, {n_blocks} blocks, width {hidden_size})".format(**fingerprint)

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .archive import digest
+from .digest import digest
 from .errors import HALF_HINT, HorseError
 from .loading import load_model
 from .modules import block_index, find_blocks, find_edit_modules, shape_of
@@ -272,7 +272,7 @@ class Backbone:
             self.modules[name].weight.copy_(weight)
 
     def digests(self) -> dict[str, str]:
-        """The sha256 of every edit module's weight as it is now, to the bit."""
+        """A digest of every edit module's weight as it is now, to the bit."""
         return {name: digest(module.weight) for name, module in self.modules.items()}
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from . import archive
 from .backbone import Backbone
 from .delta import EditDelta
+from .digest import matches
 from .errors import HALF_HINT, HorseError, UsageError
 from .hparams import UNTRAINED, HORSEHyperParams
 from .hypernetwork import HyperNetwork
@@ -175,7 +176,9 @@ class HorseEditor:
         """Add a delta to the model, such as a loaded one.
 
         It must have been made on the weights as they are now, or as they were before all edits of
-        this editor: several edits of one model can be combined so.
+        this editor: several edits of one model can be combined so. A model in another dtype will
+        do if its weights round to the very weights that the edit was made on, as those of a bf16
+        model do that was loaded in fp32.
 
         Raises:
             UsageError: a delta that was made for another model, other modules or other weights.
@@ -196,14 +199,19 @@ class HorseEditor:
     def _apply(self, deltas: Sequence[EditDelta], made_on: str):
         now, done = self._weights(), self.history
         known = [now, *(d.about["original"] for d in done[:1])]
+        here = [{name: m.weight for name, m in self.backbone.modules.items()}]
+        here += [self.original_weights] if done else []
         for delta in deltas:
             archive.check_model(delta.name, delta.about, self.backbone)
-            if (wanted := delta.about[made_on]) not in known:
-                module = next((m for m in now if wanted.get(m) != now[m]), "a module")
+            wanted = delta.about[made_on]
+            if wanted not in known and not any(_differing(w, wanted) is None for w in here):
+                module = _differing(here[0], wanted)
+                dtype = str(wanted.get(module)).partition(":")[0]
                 raise UsageError(
-                    f"{delta.name}: made on other weights of {module} than this model has. Load "
-                    "the model in the same dtype, and apply first what it was made on top of."
+                    f"{delta.name}: made on other {dtype} weights of {module} than this model "
+                    "has. Load the model in that dtype, and apply first what it was made on top of."
                 )
+            known.append(wanted)
         try:
             for delta in deltas:
                 self._add(delta)
@@ -304,6 +312,11 @@ class HorseEditor:
     def load_delta(folder) -> EditDelta:
         """Read a delta that :meth:`EditDelta.save` wrote; :meth:`apply` puts it into a model."""
         return EditDelta.load(folder)
+
+
+def _differing(weights: dict[str, torch.Tensor], digests: dict[str, str]) -> str | None:
+    """The first module whose weight, rounded to its digest's dtype, has another digest."""
+    return next((m for m, w in weights.items() if not matches(w, digests.get(m))), None)
 
 
 def versions() -> dict[str, str]:

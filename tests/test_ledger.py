@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError, archive
+from horse_plugin.digest import digest
 from horse_plugin.ledger import LEDGER, Ledger, read_edits
 
 MODULE = "model.layers.2.mlp.down_proj"
@@ -87,11 +88,68 @@ def test_a_delta_knows_every_weight_that_it_touches(tmp_path):
     other = editor()
     other.backbone.modules[MODULE].weight.data[0, 0] += 1e-6
     before = state(other)
-    with pytest.raises(UsageError, match=rf"made on other weights of {MODULE}"):
+    with pytest.raises(UsageError, match=rf"made on other float32 weights of {MODULE}"):
         other.apply(delta)
-    with pytest.raises(UsageError, match="made on other weights"):
-        editor(torch.bfloat16).apply(delta)
     assert same(before, state(other)) and not other.history
+
+
+def test_an_edit_meets_its_model_in_another_dtype_if_that_has_the_same_weights(tmp_path):
+    """Both ways between bf16 and fp32, where all weights are bf16 numbers; else not down."""
+    half = editor(torch.bfloat16)
+    wide = tiny.model("llama", torch.bfloat16).float()
+    wide = HorseEditor(wide, tiny.bpe_tokenizer(), tiny.hparams())
+    for there, back in ((half, wide), (wide, half)):
+        before = state(back)
+        first, second = there.edit(tiny.records(), "first"), there.edit(tiny.records(2), "second")
+        back.apply_chain([first, second])
+        weight, as_made = (e.backbone.modules[MODULE].weight for e in (back, there))
+        want = before[f"{MODULE}.weight"].float()
+        for delta in (first, second):
+            want = (want + delta.shift(MODULE).T).to(weight.dtype).float()
+        assert torch.equal(weight.float(), want)
+        torch.testing.assert_close(weight.float(), as_made.float(), rtol=2**-7, atol=1e-6)
+        back.undo("first")
+        back.apply(first)  # on the original weights, which it was made on
+        for e in (back, there):
+            e.undo()
+            e.undo()
+        assert same(before, state(back))
+    precise = editor().edit(tiny.records(), "precise")
+    with pytest.raises(UsageError, match=rf"precise: made on other float32 weights of {MODULE}"):
+        half.apply(precise)
+    assert editor(torch.bfloat16).edit(tiny.records()).about["weights"][MODULE][:9] == "bfloat16:"
+    editor().apply(editor(torch.bfloat16).edit(tiny.records()))  # these weights round to those
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 3, 40_000, 600_001])
+def test_a_digest_notices_every_changed_bit_swap_and_shape(dtype, n):
+    chance = torch.Generator().manual_seed(n)
+    weight = torch.randn(n, generator=chance).to(dtype)
+    was, others = digest(weight), set()
+    bits = weight.view({4: torch.int32, 2: torch.int16}[dtype.itemsize])
+    width = 8 * dtype.itemsize
+    for _ in range(60):
+        at, other = torch.randint(n, (2,), generator=chance).tolist()
+        bit = torch.randint(width, (), generator=chance).item()
+        flip = torch.tensor(1 << bit if bit < width - 1 else -(1 << bit), dtype=bits.dtype)
+        bits[at] ^= flip
+        others.add(digest(weight))
+        if at != other:  # the same bit of two numbers, such as two signs
+            bits[other] ^= flip
+            others.add(digest(weight))
+            bits[other] ^= flip
+        bits[at] ^= flip
+        if weight[at] != weight[other]:
+            weight[[at, other]] = weight[[other, at]]
+            others.add(digest(weight))
+            weight[[at, other]] = weight[[other, at]]
+    assert was == digest(weight) and was not in others
+    assert was != digest(torch.cat([weight, torch.zeros(1, dtype=dtype)]))
+    assert was != digest(weight[None]) and was == digest(weight[None][0])
+    assert digest(weight[1:]) == digest(weight[1:].clone())  # wherever it lies in memory
+    if n == 3 and dtype is torch.float32:  # written into files: it must never change
+        assert digest(torch.arange(3.0)) == "float32:a371ba28171c1e33198856cbec6d8dd0"
 
 
 def test_edits_of_one_model_combine_but_not_one_without_what_it_was_made_on():

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from .. import archive, results
 from ..backbone import Backbone
+from ..digest import digest
 from ..errors import HorseError, UsageError
 from ..hparams import HORSEHyperParams
 from ..metrics import FIGURES, Evaluation, Evaluator
@@ -175,11 +175,11 @@ class _Bench:
 
 def weights_digest(backbone: Backbone) -> str:
     """A digest of every parameter and buffer of the model, bit for bit."""
-    digest = hashlib.blake2b(digest_size=16)
+    found = hashlib.blake2b(digest_size=16)
     for name, tensor in backbone.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        found.update(name.encode())
+        found.update(digest(tensor).encode())
+    return found.hexdigest()
 
 
 def _digest_of(settings: dict, records) -> str:
