@@ -20,6 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from . import parallel
 from .errors import HorseError, UsageError
 from .hypernetwork import HyperNetwork
 
@@ -97,6 +98,8 @@ def new_folder(path) -> Iterator[Path]:
 def only_process(folder) -> Iterator[Path]:
     """Hold the folder, which is made if need be, against other processes that write into it.
 
+    Of several processes that work as one, only the first writes, and holds it.
+
     The system lets go of it when the process ends, however it ends; what a killed one had begun
     to write is swept away by the next.
 
@@ -105,6 +108,9 @@ def only_process(folder) -> Iterator[Path]:
         UsageError: it cannot be made or written to.
     """
     folder = Path(folder)
+    if not parallel.first():
+        yield folder
+        return
     check_writable(folder)
     handle = os.open(folder, os.O_RDONLY)  # the folder is its own lock file
     try:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from . import parallel
 from .digest import digest
 from .errors import HALF_HINT, HorseError
 from .loading import load_model
@@ -161,10 +162,12 @@ class Backbone:
         """Compute these prompts' trunk states now and hold them, as far as memory is allowed.
 
         Only this fills the memory, so what a state was computed in, and hence its last bits,
-        follows from the calls of ``keep`` and nothing else.
+        follows from the calls of ``keep`` and nothing else. Of several processes each keeps its
+        own prompts' states.
         """
         self._drop_stale()
         new = [p for p in dict.fromkeys(prompts) if p.inputs not in self._kept]
+        new = [new[i] for i in parallel.own(new)]
         for batch in self.batches(new, max_tokens, "trunk"):
             if self._room <= 0:
                 break
@@ -291,13 +294,16 @@ class Backbone:
         Call the yielded function after each backward pass; it takes the gradients out of the
         model at once, so that half-precision sums never lose small terms.
         """
-        total: dict[str, torch.Tensor] = {}
+        where = {"device": self.edit_device, "dtype": self.edit_dtype}
+        total = {
+            name: torch.zeros(shape, **where)
+            for name, shape in zip(self.modules, self.shapes, strict=True)
+        }
 
         def collect():
             for name, module in self.modules.items():
-                grad = module.weight.grad.to(self.edit_device, self.edit_dtype)
-                grad = grad if isinstance(module, Conv1D) else grad.T
-                total[name] = total[name] + grad if name in total else grad
+                grad = module.weight.grad
+                total[name] += (grad if isinstance(module, Conv1D) else grad.T).to(**where)
                 module.weight.grad = None
 
         weights = [m.weight.requires_grad_() for m in self.modules.values()]

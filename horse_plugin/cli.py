@@ -79,7 +79,7 @@ def edit(
     max_rise: Annotated[float, typer.Option(help="Perplexity's, in %, without a warning.")] = 20.0,
 ):
     """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto."""
-    from . import HorseEditor, load_records, results
+    from . import HorseEditor, load_records, parallel, results
     from . import archive as files
     from .delta import check_free
     from .ledger import Ledger
@@ -104,6 +104,8 @@ def edit(
             editor.apply_chain(ledger.deltas())
         dataset = Path(data).stem
         delta, rows = measured_edit(editor, records, dataset, name, strict, heldout, max_rise)
+        if not parallel.first():
+            return
         if ledger:
             ledger.add(delta, rows)
         else:
@@ -126,7 +128,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Where to write results.json.")] = None,
 ):
     """Measure the model, or an edit of it, on facts."""
-    from . import Evaluator, load_records, results
+    from . import Evaluator, load_records, parallel, results
     from . import archive as files
 
     settings, records = _hparams(hparams), load_records(data, n_edits)
@@ -137,7 +139,7 @@ def evaluate(
     editor.apply_chain(deltas)
     name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
     rows = [results.row(name, Path(data).stem, settings, evaluator.evaluate())]
-    if out:
+    if out and parallel.first():
         results.save(out, rows)
     console.print(show.figures(rows))
 
@@ -365,13 +367,15 @@ def _say(message: str):
 
 def run():
     """Entry point: exit code 0 done, 1 failed, 2 bad usage; one line on an error."""
-    debug = "--debug" in sys.argv[1:]
+    debug, errors = "--debug" in sys.argv[1:], sys.stderr
     if debug:  # anywhere on the line, not only before the command
         sys.argv = [a for a in sys.argv if a != "--debug"]
     else:
         warnings.showwarning = lambda message, *args, **kwargs: _say(f"warning: {message}")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        if "WORLD_SIZE" in os.environ:  # torchrun or accelerate launch started this process
+            _join()
         app()
     except KeyboardInterrupt as stopped:
         _say(f"horse: {stopped or 'stopped.'}")
@@ -379,8 +383,17 @@ def run():
     except Exception as error:  # ours, or a bug of ours or of a library below: one line
         if debug:
             traceback.print_exc()
-        _say(f"horse: {_one_line(error)}")
+        print(f"horse: {_one_line(error)}", file=errors)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _join():
+    """Work with the other processes; all but the first print nothing but their errors."""
+    from . import parallel
+
+    parallel.start()
+    if not parallel.first():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _one_line(error: Exception) -> str:

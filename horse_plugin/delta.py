@@ -35,9 +35,9 @@ class EditDelta:
     def solve(name: str, keys: torch.Tensor, residual: torch.Tensor, lamda: torch.Tensor) -> dict:
         """Eq. 2 for one module, as entries of ``tensors``."""
         ridge = Ridge(keys, lamda.exp())
-        n, d = keys.shape
-        if ridge.dual and n * (d + residual.shape[1]) < d * residual.shape[1]:
-            return {f"{name}.keys": keys, f"{name}.factors": ridge.factors(residual)}
+        (n, d), d_out = ridge.keys.shape, residual.shape[1]
+        if ridge.dual and n * (d + d_out) < d * d_out:
+            return {f"{name}.keys": ridge.keys, f"{name}.factors": ridge.factors(residual)}
         return {f"{name}.shift": ridge.shift(residual)}
 
     @property

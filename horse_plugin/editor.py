@@ -10,7 +10,7 @@ from importlib import metadata
 
 import torch
 
-from . import archive
+from . import archive, parallel
 from .backbone import Backbone
 from .delta import EditDelta
 from .digest import matches
@@ -43,26 +43,35 @@ def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
 def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams) -> dict:
     """From the trace of an edit to the tensors of its delta (Eq. 4, 6, 2)."""
     residuals = network.residuals(traced.keys, traced.grads, hparams.editor_batch_size)
+    with parallel.together():
+        for name, r in zip(backbone.modules, residuals, strict=True):
+            if (bad := ~r.isfinite().all(-1)).any():
+                record = traced.owners[bad.cpu()][0].item()
+                raise HorseError(
+                    f"record {record}: {name}: its residual is not finite. {HALF_HINT}"
+                )
     tensors = {}
     for name, keys, r, lamda in zip(
         backbone.modules, traced.keys, residuals, network.lamda, strict=True
     ):
-        if (bad := ~r.isfinite().all(-1)).any():
-            record = traced.owners[bad.cpu()][0].item()
-            raise HorseError(f"record {record}: {name}: its residual is not finite. {HALF_HINT}")
         try:
             solved = EditDelta.solve(name, keys, r, lamda)
         except HorseError as error:
-            record = traced.owners[keys.norm(dim=-1).nan_to_num(torch.inf).argmax()].item()
+            record = _largest(traced, keys)
             raise HorseError(f"{name}: {error} Record {record} has the largest keys.") from None
         if not all(t.isfinite().all() for t in solved.values()):
-            record = traced.owners[r.norm(dim=-1).argmax()].item()
             raise HorseError(
                 f"{name}: the shift is not finite. {HALF_HINT} "
-                f"Record {record} has the largest residual."
+                f"Record {_largest(traced, r)} has the largest residual."
             )
         tensors |= solved
     return tensors
+
+
+def _largest(traced: Trace, rows: torch.Tensor) -> int:
+    """The record that the row of the greatest norm belongs to."""
+    norms = parallel.gather(rows.norm(dim=-1)).nan_to_num(torch.inf)
+    return parallel.gather(traced.owners)[norms.argmax().cpu()].item()
 
 
 class HorseEditor:
@@ -121,6 +130,9 @@ class HorseEditor:
     def edit(self, records: Sequence[EditRecord], name: str | None = None) -> EditDelta:
         """Write all records into the model in one edit.
 
+        Of several processes (:mod:`horse_plugin.parallel`) each must be given the same records,
+        and each comes to have the same delta.
+
         Args:
             records: edit records, or anything that :func:`load_records` takes.
             name: what to call the edit; :meth:`undo` takes it. A number by default.
@@ -164,7 +176,10 @@ class HorseEditor:
         network = new_network(self.backbone, self.hparams)
         network.update_normalizers(traced.keys, traced.grads)
         if not network.calibrated:
-            network.calibrate(traced.keys, traced.grads, traced.value_norms, self.hparams.strength)
+            hp = self.hparams
+            network.calibrate(
+                traced.keys, traced.grads, traced.value_norms, hp.strength, hp.editor_batch_size
+            )
         if not network.calibrated:
             raise HorseError(
                 "the residuals are all zero: too few answer tokens for an untrained network. "

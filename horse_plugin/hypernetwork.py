@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from . import parallel
 from .residual import residual, spread
 
 ROWS = 8192  # tokens that the normaliser takes in at once, in float64
@@ -23,14 +24,25 @@ class Normalizer(nn.Module):
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("m2", torch.zeros(size, dtype=torch.float64))  # Σ (x − mean)²
 
-    @torch.no_grad()
     def update(self, x: torch.Tensor):
         """Take in n×size new rows."""
+        self.merge(*self.moments(x))
+
+    @torch.no_grad()
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        """3×size: how many rows, their mean, and Σ (x − mean)²."""
         x = x.to(self.mean)
-        n, mean = x.shape[0], x.mean(0)
+        mean = x.sum(0) / max(1, len(x))
+        return torch.stack((torch.full_like(mean, len(x)), mean, (x - mean).square().sum(0)))
+
+    @torch.no_grad()
+    def merge(self, count: torch.Tensor, mean: torch.Tensor, m2: torch.Tensor):
+        """Take in rows of which only the moments are known; none are no rows."""
+        n = count[0]
         delta, total = mean - self.mean, self.count + n
-        self.m2 += (x - mean).square().sum(0) + delta.square() * (self.count * n / total)
-        self.mean += delta * (n / total)
+        part = n / total.clamp(min=1)
+        self.m2 += m2 + delta.square() * (self.count * part)
+        self.mean += delta * part
         self.count.copy_(total)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,8 +142,10 @@ class HyperNetwork(nn.Module):
     def update_normalizers(self, keys: list[torch.Tensor], grads: list[torch.Tensor]):
         """Take in a batch; modules of one shape share their statistics, as in MALMEN."""
         for l, (h, g) in enumerate(zip(keys, grads, strict=True)):
-            for chunk in _chunks(h, g, ROWS):
-                self._place(l)[0].normalizer.update(torch.cat(chunk, -1))
+            normalizer = self._place(l)[0].normalizer
+            found = [normalizer.moments(torch.cat(c, -1)) for c in _chunks(h, g, ROWS)]
+            for moments in parallel.gather(torch.stack(found)):
+                normalizer.merge(*moments)
 
     def forward(self, l: int, keys, grads) -> tuple[torch.Tensor, torch.Tensor]:
         """(H_l, ∇G_l) → (H̃_l, ∇G̃_l): n×d and n×d'."""
@@ -168,15 +182,19 @@ class HyperNetwork(nn.Module):
         return residual(keys, pseudo_keys, pseudo_grads, eta)
 
     @torch.no_grad()
-    def calibrate(self, keys, grads, value_norms: Sequence[float], strength: float):
+    def calibrate(
+        self, keys, grads, value_norms: Sequence[float], strength: float, rows: int | None = None
+    ):
         """Set η_l so that the mean row norm of R'_l is ``strength`` times ``value_norms[l]``.
 
         η starts free of the model's scale this way. R'_l is proportional to η_l for every spread
         (Eq. 6 does not see the length of R_{l−1}), so one pass is enough. A module whose gradient
-        is zero takes the mean log η of the others; if all are zero, η stays NaN.
+        is zero takes the mean log η of the others; if all are zero, η stays NaN. ``rows`` is as in
+        :meth:`residuals`.
         """
         self.log_eta.zero_()
-        norms = torch.stack([r.norm(dim=-1).mean() for r in self.residuals(keys, grads)])
+        residuals = self.residuals(keys, grads, rows)
+        norms = parallel.mean(torch.stack([r.norm(dim=-1) for r in residuals], -1))
         log_eta = (strength * torch.as_tensor(value_norms).to(norms) / norms).log()
         moved = norms > 0
         self.log_eta.copy_(torch.where(moved, log_eta, log_eta[moved].mean()))

@@ -5,6 +5,7 @@ import contextlib
 import torch
 import transformers
 
+from . import parallel
 from .default_model import NAME as DEFAULT_MODEL
 from .default_model import resolve
 from .errors import UsageError
@@ -74,7 +75,11 @@ def _load(auto_class, name: str, key: str, **kwargs):
 
 
 def resolve_device(device) -> torch.device:
-    """What EasyEdit takes for a device: 0, "0", "cuda:0", "cpu", "auto"; None is the best one."""
+    """What EasyEdit takes for a device: 0, "0", "cuda:0", "cpu", "auto"; None is the best one.
+
+    Of several processes each has a GPU of its own, whichever was named.
+    """
+    parallel.start()
     if device in (None, "", "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = f"cuda:{device}" if str(device).isdigit() else str(device)
@@ -86,6 +91,8 @@ def resolve_device(device) -> torch.device:
         raise UsageError("device: 'meta' holds no weights; try 0, cuda:0 or cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: no CUDA GPU here; leave `device` out or set it to cpu.")
+    if device.type == "cuda" and parallel.size() > 1:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

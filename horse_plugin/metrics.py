@@ -7,10 +7,12 @@ equal what EasyEdit computes one record at a time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 
+from . import parallel
 from .backbone import Backbone
 from .errors import UsageError
 from .prompts import Prompt
@@ -23,14 +25,19 @@ def predict(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(predicted tokens, answer tokens) of each query, teacher-forced, on the CPU."""
     prompts = backbone.tokenize(queries, max_length)
-    results = [None] * len(prompts)
-    for batch in backbone.batches(prompts, batch_tokens, "evaluate"):
-        predicted = backbone.logits(batch).argmax(-1).cpu()
-        sizes = [len(p.answer) for p in batch.prompts]
-        parts = zip(predicted.split(sizes), batch.labels.cpu().split(sizes), strict=True)
-        for i, pair in zip(batch.index, parts, strict=True):
-            results[i] = pair
-    return results
+    shares = parallel.shares(prompts)
+    own = shares[parallel.rank()]
+    found = [torch.empty(0, dtype=torch.long)] * (len(own) + 1)  # so that there is one to join
+    with parallel.together():
+        for batch in backbone.batches([prompts[i] for i in own], batch_tokens, "evaluate"):
+            predicted = backbone.logits(batch).argmax(-1).cpu()
+            parts = predicted.split([len(p.answer) for p in batch.prompts])
+            for i, part in zip(batch.index, parts, strict=True):
+                found[i] = part
+    order = list(chain(*shares))
+    parts = parallel.gather(torch.cat(found)).split([len(prompts[i].answer) for i in order])
+    predicted = dict(zip(order, parts, strict=True))
+    return [(predicted[i], torch.tensor(p.answer)) for i, p in enumerate(prompts)]
 
 
 @torch.no_grad()

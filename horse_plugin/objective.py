@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from . import parallel
 from .backbone import Backbone
 from .errors import HALF_HINT, HorseError, UsageError
 from .hypernetwork import HyperNetwork
@@ -27,12 +28,15 @@ class Objective:
         self.coefs = dict(
             zip(KINDS, (hparams.edit_coef, hparams.gen_coef, hparams.loc_coef), strict=True)
         )
-        used = [(kind, p) for kind in KINDS if self.coefs[kind] for p in prompts[kind]]
-        if not used:
+        used = {k: prompts[k] if self.coefs[k] else [] for k in KINDS}
+        if not any(used.values()):
             raise UsageError("no prompts to train on: the records lack those with a coefficient.")
-        self.kind_of = torch.tensor([KINDS.index(kind) for kind, _ in used])
-        self.n_tokens = {k: sum(len(p.answer) for kind, p in used if kind == k) for k in KINDS}
-        self.batches = list(batches([p for _, p in used], hparams.batch_tokens, backbone.device))
+        self.n_tokens = {k: sum(len(p.answer) for p in used[k]) for k in KINDS}
+        own = [(k, i) for k in KINDS for i in parallel.own(used[k])]
+        self.kind_of = torch.tensor([KINDS.index(k) for k, _ in own], dtype=torch.long)
+        self.record_of = [i for _, i in own]
+        mine = [used[k][i] for k, i in own]
+        self.batches = list(batches(mine, hparams.batch_tokens, backbone.device))
         self.reference = self._reference() if hparams.loc_loss == "kl" else None
 
     def _kinds(self, batch) -> torch.Tensor:
@@ -58,13 +62,16 @@ class Objective:
         totals = torch.zeros(len(KINDS), dtype=self.backbone.edit_dtype)
         scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in KINDS]
         scale = torch.tensor(scale, dtype=totals.dtype)
-        with self.backbone.weight_gradients() as (grads, collect), torch.enable_grad():
+        weight_gradients = self.backbone.weight_gradients()
+        with parallel.together(), weight_gradients as (grads, collect), torch.enable_grad():
             for i, batch in enumerate(self.batches):
                 losses, kinds = self._token_losses(i, batch), self._kinds(batch)
                 self._check(losses, batch)
                 (losses * scale.to(losses.device)[kinds]).sum().backward()
                 collect()
                 totals.index_add_(0, kinds.cpu(), losses.detach().cpu())
+        totals = parallel.total(totals)
+        grads = {name: parallel.total(grad) for name, grad in grads.items()}
         for name, grad in grads.items():
             if not grad.isfinite().all():
                 raise HorseError(f"{name}: the gradient of the loss is not finite. {HALF_HINT}")
@@ -79,10 +86,9 @@ class Objective:
         bad = ~losses.detach().isfinite().cpu()
         if bad.any():
             place = batch.index[batch.rows.cpu()[bad][0]]
-            kind = self.kind_of[place]
-            record = (self.kind_of[:place] == kind).sum().item()
+            record, kind = self.record_of[place], KINDS[self.kind_of[place]]
             raise HorseError(
-                f"record {record}: the loss on its {KINDS[kind]} prompt is not finite. {HALF_HINT}"
+                f"record {record}: the loss on its {kind} prompt is not finite. {HALF_HINT}"
             )
 
     def _token_losses(self, i: int, batch) -> torch.Tensor:
@@ -138,10 +144,13 @@ def backward(network: HyperNetwork, traced: Trace, shifts_to_gradients) -> dict[
     if network.coefficient == "edit_only":
         residuals = network.residuals(traced.keys, traced.grads, in_loss=True)
     surrogate = sum(
-        (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda
+        (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda / parallel.size()
         for ridge, g, r, shift, lamda in zip(
             ridges, weight_grads, residuals, shifts, network.lamda, strict=True
         )
     )
     surrogate.backward()
+    for p in network.parameters():
+        if p.grad is not None:
+            p.grad = parallel.total(p.grad)
     return losses

@@ -5,6 +5,8 @@ Tensors only. Rows are answer tokens; the layers come as a list from the lowest 
 
 import torch
 
+from .parallel import total
+
 
 def coefficients(keys: torch.Tensor, pseudo_keys: torch.Tensor, eta) -> torch.Tensor:
     """c_i = −η Σ_j H_ij H̃_ij (Sec. 3.3), n×1."""
@@ -18,8 +20,9 @@ def residual(keys, pseudo_keys, pseudo_grads, eta) -> torch.Tensor:
 
 def project_out(residual: torch.Tensor, direction: torch.Tensor, strength) -> torch.Tensor:
     """R − s · ⟨R, D⟩/‖D‖² · D with the whole-matrix inner product; R itself where D is zero."""
-    norm2 = (direction * direction).sum()
-    share = (residual * direction).sum() / torch.where(norm2 > 0, norm2, 1)
+    products = (direction * direction).sum(), (residual * direction).sum()
+    norm2, inner = total(torch.stack(products))
+    share = inner / torch.where(norm2 > 0, norm2, 1)
     return residual - strength * share * direction
 
 

@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from . import parallel
 from .errors import HALF_HINT, HorseError
 
 CHUNK = 8192  # tokens
@@ -16,7 +17,9 @@ class Ridge:
     """Solves with (HᵀH + μI)⁻¹ for one module's keys H, factorised once.
 
     With fewer tokens than features the n×n dual is factorised, by the push-through identity
-    (HᵀH + μI)⁻¹Hᵀ = Hᵀ(HHᵀ + μI)⁻¹; otherwise the d×d primal.
+    (HᵀH + μI)⁻¹Hᵀ = Hᵀ(HHᵀ + μI)⁻¹; otherwise the d×d primal. Of several processes each gives its
+    own rows of H and R and gets those of ∂L/∂R; the dual gathers H and R, the primal sums HᵀH and
+    HᵀR.
 
     Args:
         keys: H, n×d.
@@ -24,24 +27,26 @@ class Ridge:
     """
 
     def __init__(self, keys: torch.Tensor, mu):
-        self.keys, self.mu = keys, torch.as_tensor(mu, dtype=keys.dtype, device=keys.device)
-        self.dual = keys.shape[0] < keys.shape[1]
+        self.mu = torch.as_tensor(mu, dtype=keys.dtype, device=keys.device)
+        n, self._own = parallel.rows(len(keys))
+        self.dual = n < keys.shape[1]
+        self.keys = parallel.gather(keys) if self.dual else keys
         self._factor = self._cholesky()
 
     def factors(self, residual: torch.Tensor) -> torch.Tensor:
-        """Z, n×d', with ΔW = HᵀZ; only where ``dual`` holds."""
-        return self._inverse(residual)
+        """Z, n×d', with ΔW = HᵀZ for ``keys``; only where ``dual`` holds."""
+        return self._inverse(parallel.gather(residual))
 
     def shift(self, residual: torch.Tensor) -> torch.Tensor:
         """ΔW = (HᵀH + μI)⁻¹HᵀR, d×d' (Eq. 2)."""
         if self.dual:
-            return self.keys.T @ self._inverse(residual)
-        return self._inverse(self.keys.T @ residual)
+            return self.keys.T @ self.factors(residual)
+        return self._inverse(parallel.total(self.keys.T @ residual))
 
     def residual_grad(self, weight_grad: torch.Tensor) -> torch.Tensor:
         """∂L/∂R = H(HᵀH + μI)⁻¹g, n×d', for g = ∂L/∂W, d×d' (the trace in Eq. 7)."""
         if self.dual:
-            return self._inverse(self.keys @ weight_grad)
+            return self._inverse(self.keys @ weight_grad)[self._own]
         return self.keys @ self._inverse(weight_grad)
 
     def lamda_grad(self, weight_grad: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -75,7 +80,8 @@ class Ridge:
         factor, failed = torch.linalg.cholesky_ex(gram + self.mu * torch.eye(len(gram)).to(gram))
         diagonal = factor.diagonal()
         error = torch.finfo(gram.dtype).eps * (diagonal.max() / diagonal.min()).square()
-        if not failed and error < 1e-3:
+        rough = torch.tensor(bool(failed or error >= 1e-3), dtype=torch.float32)
+        if not parallel.total(rough):  # the rounding of several machines might differ
             return factor
         gram = self._gram(torch.float64)
         eye = torch.eye(len(gram)).to(gram)
@@ -94,4 +100,5 @@ class Ridge:
         if self.dual:
             keys = self.keys.to(dtype)
             return keys @ keys.T
-        return sum(rows.T @ rows for rows in (c.to(dtype) for c in self.keys.split(CHUNK)))
+        chunks = (c.to(dtype) for c in self.keys.split(CHUNK))
+        return parallel.total(sum(rows.T @ rows for rows in chunks))

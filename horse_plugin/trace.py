@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from . import parallel
 from .backbone import Backbone
 from .errors import HALF_HINT, HorseError
 from .prompts import Prompt
@@ -22,7 +23,7 @@ class Trace:
         owners: n, the index of the prompt that each row belongs to, on the CPU.
 
     All in ``Backbone.edit_dtype``. Rows are in the order of the prompts, the tokens of
-    one answer in sequence.
+    one answer in sequence; of several processes each holds the rows of its own prompts.
     """
 
     keys: list[torch.Tensor]
@@ -40,58 +41,61 @@ def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> T
     Raises:
         HorseError: a key or gradient that is not finite, naming the record and the module.
     """
-    seen = {name: _Seen(backbone.edit_device, backbone.edit_dtype) for name in backbone.modules}
-    places = []
-    for batch in backbone.batches(prompts, batch_tokens, "trace"):
-        states = backbone.trunk(batch)
-        hooks = [
-            module.register_forward_hook(seen[name].hook(batch))
-            for name, module in backbone.modules.items()
-        ]
-        try:
-            with torch.enable_grad():
-                logits = backbone.top(batch, states)
-                F.cross_entropy(
-                    logits.to(backbone.edit_dtype), batch.labels.to(logits.device), reduction="sum"
-                ).backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for s in seen.values():
-            s.collect()
-        places.append(_places(batch))
-    places = torch.cat(places)
-    order = places.argsort(stable=True).to(backbone.edit_device)
-    owners = places[order.cpu()]
-    for name, s in seen.items():
-        for what, rows in (("keys", s.keys), ("gradient", s.grads)):
-            bad = ~torch.cat(rows)[order].isfinite().all(-1).cpu()
-            if bad.any():
-                record = owners[bad][0].item()
-                raise HorseError(
-                    f"record {record}: the {what} at {name} is not finite. {HALF_HINT}"
-                )
+    own = parallel.own(prompts)
+    sizes = torch.tensor([len(prompts[i].answer) for i in own], dtype=torch.long)
+    owners = torch.tensor(own, dtype=torch.long).repeat_interleave(sizes)
+    starts = sizes.cumsum(0) - sizes
+    where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
+    seen = {
+        name: _Seen(len(owners), *shape, where)
+        for name, shape in zip(backbone.modules, backbone.shapes, strict=True)
+    }
+    with parallel.together():
+        for batch in backbone.batches([prompts[i] for i in own], batch_tokens, "trace"):
+            states = backbone.trunk(batch)
+            at = torch.cat([torch.arange(sizes[i]) + starts[i] for i in batch.index])
+            at = at.to(backbone.edit_device)
+            hooks = [
+                module.register_forward_hook(seen[name].hook(batch, at))
+                for name, module in backbone.modules.items()
+            ]
+            try:
+                with torch.enable_grad():
+                    logits = backbone.top(batch, states)
+                    labels = batch.labels.to(logits.device)
+                    logits = logits.to(backbone.edit_dtype)
+                    F.cross_entropy(logits, labels, reduction="sum").backward()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            for s in seen.values():
+                s.collect()
+        for name, s in seen.items():
+            for what, rows in (("keys", s.keys), ("gradient", s.grads)):
+                bad = ~rows.isfinite().all(-1).cpu()
+                if bad.any():
+                    record = owners[bad][0].item()
+                    raise HorseError(
+                        f"record {record}: the {what} at {name} is not finite. {HALF_HINT}"
+                    )
     return Trace(
-        keys=[torch.cat(s.keys)[order] for s in seen.values()],
-        grads=[torch.cat(s.grads)[order] for s in seen.values()],
-        value_norms=[torch.cat(s.norms).mean().item() for s in seen.values()],
+        keys=[s.keys for s in seen.values()],
+        grads=[s.grads for s in seen.values()],
+        value_norms=parallel.mean(torch.stack([s.norms for s in seen.values()], -1)).tolist(),
         owners=owners,
     )
 
 
-def _places(batch) -> torch.Tensor:
-    """For each answer token of the batch, the index of its prompt."""
-    return torch.tensor(batch.index)[batch.rows.cpu()]
-
-
 class _Seen:
-    """What one edit module lets through, gathered over batches."""
+    """What one edit module lets through: n rows, filled batch by batch."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.kept = {"device": device, "dtype": dtype}
-        self.keys, self.grads, self.norms = [], [], []
+    def __init__(self, n: int, d: int, d_out: int, where: dict):
+        self.keys, self.grads = torch.empty(n, d, **where), torch.empty(n, d_out, **where)
+        self.norms = torch.empty(n, **where)
 
-    def hook(self, batch):
+    def hook(self, batch, at: torch.Tensor):
+        """Fills the rows ``at`` with what the batch has at its answer positions."""
+
         def record(module, args, output):
             if output.dim() != 3:
                 raise HorseError(
@@ -102,15 +106,16 @@ class _Seen:
             else:
                 output.retain_grad()
             rows, cols = batch.rows.to(output.device), batch.cols.to(output.device)
-            self.keys.append(args[0][rows, cols].detach().to(**self.kept))
-            self.norms.append(output[rows, cols].detach().to(**self.kept).norm(dim=-1))
-            self._pending = output, rows, cols
+            values = output[rows, cols].detach().to(self.norms)
+            self.keys[at] = args[0][rows, cols].detach().to(self.keys)
+            self.norms[at] = values.norm(dim=-1)
+            self._pending = output, rows, cols, at
             return output.clone()  # some models write into it
 
         return record
 
     def collect(self):
         """Take the gradient that the backward pass left."""
-        output, rows, cols = self._pending
-        self.grads.append(output.grad[rows, cols].to(**self.kept))
+        output, rows, cols, at = self._pending
+        self.grads[at] = output.grad[rows, cols].to(self.grads)
         del self._pending

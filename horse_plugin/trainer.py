@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import archive
+from . import archive, parallel
 from .backbone import Backbone
 from .editor import HorseEditor, new_network, versions
 from .errors import HALF_HINT, HorseError, UsageError
@@ -45,6 +45,9 @@ CHECKPOINT = archive.MADE_FOR | {
 
 class HORSETrainer:
     """Trains a hypernetwork and keeps the best one by its validation score.
+
+    Several processes (:mod:`horse_plugin.parallel`) share each step's prompts; the first of them
+    writes. To resume, all must be able to read ``out``.
 
     Args:
         config: the hparams, or a path to their YAML.
@@ -92,7 +95,7 @@ class HORSETrainer:
                 for params, rate in zip((blocks, steered), self.rates, strict=True)
             ]
         )
-        self.progress = progress
+        self.progress = progress and parallel.first()
         self.step, self.best, self.history = 0, None, []
         self._data = [_digest(records) for records in (self.train_records, self.val_records)]
         if resume:
@@ -134,7 +137,7 @@ class HORSETrainer:
                     self._validate(evaluators)
                 bar.update()
                 bar.set_postfix(self._live(losses))
-                if interrupted:
+                if parallel.total(torch.tensor(len(interrupted))):  # of any process
                     self._leave()
         return self.out
 
@@ -173,7 +176,9 @@ class HORSETrainer:
         traced = trace(self.backbone, prompts["edit"], hp.batch_tokens)
         self.network.update_normalizers(traced.keys, traced.grads)
         if not self.network.calibrated:
-            self.network.calibrate(traced.keys, traced.grads, traced.value_norms, hp.strength)
+            self.network.calibrate(
+                traced.keys, traced.grads, traced.value_norms, hp.strength, hp.editor_batch_size
+            )
         objective = Objective(self.backbone, prompts, hp)
 
         def shifts_to_gradients(shifts):
@@ -274,16 +279,18 @@ class HORSETrainer:
         }
 
     def _save_archive(self):
-        archive.save_tensors(
-            self.out / archive.ARCHIVE, archive.network_tensors(self.network), self._about()
-        )
+        self._save(archive.ARCHIVE, archive.network_tensors(self.network))
 
     def _save_checkpoint(self):
         state = self.optimizer.state_dict()["state"]
         tensors = archive.network_tensors(self.network) | {
             f"optimizer.{i}.{name}": t for i, entry in state.items() for name, t in entry.items()
         }
-        archive.save_tensors(self.out / archive.CHECKPOINT, tensors, self._about())
+        self._save(archive.CHECKPOINT, tensors)
+
+    def _save(self, name: str, tensors: dict[str, torch.Tensor]):
+        if parallel.first():
+            archive.save_tensors(self.out / name, tensors, self._about())
 
     def _resume(self):
         """Go on where the checkpoint stopped; the data order follows from seed and step."""

@@ -15,22 +15,7 @@ from horse_plugin import HORSEHyperParams, archive, cli
 def folder(tmp_path_factory):
     """A tiny model, its YAML and its facts on disk."""
     path = tmp_path_factory.mktemp("cli")
-    tiny.model().save_pretrained(path / "model")
-    tiny.bpe_tokenizer().save_pretrained(path / "model")
-    settings = {"model_name": str(path / "model"), "dtype": "fp32", "device": "cpu", "rank": 4}
-    (path / "tiny.yaml").write_text(json.dumps({**settings, "n_edits": 6, "val_interval": 2}))
-    for name, data in (("train", tiny.records(12)), ("val", tiny.records(18)[12:])):
-        flat = [
-            {
-                "prompt": r.prompt,
-                "target_new": r.target_new,
-                "rephrase_prompt": r.rephrases[0],
-                "locality_prompt": r.unrelated[0].prompt,
-                "locality_ground_truth": r.unrelated[0].answer,
-            }
-            for r in data
-        ]
-        (path / f"{name}.json").write_text(json.dumps(flat))
+    tiny.files(path)
     return path
 
 
