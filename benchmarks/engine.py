@@ -35,12 +35,13 @@ class Pair:
 
     Args:
         records: what is edited, trained on and evaluated, all at once.
+        backbone: the model; loaded from the hparams by default.
     """
 
-    def __init__(self, hparams: HORSEHyperParams, records):
+    def __init__(self, hparams: HORSEHyperParams, records, backbone: Backbone | None = None):
         hparams.n_edits = len(records)
         self.hparams, self.records = hparams, records
-        self.backbone = Backbone.load(hparams)
+        self.backbone = backbone or Backbone.load(hparams)
         few = self.backbone.tokenize([r.edit for r in records[:32]], hparams.max_length)
         traced = trace(self.backbone, few, hparams.batch_tokens)
         self.network = HorseEditor.from_backbone(self.backbone, hparams)._fitted(traced)
@@ -51,7 +52,7 @@ class Pair:
         """Have no trunk state kept."""
         model, tokenizer = self.backbone.model, self.backbone.tokenizer
         hp = self.hparams
-        self.backbone = Backbone(model, tokenizer, hp.inner_params, hp.trunk_cache_gb)
+        self.backbone = Backbone.of(model, tokenizer, hp)
         self.trainer = HORSETrainer(
             hp, self.records, self.records, "unused", self.backbone, progress=False
         )
@@ -97,15 +98,15 @@ class Pair:
                 ("evaluation", self.evaluate, self.evaluate_reference),
             ):
                 self.forget()
-                first, reference = _seconds(ours), _seconds(theirs)
+                first, reference = seconds(ours), seconds(theirs)
                 self.keep()
-                again = _seconds(ours)
+                again = seconds(ours)
                 found.setdefault(f"{name}, first", []).append((first, reference))
                 found.setdefault(f"{name}, again", []).append((again, reference))
         return found
 
 
-def _seconds(run) -> float:
+def seconds(run) -> float:
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():

@@ -24,6 +24,7 @@ from .loading import load_model
 from .modules import block_index, find_blocks, find_edit_modules, shape_of
 from .prompts import Batch, Prompt, batches, tokenize
 from .records import Query
+from .trunk_store import TrunkStore
 
 # oneDNN keeps what it compiled for the last 1,024 shapes of products. Batches have shapes of their
 # own, so that this grows to gigabytes; a few are as quick.
@@ -45,7 +46,8 @@ class Backbone:
         model: a Hugging Face causal language model; put into eval mode, gradients off.
         tokenizer: its tokenizer.
         inner_params: names of the edit modules, with or without ``.weight``; found when empty.
-        trunk_cache_gb: memory for trunk states kept from one call to the next.
+        trunk_cache_gb, trunk_disk_gb, trunk_dir: room for trunk states kept from one call to the
+            next; see :class:`horse_plugin.trunk_store.TrunkStore`.
 
     Attributes:
         modules: name → edit module, from the lowest block to the highest.
@@ -56,7 +58,15 @@ class Backbone:
         UsageError: a named module is missing, or none can be found.
     """
 
-    def __init__(self, model, tokenizer, inner_params: Sequence[str] = (), trunk_cache_gb=0.0):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        inner_params: Sequence[str] = (),
+        trunk_cache_gb: float = 0.0,
+        trunk_disk_gb: float = 0.0,
+        trunk_dir=None,
+    ):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.device = model.get_input_embeddings().weight.device
         self._head = model.get_output_embeddings()
@@ -64,19 +74,22 @@ class Backbone:
         self.modules = find_edit_modules(model, inner_params)
         self._first = min(block_index(n, prefix) for n in self.modules)
         self.progress = False
-        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
-        self._room = int(trunk_cache_gb * 1e9)
-        self._trunk_weights = [
-            *model.get_input_embeddings().parameters(),
-            *(p for block in self._blocks[: self._first] for p in block.parameters()),
-        ]
-        self._trunk_versions = [p._version for p in self._trunk_weights]
+        trunk = [model.get_input_embeddings(), *self._blocks[: self._first]]
+        weights = [p for module in trunk for p in module.parameters()]
+        self.states = TrunkStore(weights, trunk_cache_gb, trunk_disk_gb, trunk_dir)
         self._tuple_output = False  # whether blocks return a tuple; the first trunk run tells
 
     @classmethod
     def load(cls, hparams) -> "Backbone":
         """The backbone of the model that the hparams name."""
-        return cls(*load_model(hparams), hparams.inner_params, hparams.trunk_cache_gb)
+        return cls.of(*load_model(hparams), hparams)
+
+    @classmethod
+    def of(cls, model, tokenizer, hparams) -> "Backbone":
+        """The backbone of a loaded model, with the settings of the hparams."""
+        hp = hparams
+        room = hp.trunk_cache_gb, hp.trunk_disk_gb, hp.trunk_dir
+        return cls(model, tokenizer, hp.inner_params, *room)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -144,10 +157,9 @@ class Backbone:
     def trunk(self, batch: Batch) -> torch.Tensor:
         """B×L×d hidden states entering the first edited block; padded positions hold anything.
 
-        States that :meth:`keep` holds are taken from there, the others computed.
+        States that :meth:`keep` kept are taken from there, the others computed.
         """
-        self._drop_stale()
-        kept = [self._kept.get(p.inputs) for p in batch.prompts]
+        kept = self.states.get([p.inputs for p in batch.prompts])
         missing = [i for i, states in enumerate(kept) if states is None]
         if len(missing) == len(kept):
             return self._run_trunk(batch.ids)
@@ -159,22 +171,21 @@ class Backbone:
 
     @torch.no_grad()
     def keep(self, prompts: Sequence[Prompt], max_tokens: int):
-        """Compute these prompts' trunk states now and hold them, as far as memory is allowed.
+        """Compute these prompts' trunk states now and keep them, as far as there is room.
 
-        Only this fills the memory, so what a state was computed in, and hence its last bits,
+        Only this fills the store, so what a state was computed in, and hence its last bits,
         follows from the calls of ``keep`` and nothing else. Of several processes each keeps its
         own prompts' states.
         """
-        self._drop_stale()
-        new = [p for p in dict.fromkeys(prompts) if p.inputs not in self._kept]
+        by_inputs = {p.inputs: p for p in prompts}
+        new = [by_inputs[inputs] for inputs in self.states.missing(list(by_inputs))]
         new = [new[i] for i in parallel.own(new)]
         for batch in self.batches(new, max_tokens, "trunk"):
-            if self._room <= 0:
+            if self.states.full:
                 break
-            for p, states in zip(batch.prompts, self._run_trunk(batch.ids), strict=True):
-                states = states[: len(p.inputs)].clone()
-                self._room -= states.nbytes
-                self._kept[p.inputs] = states
+            inputs = [p.inputs for p in batch.prompts]
+            rows = zip(inputs, self._run_trunk(batch.ids), strict=True)
+            self.states.put(inputs, [states[: len(i)] for i, states in rows])
 
     def _run_trunk(self, ids: torch.Tensor) -> torch.Tensor:
         def leave(block, args, kwargs):
@@ -193,14 +204,6 @@ class Backbone:
                 self._forward(ids)
             except _TrunkDone as done:
                 return done.states
-
-    def _drop_stale(self):
-        """Forget kept states once a weight that they came from has been written to."""
-        versions = [p._version for p in self._trunk_weights]
-        if versions != self._trunk_versions:
-            self._room += sum(t.nbytes for t in self._kept.values())
-            self._kept.clear()
-            self._trunk_versions = versions
 
     def _forward(self, ids: torch.Tensor):
         """The model's own forward pass; whatever its config would add to the output is left out."""

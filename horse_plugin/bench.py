@@ -39,8 +39,8 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord]) -> dict:
     """Measure one edit of all the records, its evaluation, and a training step on them.
 
     An untrained network is fitted beforehand, so that it costs what a trained one does. Trunk
-    states that ``trunk_cache_gb`` has no room for are computed in the stages after the trunk. The
-    model is left as it was.
+    states that there is no room for are computed in the stages after the trunk. The model is left
+    as it was.
 
     Returns:
         ``stages`` of the edit, ``others`` (evaluation and training step, with trunk states kept),

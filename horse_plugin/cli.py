@@ -315,7 +315,7 @@ def bench(
     settings.n_edits = len(records)
     if config:
         settings.inner_params = []
-        backbone = Backbone(*random_model(config, settings), (), settings.trunk_cache_gb)
+        backbone = Backbone.of(*random_model(config, settings), settings)
     else:
         backbone = Backbone.load(settings)
     found = measure(backbone, settings, records)

@@ -95,9 +95,7 @@ class HorseEditor:
     """
 
     def __init__(self, model, tokenizer, hparams: HORSEHyperParams):
-        self._start(
-            Backbone(model, tokenizer, hparams.inner_params, hparams.trunk_cache_gb), hparams
-        )
+        self._start(Backbone.of(model, tokenizer, hparams), hparams)
 
     @classmethod
     def from_hparams(cls, hparams: HORSEHyperParams | str) -> "HorseEditor":

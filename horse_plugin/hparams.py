@@ -27,7 +27,9 @@ AT_LEAST = dict.fromkeys(
     """rank n_blocks n_edits max_epochs max_iters val_interval val_steps val_edits
         early_stop_patience batch_size editor_batch_size batch_tokens max_length""".split(),
     1,
-) | dict.fromkeys("edit_coef gen_coef loc_coef spread_strength trunk_cache_gb seed".split(), 0)
+) | dict.fromkeys(
+    "edit_coef gen_coef loc_coef spread_strength trunk_cache_gb trunk_disk_gb seed".split(), 0
+)
 # The methods that our engine runs, and what they are in its terms.
 METHODS = {
     "HORSE": {"spread": "orthogonal", "loc_loss": "ce"},
@@ -100,6 +102,8 @@ class HORSEHyperParams:
     batch_tokens: int = 4096  # padded tokens in one pass of the model
     max_length: int = 4096  # longest prompt + answer in tokens; the model's limit holds too
     trunk_cache_gb: float = 2.0  # memory for trunk states kept between steps
+    trunk_disk_gb: float = 0.0  # room for more of them in memory-mapped files
+    trunk_dir: str | None = None  # folder of those files; null: the system's temporary one
     results_dir: str = "./results"
 
     source: ClassVar[Path | None] = None  # the YAML it was read from

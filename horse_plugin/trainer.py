@@ -30,8 +30,8 @@ from .trace import trace
 
 # What a resumed run may set anew: how long it goes on, and where it runs.
 MAY_CHANGE = frozenset(
-    """max_epochs early_stop_patience device model_parallel batch_size trunk_cache_gb results_dir
-    archive model_name tokenizer_name""".split()
+    """max_epochs early_stop_patience device model_parallel batch_size trunk_cache_gb trunk_disk_gb
+    trunk_dir results_dir archive model_name tokenizer_name""".split()
 )
 
 CHECKPOINT = archive.MADE_FOR | {

@@ -213,7 +213,8 @@ def test_edit_json_is_readable(tmp_path):
 def test_kept_trunk_states_change_nothing_and_are_dropped_when_stale():
     e, plain = editor(trunk_cache_gb=1), editor(trunk_cache_gb=0)
     Evaluator(e.backbone, tiny.records())  # keeps its prompts' states
-    assert e.backbone._kept
+    inputs = [p.inputs for p in e.backbone.tokenize([r.edit for r in tiny.records()])]
+    assert not e.backbone.states.missing(inputs)
     a, b = e.edit(tiny.records()), plain.edit(tiny.records())
     for k in a.tensors:
         torch.testing.assert_close(a.tensors[k], b.tensors[k])
@@ -222,7 +223,7 @@ def test_kept_trunk_states_change_nothing_and_are_dropped_when_stale():
         with torch.no_grad():
             x.backbone.model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
     a, b = e.edit(tiny.records()), plain.edit(tiny.records())
-    assert not e.backbone._kept
+    assert e.backbone.states.missing(inputs) == inputs
     assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
 
 
