@@ -4,9 +4,7 @@ A floor counts the operations of a stage over the machine's measured rate of mat
 its bytes over the measured bandwidth; attention, norms and padding are left out of it.
 """
 
-import contextlib
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +18,7 @@ from .editor import HorseEditor, versions
 from .metrics import Evaluator
 from .records import EditRecord
 from .residual import residual, spread
-from .results import peak_memory_mb
+from .results import peak_memory_mb, reset_peak_memory
 from .trace import trace
 from .trainer import HORSETrainer
 
@@ -35,8 +33,9 @@ class Stage:
     floor_seconds: float | None = None
 
 
-def bench(backbone: Backbone, hparams, records: Sequence[EditRecord]) -> dict:
-    """Measure one edit of all the records, its evaluation, and a training step on them.
+def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bool = True) -> dict:
+    """Measure one edit of all the records and, with ``others``, its evaluation and a training step
+    on them.
 
     An untrained network is fitted beforehand, so that it costs what a trained one does. Trunk
     states that there is no room for are computed in the stages after the trunk. The model is left
@@ -65,7 +64,15 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord]) -> dict:
         clock("trunk", lambda: backbone.keep(prompts, hp.batch_tokens))
         traced = clock("trace", lambda: trace(backbone, prompts, hp.batch_tokens))
         pairs = list(zip(traced.keys, traced.grads, strict=True))
-        pseudo = clock("network", lambda: [network(l, h, g) for l, (h, g) in enumerate(pairs)])
+
+        def pseudo_pairs():  # in the chunks of an edit, which keeps only what becomes of them
+            rows = hp.editor_batch_size
+            for l, (h, g) in enumerate(pairs):
+                chunks = zip(h.split(rows), g.split(rows), strict=True)
+                found = [network(l, *chunk) for chunk in chunks]
+                yield tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+        pseudo = clock("network", lambda: list(pseudo_pairs()))
 
         def residuals():
             etas = network.log_eta.exp()
@@ -89,10 +96,11 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord]) -> dict:
     for stage, floor in _floors(backbone, network, prompts, rates).items():
         next(s for s in stages if s.name == stage).floor_seconds = floor
 
-    evaluator = Evaluator(backbone, records, hp.batch_tokens, hp.max_length)
-    clock("evaluation", evaluator.evaluate)
-    trainer = HORSETrainer(hp, records, records, "unused", backbone, progress=False)
-    clock("training step", lambda: trainer.train_step(records))
+    if others:
+        evaluator = Evaluator(backbone, records, hp.batch_tokens, hp.max_length)
+        clock("evaluation", evaluator.evaluate)
+        trainer = HORSETrainer(hp, records, records, "unused", backbone, progress=False)
+        clock("training step", lambda: trainer.train_step(records))
     return {
         "model": backbone.fingerprint()["name"],
         "dtype": str(backbone.model.dtype).removeprefix("torch."),
@@ -115,7 +123,7 @@ class _Clock:
         self.device, self.stages = device, []
 
     def __call__(self, name: str, run):
-        _reset_peak()
+        reset_peak_memory()
         seconds, result = _timed(run, self.device)
         self.stages.append(Stage(name, seconds, peak_memory_mb()))
         return result
@@ -127,15 +135,6 @@ def _timed(run, device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start, result
-
-
-def _reset_peak():
-    """Let peak memory start anew; where the system cannot, a stage's peak is that so far."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, width: int | None = None) -> float:

@@ -45,7 +45,8 @@ def load_model(hparams):
 
 
 def random_model(config: str, hparams):
-    """A model of that config with random weights, and the default model's tokenizer, to time.
+    """A model of that config with random weights, to time, and the tokenizer that the hparams
+    name, or else the default model's.
 
     Args:
         config: a folder or a JSON file with a Hugging Face config. A vocabulary smaller than the
@@ -56,7 +57,8 @@ def random_model(config: str, hparams):
     """
     device = resolve_device(hparams.device)
     with quiet_transformers():
-        tokenizer = _load(transformers.AutoTokenizer, resolve(DEFAULT_MODEL), "tokenizer_name")
+        name = resolve(hparams.tokenizer_name or DEFAULT_MODEL)
+        tokenizer = _load(transformers.AutoTokenizer, name, "tokenizer_name")
         made = _load(transformers.AutoConfig, str(config), "config")
         made.vocab_size = max(made.vocab_size, len(tokenizer))
         with device:

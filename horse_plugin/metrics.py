@@ -27,15 +27,15 @@ def predict(
     prompts = backbone.tokenize(queries, max_length)
     shares = parallel.shares(prompts)
     own = shares[parallel.rank()]
-    found = [torch.empty(0, dtype=torch.long)] * (len(own) + 1)  # so that there is one to join
+    found = [None] * len(own)
     with parallel.together():
         for batch in backbone.batches([prompts[i] for i in own], batch_tokens, "evaluate"):
-            predicted = backbone.logits(batch).argmax(-1).cpu()
-            parts = predicted.split([len(p.answer) for p in batch.prompts])
+            parts = backbone.logits(batch).argmax(-1).split([len(p.answer) for p in batch.prompts])
             for i, part in zip(batch.index, parts, strict=True):
                 found[i] = part
+        found = torch.cat(found or [torch.empty(0, dtype=torch.long)]).cpu()
     order = list(chain(*shares))
-    parts = parallel.gather(torch.cat(found)).split([len(prompts[i].answer) for i in order])
+    parts = parallel.gather(found).split([len(prompts[i].answer) for i in order])
     predicted = dict(zip(order, parts, strict=True))
     return [(predicted[i], torch.tensor(p.answer)) for i, p in enumerate(prompts)]
 

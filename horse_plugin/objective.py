@@ -60,16 +60,19 @@ class Objective:
         L is the sum of the three means, weighted by the coefficients.
         """
         totals = torch.zeros(len(KINDS), dtype=self.backbone.edit_dtype)
+        found = []  # looked at after the loop, so that the device never waits for us
         scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in KINDS]
         scale = torch.tensor(scale, dtype=totals.dtype)
         weight_gradients = self.backbone.weight_gradients()
         with parallel.together(), weight_gradients as (grads, collect), torch.enable_grad():
             for i, batch in enumerate(self.batches):
                 losses, kinds = self._token_losses(i, batch), self._kinds(batch)
-                self._check(losses, batch)
                 (losses * scale.to(losses.device)[kinds]).sum().backward()
                 collect()
-                totals.index_add_(0, kinds.cpu(), losses.detach().cpu())
+                found.append((losses.detach(), kinds))
+            for (losses, kinds), batch in zip(found, self.batches, strict=True):
+                self._check(losses, batch)
+                totals.index_add_(0, kinds.cpu(), losses.cpu())
         totals = parallel.total(totals)
         grads = {name: parallel.total(grad) for name, grad in grads.items()}
         for name, grad in grads.items():
@@ -83,7 +86,7 @@ class Objective:
 
     def _check(self, losses: torch.Tensor, batch):
         """Name the first prompt of the batch whose loss is not finite."""
-        bad = ~losses.detach().isfinite().cpu()
+        bad = ~losses.isfinite().cpu()
         if bad.any():
             place = batch.index[batch.rows.cpu()[bad][0]]
             record, kind = self.record_of[place], KINDS[self.kind_of[place]]
