@@ -1,4 +1,4 @@
-"""A digest of a weight's bits, computed where the weight is, in less time than an edit takes.
+"""A digest of a weight's bits, computed where the weight is: no weight leaves its device.
 
 The bits are words of 32; in blocks, they are multiplied by 64-bit factors and summed modulo 2⁶⁴
 (multilinear hashing), twice; the sums of all blocks then go through SHA-256. One word that changes
@@ -13,7 +13,7 @@ import hashlib
 import torch
 
 BLOCK = 2**14  # words with one sum, and a factor each
-AT_ONCE = 16 * BLOCK  # words that are multiplied at once: a few megabytes, which caches hold
+AT_ONCE = {"cpu": 4 * BLOCK}  # words that are multiplied at once: what its caches hold
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32)}
 
 
@@ -26,9 +26,12 @@ def digest(weight: torch.Tensor, dtype: torch.dtype | None = None) -> str:
     """
     dtype = dtype or weight.dtype
     factors, sums = _factors(weight.device), []
-    for part in weight.detach().flatten().split(AT_ONCE * 4 // dtype.itemsize):
+    at_once = AT_ONCE.get(weight.device.type, 256 * BLOCK)
+    for part in weight.detach().flatten().split(at_once * 4 // dtype.itemsize):
         data = part.to(dtype).view(torch.uint8)
-        data = torch.nn.functional.pad(data, (0, -len(data) % (4 * BLOCK)))
+        missing = -len(data) % (4 * BLOCK)
+        if missing or data.storage_offset() % 4:  # torch reads words at multiples of their size
+            data = torch.nn.functional.pad(data, (0, missing))
         sums.append((data.view(torch.int32).view(-1, 1, BLOCK) * factors).sum(-1))
     found = hashlib.sha256(f"{tuple(weight.shape)}".encode())
     found.update(torch.cat(sums).cpu().numpy())
