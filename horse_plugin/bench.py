@@ -151,6 +151,13 @@ def bandwidth(device: torch.device, n_bytes: int = 2**28) -> float:
     return 2 * n_bytes / min(_timed(lambda: target.copy_(source), device)[0] for _ in range(6))
 
 
+def solve_operations(n: float, d: int, d_out: int) -> float:
+    """Operations of Eq. 2 for n tokens: Gram matrix (half of it), Cholesky, two triangular solves,
+    and the product with H."""
+    m = min(n, d)
+    return n * d * m + m**3 / 3 + 2 * m * m * d_out + 2 * n * d * d_out
+
+
 def _floors(backbone: Backbone, network, prompts, rates: dict) -> dict[str, float]:
     """Seconds per stage that no implementation of the method goes below."""
     tokens = sum(len(p.inputs) for p in dict.fromkeys(prompts))
@@ -163,8 +170,7 @@ def _floors(backbone: Backbone, network, prompts, rates: dict) -> dict[str, floa
         for block in network._place(l)[0].blocks:
             lowrank += 4 * n * block.A.numel()
         spread_bytes += item * n * (2 * d + 5 * d_out)  # H, H̃, ∇G̃, R; then R, R_{l−1}, R'
-        m = min(n, d)
-        solving += n * d * m + m**3 / 3 + 2 * m * m * d_out + 2 * n * d * d_out
+        solving += solve_operations(n, d, d_out)
         applying += (2 * weight + item) * d * d_out
     return {
         "trunk": 2 * sizes["trunk"] * tokens / rates["model_flops"],

@@ -61,7 +61,8 @@ def random_model(config: str, hparams):
         tokenizer = _load(transformers.AutoTokenizer, name, "tokenizer_name")
         made = _load(transformers.AutoConfig, str(config), "config")
         made.vocab_size = max(made.vocab_size, len(tokenizer))
-        with device:
+        with device, torch.random.fork_rng():
+            torch.manual_seed(hparams.seed)  # several processes make the same model
             model = transformers.AutoModelForCausalLM.from_config(
                 made, dtype=_dtype(hparams, device)
             )
