@@ -257,3 +257,16 @@ def test_the_normaliser_takes_in_chunks_as_it_does_the_whole(monkeypatch):
     chunked.update_normalizers([keys], [grads])
     for name, value in whole.groups["6x3"].normalizer.state_dict().items():
         torch.testing.assert_close(chunked.groups["6x3"].normalizer.state_dict()[name], value)
+
+
+def test_eta_is_the_same_whatever_the_chunks():
+    keys, grads = (torch.tensor(x) for x in arrays(3, (2, 23, 6), (2, 23, 3)))
+    etas = []
+    for rows in (None, 5, 23):
+        torch.manual_seed(0)
+        net = HyperNetwork([(6, 3), (6, 3)], 2, 1).double()
+        net.update_normalizers(list(keys), list(grads))
+        net.calibrate(list(keys), list(grads), [1.0, 2.0], 0.15, rows)
+        etas.append(net.log_eta)
+    for other in etas[1:]:
+        torch.testing.assert_close(other, etas[0], rtol=0, atol=1e-12)
