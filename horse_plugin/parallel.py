@@ -20,10 +20,13 @@ import torch.distributed as dist
 from .errors import HorseError
 from .prompts import Prompt
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+
 
 def start():
     """Join the processes that the launcher has started; each takes a GPU if there are any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    launched = all(name in os.environ for name in LAUNCHED) and dist.is_available()
+    if not launched or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
