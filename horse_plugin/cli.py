@@ -149,9 +149,12 @@ def show_edit(folder: Folder):
     """Print what an edit is: its facts, model, settings, versions and figures."""
     from .ledger import read_edits
 
-    for delta in read_edits(folder):
+    deltas = read_edits(folder)
+    for delta in deltas:
         for part in show.edit(delta):
             console.print(part)
+    if not deltas:
+        console.print("No edit is in force.")
 
 
 @app.command()

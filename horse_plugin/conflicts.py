@@ -34,7 +34,7 @@ class Conflicts:
     def lines(self) -> list[str]:
         """What there is to say, with counts; empty without conflicts."""
         return [
-            f"{len(indices)} {meaning} (record {', '.join(map(str, indices[:5]))}"
+            f"{meaning}: {len(indices)} (record {', '.join(map(str, indices[:5]))}"
             f"{', …' if len(indices) > 5 else ''})"
             for name, meaning in MEANINGS.items()
             if (indices := getattr(self, name))
@@ -42,11 +42,11 @@ class Conflicts:
 
 
 MEANINGS = {
-    "duplicates": "edits are given twice",
-    "contradictions": "edits contradict another one on the same prompt",
-    "too_long": "prompts are too long and lose their beginning",
-    "unanswerable": "edits cannot be said in the tokenizer's tokens",
-    "known": "edits are known to the model already",
+    "duplicates": "facts given twice",
+    "contradictions": "facts that contradict another one on the same prompt",
+    "too_long": "prompts that are too long and lose their beginning",
+    "unanswerable": "facts that cannot be said in the tokenizer's tokens",
+    "known": "facts that the model knows already",
 }
 
 

@@ -69,7 +69,7 @@ class EditDelta:
         is refused as damaged. It is written last: before it is there, there is no edit.
 
         Raises:
-            UsageError: there is an edit in the folder already.
+            UsageError: there is an edit, or a chain of edits, in the folder already.
         """
         folder = check_free(folder)
         described = {**self.about, "records": [r.to_dict() for r in self.records]}
@@ -87,9 +87,11 @@ class EditDelta:
             HorseError: a damaged one.
         """
         path, described = Path(folder, DELTA), Path(folder, EDIT)
+        if not path.exists():
+            raise UsageError(f"{folder}: holds no edit.")
         tensors, about = archive.load_tensors(path)
         if about.pop("kind", None) != "delta":
-            raise UsageError(f"{folder}: holds no delta.")
+            raise UsageError(f"{folder}: {DELTA} holds no edit.")
         archive.check_form(path, about, FORM)
         _check_tensors(path, tensors, about["modules"])
         try:
@@ -103,15 +105,18 @@ class EditDelta:
 
 
 DELTA, EDIT = "delta.safetensors", "edit.json"
+LEDGER = "ledger.json"  # of a chain of edits, each in a folder below
 FORM = archive.MADE_FOR | {"weights": dict, "original": dict, "edit_json": str}
 
 
 def check_free(folder) -> Path:
-    """The folder's path, if it holds no edit.
+    """The folder's path, if it holds no edit and no chain of edits.
 
     Raises:
         UsageError: it does; an edit is never overwritten.
     """
+    if Path(folder, LEDGER).exists():
+        raise UsageError(f"{folder}: holds a chain of edits; choose another folder, or --onto.")
     if Path(folder, DELTA).exists():
         raise UsageError(f"{folder}: holds an edit already; choose another folder.")
     return Path(folder)

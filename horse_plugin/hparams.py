@@ -140,7 +140,7 @@ class HORSEHyperParams:
     def from_hparams(cls, path) -> "HORSEHyperParams":
         """Read a YAML file; ``path`` may leave out ``.yaml``."""
         path = Path(path)
-        if not path.is_file():
+        if not path.is_file() and path.suffix not in (".yaml", ".yml"):
             path = Path(f"{path}.yaml")
         try:
             keys = yaml.safe_load(path.read_text(encoding="utf-8"))

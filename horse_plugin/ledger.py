@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import archive, results
-from .delta import DELTA, EditDelta
+from .delta import DELTA, LEDGER, EditDelta
 from .errors import HorseError, UsageError
 
-LEDGER = "ledger.json"
 ENTRY = {"name": str, "made": str, "n_edits": int, "undone": (str, type(None))}
 UNFINISHED = "unfinished"  # ``undone`` of an edit whose folder is about to get its name
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -96,10 +95,10 @@ class Ledger:
             UsageError: no such edit is in force.
         """
         active = [e["name"] for e in self.entries if not e["undone"]]
-        name = name or next(reversed(active), None)
+        name = name or next(reversed(active), "")
         if name not in active:
             there = f"in force are {', '.join(active)}" if active else "none is in force"
-            raise UsageError(f"{self.folder}: no edit {name or ''} to undo; {there}.")
+            raise UsageError(f"{self.folder}: no edit{name and f' {name}'} to undo; {there}.")
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         entries = [e | {"undone": now} if e["name"] == name else e for e in self.entries]
         self._write(entries)

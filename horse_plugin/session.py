@@ -74,7 +74,7 @@ def measured_edit(
         "conflicts": told,
     }
     rows = [
-        results.row("unedited", dataset, hp, before),
+        results.row("before" if earlier else "unedited", dataset, hp, before),
         results.row(hp.alg_name, dataset, hp, after, delta.about["seconds"]),
     ]
     return delta, rows

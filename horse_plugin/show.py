@@ -74,9 +74,13 @@ def edit(delta: EditDelta, n_records: int = 10) -> list:
         shown = Table("", title="Figures: percent, and perplexity", box=box.SIMPLE)
         for when in ("before", "after"):
             shown.add_column(when, justify="right")
-        for name, before in measured["before"].items():
-            shown.add_row(name, figure(before), figure(measured["after"][name]))
+        for name in (*FIGURES, "perplexity"):
+            both = [measured[when].get(name) for when in ("before", "after")]
+            if any(value is not None for value in both):
+                shown.add_row(name, *map(figure, both))
         parts.append(shown)
+        for kind, n in measured.get("conflicts", {}).items():
+            table.add_row(kind.replace("_", " "), str(n))
     facts = Table("prompt", "answer", box=box.SIMPLE, title=f"Facts, {n_records} at most")
     for r in delta.records[:n_records]:
         facts.add_row(r.prompt, r.target_new)

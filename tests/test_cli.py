@@ -149,6 +149,7 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ),
         ("train --hparams steps --train val.json --val val.json --out x", 2, "max_iters: must be"),
         ("edit --hparams none --data val.json --out x", 2, "none.yaml: no such hparams file"),
+        ("edit --hparams n.yaml --data val.json --out x", 2, "horse: n.yaml: no such hparams"),
         ("edit --hparams tiny --data none.json --out x", 2, "none.json: no such file"),
         ("edit --hparams tiny --data bad.json --out x", 2, "bad.json: not valid JSON"),
         ("edit --hparams tiny --data empty.json --out x", 2, "empty.json: no records"),
@@ -159,12 +160,12 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ("edit --hparams tiny --data val.json --archive x --out x", 2, "holds no archive"),
         ("edit --hparams nomodel --data val.json --out x", 2, "model_name: 'nowhere' not loaded"),
         ("edit --hparams tiny --data val.json --archive broken --out x", 1, "damaged"),
-        ("eval --hparams tiny --data val.json --delta none", 2, "no such file"),
+        ("eval --hparams tiny --data val.json --delta none", 2, "none: holds no edit"),
         ("edit --hparams tiny --data val.json", 2, "give --out for an edit by itself, or --onto"),
         ("edit --hparams tiny --data val.json --onto x --name ../y", 2, "not a name for an edit"),
         ("log none", 2, "none: holds no chain of edits"),
         ("undo none", 2, "none: holds no chain of edits"),
-        ("show none", 2, "no such file"),
+        ("show none", 2, "none: holds no edit"),
         ("export --hparams tiny --delta none --out x --rank 3", 2, "--rank is for --lora"),
         ("compare --methods GPT --out x", 2, "'GPT' is not one of unedited"),
         ("compare --data val.json --n-edits 3,x --out x", 2, "--n-edits: expected whole numbers"),
@@ -221,7 +222,11 @@ def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
     assert horse(evaluate)[0] == 0
     assert horse("undo chain")[0] == 0
     code, _, err = horse("undo chain")
-    assert (code, "none is in force" in err) == (2, True)
+    assert (code, "no edit to undo; none is in force" in err) == (2, True)
+    assert "No edit is in force" in horse("show chain")[1]
+    code, _, err = horse("edit --hparams tiny --data val.json --out chain")
+    assert (code, "chain: holds a chain of edits" in err) == (2, True)
+    assert horse("log chain")[0] == 0
 
 
 def test_strict_refuses_on_the_command_line(folder, horse):
@@ -229,7 +234,7 @@ def test_strict_refuses_on_the_command_line(folder, horse):
         json.dumps([{"prompt": "the capital is", "target_new": a} for a in ("Oslo", "Lima")])
     )
     code, _, err = horse("edit --hparams tiny --data twice.json --out strict --strict")
-    assert (code, "1 edits contradict another one" in err) == (2, True)
+    assert (code, "facts that contradict another one on the same prompt: 1" in err) == (2, True)
     assert not list((folder / "strict").iterdir())
 
 

@@ -38,8 +38,8 @@ def test_conflicts_are_found_with_their_records(editor):
         duplicates=(2,), contradictions=(1, 5), too_long=(3, 4), unanswerable=(4,)
     )
     assert found.lines()[:2] == [
-        "1 edits are given twice (record 2)",
-        "2 edits contradict another one on the same prompt (record 1, 5)",
+        "facts given twice: 1 (record 2)",
+        "facts that contradict another one on the same prompt: 2 (record 1, 5)",
     ]
     assert conflicts.find(editor.backbone, tiny.records()).lines() == []
 
@@ -57,13 +57,13 @@ def test_edits_that_the_model_knows_are_counted(editor):
     ids = torch.tensor([prompt.inputs])
     values = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
     model.lm_head.weight.data[prompt.answer[0]] = 100 * values  # now it says just that
-    with pytest.warns(UserWarning, match=r"1 edits are known to the model already \(record 2\)"):
+    with pytest.warns(UserWarning, match=r"facts that the model knows already: 1 \(record 2\)"):
         measured_edit(editor, records, "facts")
 
 
 def test_strict_refuses_before_any_weight_moves(editor):
     before = {k: v.clone() for k, v in editor.backbone.model.state_dict().items()}
-    with pytest.raises(UsageError, match=r"--strict: 1 edits are given twice .*; 1 edits contra"):
+    with pytest.raises(UsageError, match=r"--strict: facts given twice: 1 .*; facts that contra"):
         measured_edit(editor, TROUBLE[:3], "facts", strict=True)
     after = editor.backbone.model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before) and not editor.history
@@ -71,7 +71,7 @@ def test_strict_refuses_before_any_weight_moves(editor):
 
 def test_edits_on_top_of_others_are_compared_with_them(editor):
     editor.edit([TROUBLE[0], *tiny.records()])
-    with pytest.raises(UsageError, match="1 edits contradict"):
+    with pytest.raises(UsageError, match="contradict another one on the same prompt: 1"):
         measured_edit(editor, TROUBLE[1:2], "facts", strict=True)
 
 
