@@ -14,7 +14,19 @@ from rich.console import Console
 from . import show
 from .errors import HorseError, UsageError
 
+
+class Commands(typer.core.TyperGroup):
+    """The commands; a Ctrl-C keeps what it has to say, which typer would drop."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise HorseError(str(stopped) or "stopped.") from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Change thousands of facts in a language model at once, with HORSE.\n\n"
     "With --debug, anywhere on the line, errors show where they come from.",
     no_args_is_help=True,
@@ -380,9 +392,6 @@ def run():
         if "WORLD_SIZE" in os.environ:  # torchrun or accelerate launch started this process
             _join()
         app()
-    except KeyboardInterrupt as stopped:
-        _say(f"horse: {stopped or 'stopped.'}")
-        sys.exit(1)
     except Exception as error:  # ours, or a bug of ours or of a library below: one line
         if debug:
             traceback.print_exc()

@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import tiny
 
-from horse_plugin import HORSEHyperParams, archive, cli
+from horse_plugin import HORSEHyperParams, HORSETrainer, archive, cli
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,23 @@ def horse(folder, monkeypatch, capsys):
         return left.value.code or 0, printed.out, printed.err
 
     return call
+
+
+def test_ctrl_c_says_how_to_go_on(horse, monkeypatch):
+    train_step = HORSETrainer.train_step
+
+    def interrupted(trainer, records):
+        os.kill(os.getpid(), signal.SIGINT)
+        return train_step(trainer, records)
+
+    line = "train --hparams tiny --train train.json --val val.json --out stopped --epochs 2"
+    with monkeypatch.context() as patch:
+        patch.setattr(HORSETrainer, "train_step", interrupted)
+        code, _, err = horse(line)
+    assert code == 1
+    says = "horse: stopped after step 1 of 4; stopped holds an archive, and --resume goes on."
+    assert says in err.splitlines()
+    assert horse(f"{line} --resume")[0] == 0
 
 
 def test_train_edit_eval(folder, horse):
