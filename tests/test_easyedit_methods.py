@@ -3,15 +3,22 @@
 On the EasyEdit that PyPI has, and on the checkout that EASYEDIT_HOME names, as test_easyedit.py.
 """
 
+# ruff: noqa: E402  EasyEdit's imports follow the check that it is there
+
+import io
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 
-pytest.importorskip("easyeditor")
+easyeditor = pytest.importorskip("easyeditor")
 from horse_plugin import UsageError, load_records
+from horse_plugin.backbone import Backbone
 from horse_plugin.compare import METHODS, DataSet, Plan, easyedit_methods, runner
 
 SHIPPED = Path(__file__).parents[1] / "hparams"
@@ -105,3 +112,25 @@ def test_a_yaml_that_does_not_fit_is_named(tmp_path):
     (tmp_path / "x.yaml").write_text("alg_name: FT\n")
     with pytest.raises(UsageError, match=r"x\.yaml: not hparams of EasyEdit's FT"):
         easyedit_methods.load_hparams("FT", tmp_path / "x.yaml", "cpu")
+
+
+class Malice:
+    """Its pickle makes a folder when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
+@pytest.mark.skipif(not hasattr(easyeditor.BaseEditor, "normal_edit"), reason="other hparams")
+def test_an_archive_of_mend_runs_no_code(yamls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {}, "more": Malice()}, "mend.pt")
+    hparams = easyedit_methods.load_hparams("MEND", yamls / "MEND/tiny.yaml", "cpu")
+    hparams.archive = "mend.pt"
+    hparams.inner_params = [f"{name}.weight" for name in hparams.inner_params]
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        easyedit_methods.edit("MEND", hparams, backbone, tiny.records(1), 0, io.StringIO())
+    assert not Path("attacked").exists()
+    torch.load("mend.pt", weights_only=False)
+    assert Path("attacked").exists()  # it would have

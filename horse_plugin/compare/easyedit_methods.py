@@ -7,6 +7,7 @@ model's own dtype: the weights it starts from are the same bits for every method
 import contextlib
 import inspect
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ def edit(
     if hasattr(hparams, "batch_size_once"):
         hparams.batch_size = len(requests)  # UltraEdit leaves out what goes beyond
     groups = [[r] for r in requests] if spec.one_by_one else [requests]
-    with torch.random.fork_rng(), _said_to(log), device_of(hparams):
+    with torch.random.fork_rng(), _said_to(log), device_of(hparams), _only_weights():
         torch.manual_seed(seed)
         start = time.perf_counter()
         for group in groups:
@@ -162,6 +163,22 @@ def _said_to(log):
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _only_weights():
+    """Have torch read tensors and plain values only, and run no code, out of EasyEdit's pickles.
+
+    EasyEdit asks for all of a pickle. Who trusts one sets the variable to 0.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    was_set = name in os.environ
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if not was_set:
+            del os.environ[name]
 
 
 def run(method: str, path, task: Task) -> Edited:
