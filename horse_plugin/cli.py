@@ -292,6 +292,41 @@ def stats(
 
 
 @app.command()
+def general(
+    hparams: Hparams,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and table.md.")],
+    delta: Annotated[Path | None, typer.Option(help="An edit, or a chain of them.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Or a folder with the edited model.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "mmlu,nli,mrpc,qnli,qqp,commonsenseqa",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of <task>.jsonl; none: tasks from the hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a task, at most.", min=1)] = None,
+):
+    """General ability before and after an edit, as the paper's Table 3."""
+    from . import archive as files
+    from . import general as ability
+    from . import results
+    from .backbone import Backbone
+
+    if (delta is None) == (model is None):
+        raise UsageError("general: give --delta for an edit, or --model for an edited model.")
+    files.check_writable(out)
+    editor, deltas = _editor(_hparams(hparams), delta)
+    before = ability.measure(editor.backbone, _names(tasks), data, limit)
+    editor.apply_chain(deltas)
+    edited = editor.backbone
+    if model:
+        edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
+    rows = ability.rows(before, ability.measure(edited, _names(tasks), data, limit))
+    results.save(out / "results.json", rows)
+    files.write(out / "table.md", ability.markdown(rows))
+    console.print(show.general(rows))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the archive, the edit and the report.")],
     hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,

@@ -39,6 +39,17 @@ def stages(found: dict) -> Table:
     return table
 
 
+def general(rows: list[dict]) -> Table:
+    """General ability before and after an edit, in percent."""
+    table = Table("task", "metric", title="General ability, percent", box=box.SIMPLE)
+    for name in ("before", "after", "difference"):
+        table.add_column(name, justify="right")
+    for r in rows:
+        change = f"{r['difference']:+.1f}"
+        table.add_row(r["task"], r["metric"], figure(r["before"]), figure(r["after"]), change)
+    return table
+
+
 def examples(rows) -> Table:
     """(prompt, before, after, target) texts of the demo."""
     names = ("prompt", "before", "after", "asked for")

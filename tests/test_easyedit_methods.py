@@ -23,6 +23,7 @@ from horse_plugin.compare import METHODS, DataSet, Plan, easyedit_methods, runne
 
 SHIPPED = Path(__file__).parents[1] / "hparams"
 MODEL = "llama-tiny"
+LEARNING_RATE = 0.1  # MEND's; a random model's gradients are small
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,21 @@ def yamls(tmp_path_factory):
             keys["layers"] = [2, 3][: len(keys["layers"])]
         if file.parent.name == "UltraEdit":
             keys["lr"] = 0.1  # a random model's gradients are small
+        if file.parent.name == "MEND":
+            keys |= {"batch_size": 2, "edit_lr": LEARNING_RATE, "rank": 8}
         if "inner_params" in keys:
             keys["inner_params"] = [f"model.layers.{i}.mlp.down_proj" for i in (6, 7)]
+            if file.parent.name == "MEND":  # which names weights, not modules
+                keys["inner_params"] = [f"{name}.weight" for name in keys["inner_params"]]
         (path / file.parent.name).mkdir()
         (path / file.parent.name / "tiny.yaml").write_text(yaml.safe_dump(keys))
-    settings = {"model_name": str(path / MODEL), "dtype": "fp32", "device": "cpu", "rank": 4}
+    settings = {
+        "model_name": str(path / MODEL),
+        "dtype": "fp32",
+        "device": "cpu",
+        "rank": 4,
+        "n_edits": 6,
+    }
     (path / "HORSE" / "tiny.yaml").write_text(yaml.safe_dump(settings))
     return path
 
@@ -63,7 +74,11 @@ def plan(yamls, tmp_path, monkeypatch):
 
 
 # What the EasyEdit on PyPI can no longer do with today's peft and transformers.
-OUT_OF_DATE = {"LoRA": "AdaLoRA does not work when `total_step` is None", "MEMIT": "IndexError"}
+OUT_OF_DATE = {
+    "LoRA": "AdaLoRA does not work when `total_step` is None",
+    "MEMIT": "IndexError",
+    "MEND": "MonkeyPatched",
+}
 
 
 def available(name) -> bool:
@@ -91,9 +106,27 @@ def test_each_method_edits_a_copy_and_is_the_same_when_repeated(plan, name):
     assert log.is_file()
 
 
-def test_mend_without_an_archive_keeps_its_row(plan):
+def test_mend_trains_its_network_as_horse_is_trained_and_keeps_it(plan):
+    mend = plan("unedited", "MEND")
+    mend.datasets[0].train, mend.datasets[0].val = tiny.records(12), tiny.records(3)
+    _, row = runner.run(mend, progress=False)
+    if not available("UltraEdit"):
+        assert OUT_OF_DATE["MEND"] in row["reason"]
+        return
+    assert "reason" not in row, row["reason"]
+    assert row["budget"] == "2 steps of 6 records from 12"
+    assert row["train_seconds"] > 0
+    assert row["locality"] < 100
+    (kept,) = (mend.out / "archives").iterdir()
+    saved = torch.load(next(kept.glob("models/MEND/*")), weights_only=False)
+    assert saved["step"] == 6  # batches of two, three to a step
+    rates = saved["model"]["edit_lrs"]
+    assert (rates != rates.new_tensor(LEARNING_RATE)).all()  # every one of them was trained
+
+
+def test_mend_without_records_to_train_on_keeps_its_row(plan):
     (row,) = runner.run(plan("MEND"), progress=False)
-    assert "MEND" in row["reason"]
+    assert "MEND is trained: give training and validation records" in row["reason"]
 
 
 def test_a_prompt_without_its_subject_is_edited_at_its_last_token():

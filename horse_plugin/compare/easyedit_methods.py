@@ -23,7 +23,7 @@ from ..backbone import Backbone
 from ..easyedit import ALG_DICT, device_of, hparams_class, read_yaml
 from ..errors import HorseError, UsageError
 from ..records import EditRecord
-from . import stats
+from . import mend, stats
 from .methods import Edited, Task, texts_digest
 
 
@@ -184,21 +184,19 @@ def _only_weights():
 def run(method: str, path, task: Task) -> Edited:
     """Edit the task's records with a method, its YAML at ``path``; a runner's work.
 
-    Statistics that the method reads are made once. An archive that it needs has to be there.
+    Statistics that the method reads are made once, and so is the archive that it needs.
     """
     hparams = load_hparams(method, path, task.backbone.device)
     if getattr(hparams, "stats_dir", None):
         _prepare_statistics(hparams, task)
-    if hasattr(hparams, "archive") and not Path(hparams.archive or "").is_file():
-        raise UsageError(
-            f"{method} needs a network that EasyEdit's EditTrainer trains, and horse compare does "
-            f"not run it: name one as archive in {path}."
-        )
     log = task.folder / "logs" / f"{method}-{task.model}-{len(task.records)}-{task.seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    trained = {}
     with log.open("w", encoding="utf-8") as file:
+        if hasattr(hparams, "archive"):
+            trained = mend.trained(hparams, task, lambda: _said_to(file))
         backbone, seconds = edit(method, hparams, task.backbone, task.records, task.seed, file)
-    return Edited(backbone, seconds)
+    return Edited(backbone, seconds, **trained)
 
 
 def _prepare_statistics(hparams, task: Task):

@@ -148,16 +148,22 @@ class Engine:
 
 @dataclass(frozen=True)
 class EasyEdit:
-    """One of EasyEdit's own methods, with its YAML; see :mod:`.easyedit_methods`."""
+    """One of EasyEdit's own methods, with its YAML; see :mod:`.easyedit_methods`.
+
+    A ``trained`` one gets the records and the number of steps that HORSE gets.
+    """
 
     name: str
+    trained: bool = False
     seeded = True
 
     def settings(self, task: Task) -> dict:
-        return {
-            "yaml": task.yaml(self.name).read_text(),
-            "corpus": task.corpus or texts_digest(task.train),
-        }
+        yaml = task.yaml(self.name).read_text()
+        if self.trained:
+            hp = task.hparams
+            steps = [hp.n_edits, hp.max_epochs, hp.max_iters]
+            return {"yaml": yaml, "train": texts_digest(task.train), "steps": steps}
+        return {"yaml": yaml, "corpus": task.corpus or texts_digest(task.train)}
 
     @contextlib.contextmanager
     def __call__(self, task: Task) -> Iterator[Edited]:
@@ -172,7 +178,9 @@ Method = Callable[[Task], contextlib.AbstractContextManager[Edited]]
 # The paper's Table 1, in its order, after the model itself and before what the paper leaves out.
 METHODS: dict[str, Method] = {
     "unedited": Unedited(),
-    **{name: EasyEdit(name) for name in ("FT", "LoRA", "MEMIT", "MEND", "PMET", "EMMET")},
+    **{name: EasyEdit(name) for name in ("FT", "LoRA", "MEMIT")},
+    "MEND": EasyEdit("MEND", trained=True),
+    **{name: EasyEdit(name) for name in ("PMET", "EMMET")},
     **{name: EasyEdit(name) for name in ("ROME", "AlphaEdit", "UltraEdit")},
     "MALMEN": Engine("MALMEN"),
     "HORSE, untrained": Engine(trained=False),
