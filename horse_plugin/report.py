@@ -17,7 +17,13 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child, .text td, .text th { text-align: left }
 svg { max-width: 100%; height: auto } p.note, ul.note { color: #555 }
-@media print { body { margin: 0 } h2 { break-after: avoid } svg, tr { break-inside: avoid } }
+@media screen and (max-width: 40rem) {
+  table { font-size: .85rem } th, td { padding: .3rem .4rem }
+  .scroll svg { max-width: none; width: 38rem }
+  th:first-child, td:first-child { position: sticky; left: 0; background: #fff } }
+@media print {
+  body { margin: 0 } table { font-size: .75rem } .scroll { overflow: visible }
+  h2 { break-after: avoid } svg, tr { break-inside: avoid } }
 """
 
 
@@ -37,10 +43,10 @@ Every figure is the share of answer tokens predicted right, in percent, averaged
 efficacy on the edited prompts, generalization on their rephrasings, specificity on unrelated
 prompts. Locality is the share of tokens on unrelated prompts that the edit left as they were.</p>
 <div class="scroll">{_table(rows)}</div>
-<h2>Before and after</h2>{svg(_bars(rows))}
+<h2>Before and after</h2>{picture(svg(_bars(rows)))}
 <h2>Learning curve</h2>
 <p class="note">Left: mean loss per answer token of the edited model at each training step. Right:
-the same three figures when the validation facts are edited.</p>{svg(_curve(history))}
+the same three figures when the validation facts are edited.</p>{picture(svg(_curve(history)))}
 <h2>What the model writes</h2>
 <div class="scroll">{_examples(examples)}</div>
 <p class="note">Versions: {_text(", ".join(f"{k} {v}" for k, v in first["versions"].items()))}.</p>
@@ -124,6 +130,11 @@ def _curve(history) -> Figure:
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def picture(drawn: str) -> str:
+    """An ``<svg>`` that a phone scrolls, as its labels would be too small to read if it shrank."""
+    return f'<div class="scroll">{drawn}</div>'
 
 
 def svg(figure: Figure) -> str:

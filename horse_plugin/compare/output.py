@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .. import archive
-from ..report import FIGURES, page, svg
+from ..report import FIGURES, page, picture, svg
 from .tables import UNEDITED, Mean, cost_table, figures_table, pages, to_csv
 
 TITLES = {"compare": "Side by side", "ablate": "What each part brings"}
@@ -28,7 +28,7 @@ def write(out: Path, rows: list[dict], kind: str = "compare"):
     plots = {name: svg(figure) for name, figure in plots.items() if figure}
     for name, text in plots.items():
         archive.write(out / f"{name}.svg", text)
-    pictures = "".join(f"<h2>{name}</h2>{text}" for name, text in plots.items())
+    pictures = "".join(f"<h2>{name}</h2>{picture(text)}" for name, text in plots.items())
     bars = "".join(
         f"<h2>{n} edits on {Path(model).name}</h2>{grid.html()}{_bars(rows, model, n)}{cost.html()}"
         for (model, n), grid, cost in zip(at, grids, costs, strict=True)
@@ -92,4 +92,4 @@ def _bars(rows, model: str, n_edits: int) -> str:
         axes.set(title=dataset, xlabel="percent", xlim=(0, 100))
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return svg(figure)
+    return picture(svg(figure))
