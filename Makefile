@@ -11,7 +11,7 @@ demo: setup
 # On the EasyEdit that PyPI has, then on the checkout that EASYEDIT_HOME names, if it names one.
 test: setup check
 	EASYEDIT_HOME= $(VENV)/bin/python -m pytest
-	$(if $(EASYEDIT_HOME),$(VENV)/bin/python -m pytest tests/test_easyedit.py tests/test_examples.py)
+	$(if $(EASYEDIT_HOME),$(VENV)/bin/python -m pytest tests/test_easyedit*.py tests/test_examples.py)
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -122,5 +122,8 @@ class Absent:
     def __mro_entries__(self, bases):
         return (object,)
 
+    def __instancecheck__(self, instance):
+        self()
+
     def __call__(self, *args, **kwargs):
         raise ImportError(f"{self.__name__} is not there: {self.__error}") from self.__error

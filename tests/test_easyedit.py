@@ -199,10 +199,13 @@ def test_absent_packages_stand_in_only_for_easyedit_and_only_while_it_loads(stan
         import sys, importlib.util, horse_plugin, easyeditor
         assert "no_such_package" not in sys.modules
         assert importlib.util.find_spec("no_such_package") is None
-        try:
-            easyeditor.no_such_package.transforms.Compose()
-        except ImportError as error:
-            assert "No module named 'no_such_package'" in str(error)
+        there = easyeditor.no_such_package.transforms.Compose
+        for use in (there, lambda: isinstance(1, there)):
+            try:
+                use()
+                raise SystemExit("an absent package was used")
+            except ImportError as error:
+                assert "No module named 'no_such_package'" in str(error)
         try:
             import no_such_package
         except ImportError:

@@ -77,7 +77,7 @@ def plan(yamls, tmp_path, monkeypatch):
 OUT_OF_DATE = {
     "LoRA": "AdaLoRA does not work when `total_step` is None",
     "MEMIT": "IndexError",
-    "MEND": "MonkeyPatched",
+    "MEND": "MonkeyPatch",
 }
 
 
@@ -118,7 +118,7 @@ def test_mend_trains_its_network_as_horse_is_trained_and_keeps_it(plan):
     assert row["train_seconds"] > 0
     assert row["locality"] < 100
     (kept,) = (mend.out / "archives").iterdir()
-    saved = torch.load(next(kept.glob("models/MEND/*")), weights_only=False)
+    saved = torch.load(next(kept.glob("models/MEND/*")), weights_only=True)
     assert saved["step"] == 6  # batches of two, three to a step
     rates = saved["model"]["edit_lrs"]
     assert (rates != rates.new_tensor(LEARNING_RATE)).all()  # every one of them was trained
@@ -160,7 +160,6 @@ def test_an_archive_of_mend_runs_no_code(yamls, tmp_path, monkeypatch):
     torch.save({"model": {}, "more": Malice()}, "mend.pt")
     hparams = easyedit_methods.load_hparams("MEND", yamls / "MEND/tiny.yaml", "cpu")
     hparams.archive = "mend.pt"
-    hparams.inner_params = [f"{name}.weight" for name in hparams.inner_params]
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         easyedit_methods.edit("MEND", hparams, backbone, tiny.records(1), 0, io.StringIO())
