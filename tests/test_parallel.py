@@ -107,11 +107,13 @@ def close(one: dict, other: dict):
 @pytest.mark.parametrize("spread", SPREADS)
 def test_two_processes_make_the_delta_of_one(both, spread, n):
     alone, *two = (found["edits"][spread, n] for found in both)
+    # Of the whole edit's largest entry: Gram-Schmidt leaves only rounding of a residual that lies
+    # in the span of those below it, as the last layer's does for a single token.
+    largest = max(shift.abs().max() for shift in alone.values())
     for shifts in two:
         for name, shift in alone.items():
             assert shift.abs().max() > 0
-            error = (shifts[name] - shift).abs().max() / shift.abs().max()
-            assert error < 1e-5, name
+            assert (shifts[name] - shift).abs().max() / largest < 1e-5, name
 
 
 @pytest.mark.parametrize("name", TRAINED)
