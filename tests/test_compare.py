@@ -13,7 +13,8 @@ import torch
 from horse_plugin import HorseError, HORSEHyperParams, UsageError, compare
 from horse_plugin.backbone import Backbone
 from horse_plugin.compare import METHODS, DataSet, Plan, methods, output, runner, stats, tables
-from horse_plugin.compare.methods import Edited, Engine
+from horse_plugin.compare.methods import Engine
+from horse_plugin.compare.task import Edited
 from horse_plugin.editor import new_network
 from horse_plugin.objective import backward
 from horse_plugin.trace import trace

@@ -24,7 +24,7 @@ from ..easyedit import ALG_DICT, device_of, hparams_class, read_yaml
 from ..errors import HorseError, UsageError
 from ..records import EditRecord
 from . import mend, stats
-from .methods import Edited, Task, texts_digest
+from .task import Edited, Task, texts_digest
 
 
 @dataclass(frozen=True)

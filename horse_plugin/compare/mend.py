@@ -20,7 +20,7 @@ from .. import archive
 from ..easyedit import EditTrainer, device_of, hparams_class
 from ..errors import UsageError
 from ..records import EditRecord
-from .methods import Task, texts_digest
+from .task import Task, texts_digest
 
 VAL_RECORDS = 20
 

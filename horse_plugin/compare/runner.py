@@ -16,7 +16,8 @@ from ..errors import HorseError, UsageError
 from ..hparams import HORSEHyperParams
 from ..metrics import FIGURES, Evaluation, Evaluator
 from ..records import EditRecord, load_records
-from .methods import Method, Task
+from .methods import Method
+from .task import Task
 
 
 @dataclass
