@@ -233,6 +233,9 @@ def compare(
         str | None, typer.Option(help="Text for statistics; none: the training facts.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="Three methods, 50 edits, a few minutes.")] = False,
+    check: Annotated[
+        int, typer.Option(help="Records on which EasyEdit's metrics are computed as well.", min=0)
+    ] = 0,
 ):
     """Methods side by side, as the paper's Table 1. Run again, it goes on where it stopped."""
     from . import compare as sides
@@ -247,6 +250,7 @@ def compare(
         hparams_dir,
         corpus,
         quick,
+        check,
     )
     _compared(out, rows)
 

@@ -124,7 +124,7 @@ class Evaluator:
         """Measure the model as it is now, or an edited copy of it."""
         shares = {
             name: [
-                _mean(_share(p, answer) for p, answer in record)
+                mean(_share(p, answer) for p, answer in record)
                 for record in self._predict(kind, backbone)
             ]
             for name, kind in (
@@ -134,9 +134,9 @@ class Evaluator:
             )
         }
         now = self._predict("unrelated", backbone)
-        shares["specificity"] = [_mean(_share(p, answer) for p, answer in r) for r in now]
+        shares["specificity"] = [mean(_share(p, answer) for p, answer in r) for r in now]
         shares["locality"] = [
-            _mean(_share(p, q) for (p, _), (q, _) in zip(after, before, strict=True))
+            mean(_share(p, q) for (p, _), (q, _) in zip(after, before, strict=True))
             for after, before in zip(now, self._before, strict=True)
         ]
         return Evaluation(
@@ -148,6 +148,7 @@ def _share(predicted: torch.Tensor, wanted: torch.Tensor) -> float:
     return (predicted == wanted).double().mean().item()
 
 
-def _mean(values) -> float | None:
+def mean(values) -> float | None:
+    """The mean; None of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else None

@@ -96,6 +96,8 @@ def test_the_scaling_script_measures_fits_and_extrapolates(folder, capsys, monke
     assert (wide["width"], deep["depth"], two["processes"]) == (64, 9, 2)
     assert two["n_answer_tokens"] == wide["n_answer_tokens"]
     assert "| 1,000,000, extrapolated |" in capsys.readouterr().out
+    monkeypatch.setattr(scaling.subprocess, "run", None)  # a second run measures no point again
+    assert call(scaling, folder, options)["processes"] == found["processes"]
 
 
 def test_the_fit_finds_the_constants_that_made_the_points():

@@ -211,13 +211,13 @@ def row(method, efficacy, seed=0, n=100, dataset="facts", **other):
 def test_best_is_bold_second_underlined_and_the_unedited_model_apart():
     rows = [row("unedited", 99.0), row("FT", 50.0), row("MEMIT", 70.04), row("HORSE", 80.0)]
     text = tables.figures_table(rows, "m/llama", 100).markdown()
-    assert "| unedited | 99.0 | 99.0 | 10.0 |" in text
-    assert "| FT | 50.0 | 50.0 | **10.0** |" in text  # as good as the best
-    assert "| MEMIT | <u>70.0</u> | <u>70.0</u> | **10.0** |" in text
-    assert "| HORSE | **80.0** | **80.0** | **10.0** |" in text
-    assert "| Δ | +10.0 | +10.0 | +0.0 |" in text
+    assert "| unedited | 99.0 | 99.0 | 10.0 | 69.3 |" in text
+    assert "| FT | 50.0 | 50.0 | **10.0** | 36.7 |" in text  # as good as the best
+    assert "| MEMIT | <u>70.0</u> | <u>70.0</u> | **10.0** | <u>50.0</u> |" in text
+    assert "| HORSE | **80.0** | **80.0** | **10.0** | **56.7** |" in text
+    assert "| Δ | +10.0 | +10.0 | +0.0 | +6.6 |" in text
     latex = tables.figures_table(rows, "m/llama", 100).latex()
-    assert r"HORSE & \textbf{80.0} & \textbf{80.0} & \textbf{10.0} \\" in latex
+    assert r"HORSE & \textbf{80.0} & \textbf{80.0} & \textbf{10.0} & \textbf{56.7} \\" in latex
     assert r"MEMIT & \underline{70.0}" in latex
     assert r"$\Delta$ & +10.0" in latex
 
@@ -237,6 +237,14 @@ def test_equal_budgets_are_said_once():
     rows = [row("MALMEN", 1.0, **trained), row("HORSE", 2.0, **trained)]
     caption = tables.figures_table(rows, "m/llama", 100).caption
     assert caption.endswith("Trained: MALMEN, HORSE (facts): 2 steps of 6 records from 6.")
+
+
+def test_what_easyedits_metrics_say_stands_in_the_caption():
+    ours = {"efficacy": 80.0, "generalization": 79.5, "specificity": 10.0}
+    theirs = {"efficacy": 80.0, "generalization": 80.0, "specificity": None}
+    check = {"records": 20, "ours": ours, "easyedit": theirs}
+    caption = tables.figures_table([row("HORSE", 80.0, check=check)], "m/llama", 100).caption
+    assert caption.endswith("on the first 20 records, are within 0.50 of these.")
 
 
 def test_csv_holds_every_row():

@@ -106,6 +106,15 @@ def test_each_method_edits_a_copy_and_is_the_same_when_repeated(plan, name):
     assert log.is_file()
 
 
+def test_easyedits_metrics_agree_with_ours_on_every_edited_model(plan):
+    checked = plan("unedited", "FT", "HORSE, untrained")
+    checked.check = 3
+    for row in runner.run(checked, progress=False):
+        assert row["check"]["records"] == 3
+        assert row["check"]["easyedit"] == pytest.approx(row["check"]["ours"])
+        assert row["check"]["ours"].keys() == {"efficacy", "generalization", "specificity"}
+
+
 def test_mend_trains_its_network_as_horse_is_trained_and_keeps_it(plan):
     mend = plan("unedited", "MEND")
     mend.datasets[0].train, mend.datasets[0].val = tiny.records(12), tiny.records(3)

@@ -28,6 +28,7 @@ def compare(
     hparams_dir=None,
     corpus: str | None = None,
     quick: bool = False,
+    check: int = 0,
 ) -> list[dict]:
     """Measure methods side by side, and write tables and a report; what is left out is the
     default: all methods, 100 edits, the embedded model and facts.
@@ -38,6 +39,7 @@ def compare(
         models: stems of YAMLs: ``<hparams_dir>/<method>/<model>.yaml``.
         corpus: text for second-moment statistics; none: the training records.
         quick: fewer methods, fewer edits, less training.
+        check: compute EasyEdit's own metrics too, on so many records of each cell.
 
     Returns:
         The rows, as in ``results.json``.
@@ -59,6 +61,7 @@ def compare(
         Path(out),
         seeds,
         corpus,
+        check,
     )
     return _measured(plan, "compare")
 

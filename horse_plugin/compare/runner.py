@@ -44,6 +44,7 @@ class Plan:
         models: name → YAML of HORSE, which says how to load it; the other methods' are
             ``<hparams_dir>/<method>/<name>.yaml``.
         corpus: text for second-moment statistics; none: the training records.
+        check: on how many records EasyEdit's own metrics are computed as well.
     """
 
     methods: dict[str, Method]
@@ -54,6 +55,7 @@ class Plan:
     out: Path
     seeds: Sequence[int] = (0,)
     corpus: str | None = None
+    check: int = 0
 
     def __post_init__(self):
         for data in self.datasets:
@@ -86,6 +88,8 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
         HorseError: a method left the model other than it was.
     """
     archive.check_writable(plan.out)
+    if plan.check:
+        from . import check  # noqa: F401  without EasyEdit it fails here, not in every row
     path = plan.out / "results.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     wanted = []
@@ -148,12 +152,19 @@ class _Bench:
             with method(task) as edited:
                 evaluation = self.evaluator.evaluate(edited.backbone)
                 row = results.row(name, data.name, hparams, evaluation, edited.edit_seconds)
+                if self.plan.check:
+                    row["check"] = self._checked(task, edited.backbone, evaluation)
             row |= {"train_seconds": edited.train_seconds, "budget": edited.budget}
         except Exception as error:  # whatever a method of others raises: the row says so
             row = self._failed(name, task, error)
         if weights_digest(self.backbone) != self.digest:
             raise HorseError(f"{name}: the model's weights are not what they were before it ran.")
         return row | {"settings": settings}
+
+    def _checked(self, task: Task, edited: Backbone, evaluation: Evaluation) -> dict:
+        from . import check
+
+        return check.both(edited, task.hparams, task.records[: self.plan.check], evaluation)
 
     def _load(self, task: Task):
         """Have the model, and an evaluator of the task's records."""

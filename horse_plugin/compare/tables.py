@@ -7,12 +7,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..metrics import mean
+
 FIGURES = {
     "efficacy": "Eff.",
     "generalization": "Gen.",
     "specificity": "Spe.",
+    "mean": "Mean",
     "locality": "Loc.",
 }
+SCORED = ("efficacy", "generalization", "specificity")  # what "mean" is the mean of
 UNEDITED = "unedited"
 OURS = "HORSE"
 
@@ -133,12 +137,13 @@ class Grid:
 
 
 def figures_table(rows: list[dict], model: str, n_edits: int) -> Grid:
-    """Table 1 of one model at one number of edits: figures of every data set, best bold, second
-    underlined, and how far HORSE is from the best of the others.
+    """Table 1 of one model at one number of edits: figures of every data set and the mean of the
+    first three, best bold, second underlined, and how far HORSE is from the best of the others.
 
     The unedited model is there to compare with, and takes no part in the ranking.
     """
     rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
+    rows = [r | {"mean": mean(r[f] for f in SCORED if r[f] is not None)} for r in rows]
     datasets, methods = _values(rows, "dataset"), _values(rows, "method")
     shown = [f for f in FIGURES if any(r[f] is not None for r in rows)]
     columns = [(d, f) for d in datasets for f in shown]
@@ -153,7 +158,7 @@ def figures_table(rows: list[dict], model: str, n_edits: int) -> Grid:
         lines.append(("Δ", [(_delta(v, o), "") for v, o in zip(means[OURS], others, strict=True)]))
     caption = (
         f"{n_edits} edits at once on {_name(model)}, percent{_seeds(rows)}. Best bold, second "
-        f"underlined, the unedited model apart.{_budgets(rows)}"
+        f"underlined, the unedited model apart.{_budgets(rows)}{_checked(rows)}"
     )
     groups = [(d, len(shown)) for d in datasets]
     return Grid(caption, groups, [FIGURES[f] for _, f in columns], lines, _reasons(rows))
@@ -240,6 +245,21 @@ def _budgets(rows) -> str:
             by_budget.setdefault((r["dataset"], r["budget"]), {})[r["method"]] = None
     said = [f"{', '.join(m)} ({d}): {budget}" for (d, budget), m in by_budget.items()]
     return f" Trained: {'; '.join(said)}." if said else ""
+
+
+def _checked(rows) -> str:
+    """How far EasyEdit's own metrics are from ours where both were computed."""
+    checks = [r["check"] for r in rows if r.get("check")]
+    if not checks:
+        return ""
+    off = max(
+        abs(check["ours"][f] - theirs)
+        for check in checks
+        for f, theirs in check["easyedit"].items()
+        if theirs is not None
+    )
+    n = max(check["records"] for check in checks)
+    return f" EasyEdit's own metrics, on the first {n} records, are within {off:.2f} of these."
 
 
 def _reasons(rows) -> list[str]:
