@@ -138,14 +138,16 @@ def backward(network: HyperNetwork, traced: Trace, shifts_to_gradients) -> dict[
     Args:
         shifts_to_gradients: maps ΔW_1 … ΔW_T to (losses, g_1 … g_T) of the model edited so.
     """
-    residuals = network.residuals(traced.keys, traced.grads)
     ridges = [
         Ridge(h, lamda.exp()) for h, lamda in zip(traced.keys, network.lamda.detach(), strict=True)
     ]
-    shifts = [ridge.shift(r.detach()) for ridge, r in zip(ridges, residuals, strict=True)]
+    with torch.no_grad():
+        residuals = network.residuals(traced.keys, traced.grads)
+        shifts = [ridge.shift(r) for ridge, r in zip(ridges, residuals, strict=True)]
+    del residuals
     losses, weight_grads = shifts_to_gradients(shifts)
-    if network.coefficient == "edit_only":
-        residuals = network.residuals(traced.keys, traced.grads, in_loss=True)
+    # Made only now, so that their graph does not take memory while the model's own does.
+    residuals = network.residuals(traced.keys, traced.grads, in_loss=True)
     surrogate = sum(
         (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda / parallel.size()
         for ridge, g, r, shift, lamda in zip(
