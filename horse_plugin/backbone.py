@@ -2,8 +2,8 @@
 
 Blocks below the lowest edited one (the trunk) never change, so their output is computed once and
 the edited blocks (the top) run on it as often as needed. Both halves are the model's own forward
-with three taps: leave at the first edited block, enter there, and keep only the answer positions
-before the output head. No architecture is written out here.
+with taps: leave at the first edited block, enter there, and keep only the answer positions in the
+last block's MLP and before the output head. No architecture is written out here.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from . import parallel
 from .digest import digest
 from .errors import HALF_HINT, HorseError
 from .loading import load_model
-from .modules import block_index, find_blocks, find_edit_modules, shape_of
+from .modules import block_index, find_blocks, find_edit_modules, last_mlp, shape_of
 from .prompts import Batch, Prompt, batches, tokenize
 from .records import Query
 from .trunk_store import TrunkStore
@@ -73,6 +73,7 @@ class Backbone:
         prefix, self._blocks = find_blocks(model)
         self.modules = find_edit_modules(model, inner_params)
         self._first = min(block_index(n, prefix) for n in self.modules)
+        self._last_mlp = last_mlp(model)
         self.progress = False
         trunk = [model.get_input_embeddings(), *self._blocks[: self._first]]
         weights = [p for module in trunk for p in module.parameters()]
@@ -108,14 +109,18 @@ class Backbone:
 
     @property
     def n_weights(self) -> dict[str, int]:
-        """Matrix entries of the trunk's blocks, of those from the first edited one on (``top``), of
-        those over it (``above``), and of the head."""
-        sizes = [sum(p.numel() for p in b.parameters() if p.dim() == 2) for b in self._blocks]
+        """Matrix entries of the trunk's blocks, of those from the first edited one on (``top``) and
+        of those over it (``above``), both without the last block's MLP (``last``), and of the head:
+        those two work at answer positions only."""
+        sizes = [_entries(b) for b in self._blocks]
+        last = _entries(self.model.get_submodule(self._last_mlp)) if self._last_mlp else 0
+        sizes[-1] -= last
         first = self._first
         return {
             "trunk": sum(sizes[:first]),
             "top": sum(sizes[first:]),
             "above": sum(sizes[first + 1 :]),
+            "last": last,
             "head": self._head.weight.numel(),
         }
 
@@ -224,8 +229,22 @@ class Backbone:
                 return (states, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": states}
 
-        def at_answers(head, args):
-            return (args[0][batch.rows.to(args[0].device), batch.cols.to(args[0].device)],)
+        def at_answers(x: torch.Tensor) -> torch.Tensor:
+            return x[batch.rows.to(x.device), batch.cols.to(x.device)]
+
+        def into_mlp(mlp, args):  # some add the residual themselves
+            return tuple(
+                at_answers(x)[None] if torch.is_tensor(x) and x.shape[:2] == batch.ids.shape else x
+                for x in args
+            )
+
+        def out_of_mlp(mlp, args, output):
+            whole = output.new_zeros(*batch.ids.shape, output.shape[-1])
+            whole[batch.rows.to(output.device), batch.cols.to(output.device)] = output[0]
+            return whole
+
+        def into_head(head, args):
+            return (at_answers(args[0]),)
 
         with contextlib.ExitStack() as stack:
             for block in self._blocks[: self._first]:
@@ -233,13 +252,24 @@ class Backbone:
             first = self._blocks[self._first]
             for hook in (
                 first.register_forward_pre_hook(enter, with_kwargs=True),
-                self._head.register_forward_pre_hook(at_answers),
+                self._head.register_forward_pre_hook(into_head),
             ):
                 stack.callback(hook.remove)
+            if self._last_mlp:
+                mlp = self.model.get_submodule(self._last_mlp)
+                stack.callback(mlp.register_forward_pre_hook(into_mlp).remove)
+                stack.callback(mlp.register_forward_hook(out_of_mlp).remove)
             if torch.is_grad_enabled() and self.device.type == "cpu":
                 # The fused CPU attention is slow backwards on short sequences.
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             return self._forward(batch.ids).logits
+
+    def places(self, name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and columns of the n answer positions in what goes through an edit module within
+        :meth:`top`."""
+        if self._last_mlp and name.startswith(f"{self._last_mlp}."):
+            return torch.zeros_like(batch.rows), torch.arange(len(batch.rows)).to(batch.rows)
+        return batch.rows, batch.cols
 
     @torch.no_grad()
     def add(self, shifts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -316,6 +346,10 @@ class Backbone:
             for weight in weights:
                 weight.requires_grad_(False)
                 weight.grad = None
+
+
+def _entries(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)
 
 
 @contextlib.contextmanager

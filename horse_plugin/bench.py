@@ -164,7 +164,9 @@ def _floors(backbone: Backbone, network, prompts, rates: dict) -> dict[str, floa
     n, sizes = sum(len(p.answer) for p in prompts), backbone.n_weights
     item = torch.finfo(backbone.edit_dtype).bits // 8
     weight = torch.finfo(backbone.model.dtype).bits // 8
-    forward_and_back = sizes["top"] + sizes["above"]  # the gradient stops at the lowest module
+    # The gradient stops at the lowest module; the last MLP and the head see answers only.
+    traced = 2 * (sizes["top"] + sizes["above"]) * tokens
+    traced += (4 if sizes["above"] else 2) * sizes["last"] * n + 4 * sizes["head"] * n
     lowrank = spread_bytes = solving = applying = 0
     for l, (d, d_out) in enumerate(network.shapes):
         for block in network._place(l)[0].blocks:
@@ -174,7 +176,7 @@ def _floors(backbone: Backbone, network, prompts, rates: dict) -> dict[str, floa
         applying += (2 * weight + item) * d * d_out
     return {
         "trunk": 2 * sizes["trunk"] * tokens / rates["model_flops"],
-        "trace": (2 * forward_and_back * tokens + 4 * sizes["head"] * n) / rates["model_flops"],
+        "trace": traced / rates["model_flops"],
         "network": lowrank / rates["solver_flops"],
         "residual and spread": spread_bytes / rates["bytes"],
         "solve": solving / rates["solver_flops"],

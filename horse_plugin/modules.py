@@ -36,6 +36,18 @@ def find_edit_modules(model, inner_params: Sequence[str]) -> dict[str, nn.Module
     return {n: modules[n] for n, _ in model.named_modules() if n in modules}
 
 
+def last_mlp(model) -> str | None:
+    """Name of the last block's MLP: the part of it that holds its second projection, if the block
+    has a part for that."""
+    prefix, blocks = find_blocks(model)
+    block = f"{prefix}.{len(blocks) - 1}"
+    try:
+        part, *inside = _second_projection(model, block).split(".")
+    except UsageError:
+        return None
+    return f"{block}.{part}" if inside else None
+
+
 def block_index(name: str, prefix: str) -> int:
     """Which of the blocks called ``prefix`` the module lies in."""
     head, _, rest = name.partition(f"{prefix}.")
@@ -52,25 +64,25 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def _second_projections(model) -> list[str]:
-    """In each of the last six blocks, the last linear map outside attention that leads back to the
-    model's width."""
+    """That of each of the last six blocks."""
     prefix, blocks = find_blocks(model)
+    names = [f"{prefix}.{i}" for i in range(max(0, len(blocks) - 6), len(blocks))]
+    return [f"{block}.{_second_projection(model, block)}" for block in names]
+
+
+def _second_projection(model, block: str) -> str:
+    """In a block, the last linear map outside attention that leads back to the model's width."""
     width = model.get_input_embeddings().weight.shape[1]
-    names = []
-    for i in range(max(0, len(blocks) - 6), len(blocks)):
-        linear = [
-            name
-            for name, m in blocks[i].named_modules()
-            if isinstance(m, (nn.Linear, Conv1D))
-            and "att" not in name.lower()
-            and shape_of(m)[1] == width
-        ]
-        if not linear:
-            raise UsageError(
-                f"{prefix}.{i}: no MLP projection found; name inner_params in the YAML."
-            )
-        names.append(f"{prefix}.{i}.{linear[-1]}")
-    return names
+    linear = [
+        name
+        for name, m in model.get_submodule(block).named_modules()
+        if isinstance(m, (nn.Linear, Conv1D))
+        and "att" not in name.lower()
+        and shape_of(m)[1] == width
+    ]
+    if not linear:
+        raise UsageError(f"{block}: no MLP projection found; name inner_params in the YAML.")
+    return linear[-1]
 
 
 def _linear(model, name: str) -> nn.Module:

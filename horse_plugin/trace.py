@@ -56,7 +56,7 @@ def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> T
             at = torch.cat([torch.arange(sizes[i]) + starts[i] for i in batch.index])
             at = at.to(backbone.edit_device)
             hooks = [
-                module.register_forward_hook(seen[name].hook(batch, at))
+                module.register_forward_hook(seen[name].hook(backbone.places(name, batch), at))
                 for name, module in backbone.modules.items()
             ]
             try:
@@ -93,8 +93,8 @@ class _Seen:
         self.keys, self.grads = torch.empty(n, d, **where), torch.empty(n, d_out, **where)
         self.norms = torch.empty(n, **where)
 
-    def hook(self, batch, at: torch.Tensor):
-        """Fills the rows ``at`` with what the batch has at its answer positions."""
+    def hook(self, places: tuple[torch.Tensor, torch.Tensor], at: torch.Tensor):
+        """Fills the rows ``at`` with what a batch has at its answer positions, ``places``."""
 
         def record(module, args, output):
             if output.dim() != 3:
@@ -105,7 +105,7 @@ class _Seen:
                 output = output.detach().requires_grad_()
             else:
                 output.retain_grad()
-            rows, cols = batch.rows.to(output.device), batch.cols.to(output.device)
+            rows, cols = (place.to(output.device) for place in places)
             values = output[rows, cols].detach().to(self.norms)
             self.keys[at] = args[0][rows, cols].detach().to(self.keys)
             self.norms[at] = values.norm(dim=-1)

@@ -124,6 +124,27 @@ def test_no_hook_and_no_patch_stays_behind():
         assert "forward" not in m.__dict__
 
 
+@pytest.mark.parametrize("architecture", sorted(tiny.CONFIGS))
+def test_the_last_mlp_works_at_the_answers_alone(architecture):
+    backbone = Backbone(tiny.model(architecture), None)
+    seen = []
+    *_, last = backbone.modules.values()
+    last.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
+    for batch in batches(prompts(), 40):
+        backbone.logits(batch)
+        assert seen.pop() == len(batch.labels) < batch.ids.numel()
+
+
+def test_the_last_block_alone_may_be_edited():
+    model = tiny.model()
+    names = ["model.layers.7.mlp.gate_proj", "model.layers.7.mlp.down_proj"]
+    traced = trace(Backbone(model, None, names), prompts(), 40)
+    every = trace(Backbone(model, None), prompts(), 40)
+    torch.testing.assert_close(traced.keys[1], every.keys[-1])
+    torch.testing.assert_close(traced.grads[1], every.grads[-1])
+    assert traced.keys[0].shape == traced.grads[1].shape == (len(traced.owners), 32)
+
+
 def test_named_modules_may_be_few_and_anywhere():
     names = ["model.layers.5.mlp.down_proj.weight", "model.layers.2.mlp.up_proj"]
     backbone = Backbone(tiny.model(), None, names)

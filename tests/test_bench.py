@@ -32,11 +32,13 @@ def test_every_stage_is_measured_and_the_model_left_as_it_was():
 def test_floors_count_the_operations():
     """A block of the tiny Llama: q, k, v, o of 32×(32+16+16+32), three of 32×48 in the MLP."""
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
-    block = 32 * 96 + 3 * 32 * 48
+    mlp = 3 * 32 * 48
+    block = 32 * 96 + mlp
     assert backbone.n_weights == {
         "trunk": 2 * block,
-        "top": 6 * block,
-        "above": 5 * block,
+        "top": 6 * block - mlp,
+        "above": 5 * block - mlp,
+        "last": mlp,
         "head": 400 * 32,
     }
 
