@@ -10,19 +10,22 @@ from . import archive
 
 FIGURES = ("efficacy", "generalization", "specificity")
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff } p, ul { max-width: 60rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
+th, td { padding: .35rem .5rem; border-bottom: 1px solid #ddd; text-align: right }
+td { white-space: nowrap } .text td { white-space: normal }
 th:first-child, td:first-child, .text td, .text th { text-align: left }
+th[colspan] { text-align: center; border-left: 1px solid #ddd }
 svg { max-width: 100%; height: auto } p.note, ul.note { color: #555 }
 @media screen and (max-width: 40rem) {
   table { font-size: .85rem } th, td { padding: .3rem .4rem }
   .scroll svg { max-width: none; width: 38rem }
   th:first-child, td:first-child { position: sticky; left: 0; background: #fff } }
 @media print {
-  body { margin: 0 } table { font-size: .75rem } .scroll { overflow: visible }
+  body { margin: 0; padding: 0; font-size: .8rem } .scroll { overflow: visible }
+  table { font-size: .6rem } th, td { padding: .2rem .3rem }
   h2 { break-after: avoid } svg, tr { break-inside: avoid } }
 """
 
