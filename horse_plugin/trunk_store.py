@@ -81,7 +81,7 @@ class TrunkStore:
             return like.new_empty(n)
         handle, path = tempfile.mkstemp(".states", "horse-", self._folder)
         try:
-            os.posix_fallocate(handle, 0, n_bytes)  # a full disk is an error here, no crash later
+            _reserve(handle, n_bytes)
             return torch.from_file(path, shared=True, size=n, dtype=like.dtype)
         except OSError as error:
             warnings.warn(f"trunk states: {self._folder}: {error.strerror}", stacklevel=5)
@@ -89,3 +89,12 @@ class TrunkStore:
         finally:
             os.close(handle)
             os.unlink(path)
+
+
+def _reserve(handle: int, n_bytes: int):
+    """Make the file that long, on the disk: a full one is an error here, no crash later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, n_bytes)
+        return
+    while n_bytes > 0:  # macOS
+        n_bytes -= os.write(handle, bytes(min(n_bytes, 2**20)))

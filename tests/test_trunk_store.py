@@ -10,7 +10,7 @@ import torch
 from horse_plugin import UsageError
 from horse_plugin.backbone import Backbone
 from horse_plugin.prompts import batches
-from horse_plugin.trunk_store import TrunkStore
+from horse_plugin.trunk_store import TrunkStore, _reserve
 
 
 def some(n=6, dtype=torch.float32):
@@ -48,6 +48,14 @@ def test_room_is_kept_to_and_comes_back():
     assert not store.full
     store.put(prompts[1:3], states[1:3])
     assert store.missing(prompts) == [prompts[0], *prompts[3:]]
+
+
+def test_room_on_disk_is_taken_without_posix_fallocate(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    path = tmp_path / "states"
+    with path.open("wb") as file:
+        _reserve(file.fileno(), 3 * 2**20 + 5)
+    assert path.stat().st_size == 3 * 2**20 + 5
 
 
 def test_a_full_disk_is_said_and_lived_with(tmp_path, monkeypatch):
