@@ -19,10 +19,9 @@ from rich.table import Table
 
 from horse_plugin import archive
 from horse_plugin.compare import DEFAULT_MODEL, METHODS, DataSet, Plan, methods, run
+from horse_plugin.compare.tables import SCORED, score
 from horse_plugin.demo import hparams_folder
 from horse_plugin.show import figure
-
-FIGURES = ("efficacy", "generalization", "specificity")
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,6 @@ def changes(text: str) -> dict:
     return yaml.safe_load("{" + text.replace("=", ": ") + "}")
 
 
-def score(row: dict) -> float | None:
-    return None if row.get("reason") else sum(row[f] for f in FIGURES) / len(FIGURES)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", required=True, help="such as FT or MEMIT")
@@ -65,11 +60,12 @@ def main():
     parser.add_argument("--n-edits", type=int, default=50)
     parser.add_argument("--set", action="append", default=[], help="keys of the YAML to change")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="stem of the YAMLs")
+    parser.add_argument("--hparams-dir", type=Path, default=hparams_folder(), help="their folder")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
     variants = {text: Variant(args.method, changes=changes(text)) for text in args.set}
-    folder = hparams_folder()
+    folder = args.hparams_dir
     plan = Plan(
         {"unedited": METHODS["unedited"], f"{args.method}, as it is": METHODS[args.method]}
         | variants,
@@ -81,10 +77,10 @@ def main():
     )
     rows = run(plan)
     table = Table("settings", title=f"{args.n_edits} records of {args.data}", box=box.SIMPLE)
-    for name in (*FIGURES, "locality", "mean", "seconds"):
+    for name in (*SCORED, "locality", "mean", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = [row[f] for f in (*FIGURES, "locality")] + [score(row), row["edit_seconds"]]
+        cells = [row[f] for f in (*SCORED, "locality")] + [score(row), row["edit_seconds"]]
         table.add_row(row["method"], *map(figure, cells))
     console = Console()
     console.print(table)

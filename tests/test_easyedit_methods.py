@@ -6,8 +6,10 @@ On the EasyEdit that PyPI has, and on the checkout that EASYEDIT_HOME names, as 
 # ruff: noqa: E402  EasyEdit's imports follow the check that it is there
 
 import io
+import json
 import os
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,9 @@ easyeditor = pytest.importorskip("easyeditor")
 from horse_plugin import UsageError, load_records
 from horse_plugin.backbone import Backbone
 from horse_plugin.compare import METHODS, DataSet, Plan, easyedit_methods, runner
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import sweep
 
 SHIPPED = Path(__file__).parents[1] / "hparams"
 MODEL = "llama-tiny"
@@ -136,6 +141,26 @@ def test_mend_trains_its_network_as_horse_is_trained_and_keeps_it(plan):
 def test_mend_without_records_to_train_on_keeps_its_row(plan):
     (row,) = runner.run(plan("MEND"), progress=False)
     assert "MEND is trained: give training and validation records" in row["reason"]
+
+
+def test_a_sweep_measures_each_setting_beside_the_yaml_as_it_is(yamls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts = [{"prompt": r.prompt, "target_new": r.target_new} for r in tiny.records(6)]
+    Path("facts.json").write_text(json.dumps(facts))
+    options = f"--method FT --data facts.json --n-edits 4 --model tiny --hparams-dir {yamls}"
+    settings = ["lr=0, num_steps=1", "lr=1.0e-1, layers=[3]"]
+    swept = [part for text in settings for part in ("--set", text)]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *options.split(), "--out", "out", *swept])
+    sweep.main()
+    rows = {r["method"]: r for r in json.loads(Path("out/results.json").read_text())}
+    assert list(rows) == ["unedited", "FT, as it is", *settings]
+    assert not any(r.get("reason") for r in rows.values())
+    figures = ("efficacy", "generalization", "specificity")
+    as_it_was = [rows["unedited"][f] for f in figures]
+    assert [rows["lr=0, num_steps=1"][f] for f in figures] == as_it_was
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "--set", "rate=1"])
+    with pytest.raises(SystemExit, match="FT's YAML has no rate"):
+        sweep.main()
 
 
 def test_a_prompt_without_its_subject_is_edited_at_its_last_token():

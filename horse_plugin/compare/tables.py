@@ -143,7 +143,7 @@ def figures_table(rows: list[dict], model: str, n_edits: int) -> Grid:
     The unedited model is there to compare with, and takes no part in the ranking.
     """
     rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
-    rows = [r | {"mean": mean(r[f] for f in SCORED if r[f] is not None)} for r in rows]
+    rows = [r | {"mean": score(r)} for r in rows]
     datasets, methods = _values(rows, "dataset"), _values(rows, "method")
     shown = [f for f in FIGURES if any(r[f] is not None for r in rows)]
     columns = [(d, f) for d in datasets for f in shown]
@@ -162,6 +162,11 @@ def figures_table(rows: list[dict], model: str, n_edits: int) -> Grid:
     )
     groups = [(d, len(shown)) for d in datasets]
     return Grid(caption, groups, [FIGURES[f] for _, f in columns], lines, _reasons(rows))
+
+
+def score(row: dict) -> float | None:
+    """The mean of those of the three figures that the row has."""
+    return mean(row[f] for f in SCORED if row[f] is not None)
 
 
 def cost_table(rows: list[dict], model: str, n_edits: int) -> Grid:
