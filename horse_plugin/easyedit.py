@@ -37,6 +37,7 @@ try:
     import easyeditor
     from easyeditor import BaseEditor, EditTrainer
     from easyeditor.editors.batch_editor import BatchEditor
+    from easyeditor.evaluate.evaluate import compute_rewrite_or_rephrase_quality  # noqa: F401
     from easyeditor.util.alg_dict import ALG_DICT
     from easyeditor.util.alg_train_dict import ALG_TRAIN_DICT
 except ImportError as error:

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 from ..backbone import Backbone
-from ..easyedit import ReadDevice
+from ..easyedit import ReadDevice, compute_rewrite_or_rephrase_quality
 from ..hparams import HORSEHyperParams
 from ..metrics import Evaluation, mean
 from ..records import EditRecord
-from easyeditor.evaluate.evaluate import compute_rewrite_or_rephrase_quality
 
 KINDS = {"efficacy": "edit", "generalization": "equivalent", "specificity": "unrelated"}
 
