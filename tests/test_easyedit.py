@@ -164,6 +164,7 @@ def stand_in(tmp_path):
                 def edit(self): pass
             class EditTrainer: pass
         """,
+        "evaluate/evaluate.py": "def compute_rewrite_or_rephrase_quality(): pass",
         "editors/batch_editor.py": """
             class BatchEditor:
                 @staticmethod
