@@ -32,8 +32,8 @@ AT_LEAST = dict.fromkeys(
 )
 # The methods that our engine runs, and what they are in its terms.
 METHODS = {
-    "HORSE": {"spread": "orthogonal", "loc_loss": "ce"},
-    "MALMEN": {"spread": "uniform", "loc_loss": "kl"},
+    "HORSE": {"spread": "orthogonal", "loc_loss": "ce", "edit_coef": 1.0},
+    "MALMEN": {"spread": "uniform", "loc_loss": "kl", "edit_coef": 0.0},
 }
 UNTRAINED = "untrained"  # said as the archive: edit without one
 COEFFICIENTS = ("token", "edit_only", "none")
@@ -85,7 +85,7 @@ class HORSEHyperParams:
     decay_meta_lr: bool = False  # let both rates sink linearly to 0 over the run
     train_lamda: bool = True  # false: the ridge term stays as it starts
     train_spread: bool = False  # let training move spread_strength
-    edit_coef: float = 1.0  # weight of the loss on the edit prompts
+    edit_coef: float | None = None  # weight of the loss on the edit prompts (MALMEN: 0)
     gen_coef: float = 1.0  # ... on the rephrased prompts
     loc_coef: float = 1.0  # ... on the unrelated prompts
     loc_loss: str | None = None  # ce: their true answer (HORSE); kl: what the model said (MALMEN)

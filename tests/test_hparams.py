@@ -64,6 +64,9 @@ def test_shipped_files_load_with_and_without_suffix(path):
 def test_a_malmen_file_becomes_a_horse_file_by_its_name(tmp_path):
     hparams = read(tmp_path, MALMEN.replace('"MALMEN"', '"HORSE"'))
     assert (hparams.lr, hparams.meta_lr, hparams.rank) == (1e-6, 1e-5, 1920)
+    assert (hparams.spread, hparams.loc_loss, hparams.edit_coef) == ("orthogonal", "ce", 1)
+    malmen = read(tmp_path, MALMEN)  # as published: no loss on the edit prompts themselves
+    assert (malmen.spread, malmen.loc_loss, malmen.edit_coef) == ("uniform", "kl", 0)
     training = MALMEN.replace('alg_name: "MALMEN"', "alg: HORSE")  # EasyEdit's TRAINING files
     assert read(tmp_path, training) == hparams
 
