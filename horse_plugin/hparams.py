@@ -85,7 +85,7 @@ class HORSEHyperParams:
     decay_meta_lr: bool = False  # let both rates sink linearly to 0 over the run
     train_lamda: bool = True  # false: the ridge term stays as it starts
     train_spread: bool = False  # let training move spread_strength
-    edit_coef: float | None = None  # weight of the loss on the edit prompts (MALMEN: 0)
+    edit_coef: float | None = None  # weight of the loss on the edit prompts; null: 1, MALMEN 0
     gen_coef: float = 1.0  # ... on the rephrased prompts
     loc_coef: float = 1.0  # ... on the unrelated prompts
     loc_loss: str | None = None  # ce: their true answer (HORSE); kl: what the model said (MALMEN)
