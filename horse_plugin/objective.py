@@ -29,8 +29,11 @@ class Objective:
             zip(KINDS, (hparams.edit_coef, hparams.gen_coef, hparams.loc_coef), strict=True)
         )
         used = {k: prompts[k] if self.coefs[k] else [] for k in KINDS}
-        if not any(used.values()):
-            raise UsageError("no prompts to train on: the records lack those with a coefficient.")
+        if not (used["edit"] or used["rephrase"]):
+            raise UsageError(
+                "nothing would teach the edit: edit_coef is 0 (as in MALMEN), and so is gen_coef, "
+                "or these records have no rephrased prompts."
+            )
         self.n_tokens = {k: sum(len(p.answer) for p in used[k]) for k in KINDS}
         own = [(k, i) for k in KINDS for i in parallel.own(used[k])]
         self.kind_of = torch.tensor([KINDS.index(k) for k, _ in own], dtype=torch.long)

@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -22,6 +23,9 @@ easyeditor = pytest.importorskip("easyeditor")
 from horse_plugin import UsageError, load_records
 from horse_plugin.backbone import Backbone
 from horse_plugin.compare import METHODS, DataSet, Plan, easyedit_methods, runner
+from horse_plugin.compare.targets import Targets
+from horse_plugin.compare.task import Task
+from horse_plugin.hparams import HORSEHyperParams
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import sweep
@@ -43,7 +47,7 @@ def yamls(tmp_path_factory):
         keys = yaml.safe_load(file.read_text())
         keys |= {k: v for k, v in own.items() if k in keys}
         if keys.get("layers"):
-            keys["layers"] = [2, 3][: len(keys["layers"])]
+            keys["layers"] = [2, 3][-len(keys["layers"]) :]
         if file.parent.name == "UltraEdit":
             keys["lr"] = 0.1  # a random model's gradients are small
         if file.parent.name == "MEND":
@@ -76,6 +80,15 @@ def plan(yamls, tmp_path, monkeypatch):
         return Plan(table, {"tiny": yamls / "HORSE/tiny.yaml"}, data, (4,), yamls, tmp_path / "out")
 
     return make
+
+
+def task_of(plan, n) -> Task:
+    """A task of the plan's first n records, with a model of its own."""
+    hparams = HORSEHyperParams.from_hparams(plan.models["tiny"])
+    data = plan.datasets[0]
+    records = data.records[:n], data.train, data.val
+    folders = plan.hparams_dir, plan.out
+    return Task("tiny", data.name, Backbone.load(hparams), hparams, *records, *folders)
 
 
 # What the EasyEdit on PyPI can no longer do with today's peft and transformers.
@@ -118,6 +131,51 @@ def test_easyedits_metrics_agree_with_ours_on_every_edited_model(plan):
         assert row["check"]["records"] == 3
         assert row["check"]["easyedit"] == pytest.approx(row["check"]["ours"])
         assert row["check"]["ours"].keys() == {"efficacy", "generalization", "specificity"}
+
+
+@pytest.mark.skipif(not available("UltraEdit"), reason="its MEMIT is out of date")
+@pytest.mark.parametrize("name", ["MEMIT", "PMET", "EMMET", "AlphaEdit"])
+def test_targets_found_once_serve_every_number_of_edits(plan, name):
+    def edited(folder, n):
+        one = plan(name)
+        one.n_edits, one.out = (n,), one.out.with_name(folder)
+        with METHODS[name](task := task_of(one, n)) as result:
+            weights = result.backbone.model.state_dict()
+        log = task.folder / "logs" / f"{name}-tiny-{n}-0.log"
+        return weights, result.edit_seconds, log.read_text().count("Computing right vector")
+
+    _, _, found = edited("kept", 3)
+    again, seconds, more = edited("kept", 4)
+    fresh, _, all_of_them = edited("fresh", 4)
+    assert (found, more, all_of_them) == (3, 1, 4)
+    assert seconds > 0
+    assert all(torch.equal(again[k], fresh[k]) for k in fresh)
+
+
+def test_what_a_yaml_says_of_the_target_makes_other_files(yamls, tmp_path):
+    hparams = easyedit_methods.load_hparams("MEMIT", yamls / "MEMIT/tiny.yaml", "cpu")
+
+    def folder(method="MEMIT", **changes):
+        return Targets(tmp_path, method, replace(hparams, **changes), "tiny", 0).folder
+
+    assert folder(mom2_update_weight=1, layers=[1, 3]) == folder()
+    others = [folder(v_lr=9.0), folder(layers=[1, 2]), folder(fact_token="last"), folder("PMET")]
+    assert len({folder(), *others}) == 5
+
+
+@pytest.mark.skipif(not available("UltraEdit"), reason="its MEMIT is out of date")
+def test_memit_emmet_and_alphaedit_find_the_same_vectors(plan):
+    """So that they may share them: each, in its own folder, finds what MEMIT finds, bit for bit."""
+
+    def found(name):
+        one = plan(name)
+        one.out = one.out.with_name(name)
+        with METHODS[name](task := task_of(one, 3)):
+            files = sorted((task.folder / "targets").rglob("*.npz"))
+        assert len(files) == 3
+        return {str(f.relative_to(task.folder)): np.load(f)["v_star"].tolist() for f in files}
+
+    assert found("MEMIT") == found("EMMET") == found("AlphaEdit")
 
 
 def test_mend_trains_its_network_as_horse_is_trained_and_keeps_it(plan):

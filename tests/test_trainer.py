@@ -246,3 +246,11 @@ def test_the_rates_sink_to_zero_when_asked_to(tmp_path):
     t = trainer(tmp_path)
     t.run()
     assert [g["lr"] for g in t.optimizer.param_groups] == [1e-3, 1e-2]
+
+
+def test_records_that_cannot_teach_the_edit_are_refused(tmp_path):
+    t = trainer(tmp_path, edit_coef=0.0)
+    t.train_step(t._batch(0))
+    t.train_records = [replace(r, rephrases=()) for r in t.train_records]
+    with pytest.raises(UsageError, match="nothing would teach the edit"):
+        t.train_step(t._batch(0))

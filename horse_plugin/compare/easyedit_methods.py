@@ -24,6 +24,7 @@ from ..easyedit import ALG_DICT, device_of, hparams_class, read_yaml
 from ..errors import HorseError, UsageError
 from ..records import EditRecord
 from . import mend, stats
+from .targets import Targets
 from .task import Edited, Task, texts_digest
 
 
@@ -93,12 +94,20 @@ def load_hparams(method: str, path, device: torch.device):
 
 
 def edit(
-    method: str, hparams, backbone: Backbone, records: Sequence[EditRecord], seed: int, log
-) -> tuple[Backbone, float]:
+    method: str,
+    hparams,
+    backbone: Backbone,
+    records: Sequence[EditRecord],
+    seed: int,
+    log,
+    folder: Path | None = None,
+) -> tuple[Backbone, float | None]:
     """Edit a copy of the backbone's model; returns the copy's backbone and the seconds it took.
 
     Args:
         log: a text file for what EasyEdit prints.
+        folder: where target vectors are kept (:mod:`.targets`); none: they are found anew. The
+            seconds count a kept one as if it had been found now.
     """
     spec = METHODS[method]
     apply = _fresh(ALG_DICT[spec.name])
@@ -109,13 +118,22 @@ def edit(
     requests = [_request(r, i, spec) for i, r in enumerate(records)]
     if hasattr(hparams, "batch_size_once"):
         hparams.batch_size = len(requests)  # UltraEdit leaves out what goes beyond
+    options, kept, targets = {"copy": False}, 0, None
+    if folder and "cache_template" in inspect.signature(apply).parameters:
+        name = f"{stats.model_name(backbone)} {backbone.model.dtype}"
+        targets = Targets(folder, method, hparams, name, seed)
+        requests = targets.named(requests)
+        options["cache_template"], kept = targets.template, targets.kept(requests)
     groups = [[r] for r in requests] if spec.one_by_one else [requests]
     with torch.random.fork_rng(), _said_to(log), device_of(hparams), _only_weights():
         torch.manual_seed(seed)
         start = time.perf_counter()
         for group in groups:
-            model, _ = apply(model, tokenizer, group, hparams, copy=False)
+            model, _ = apply(model, tokenizer, group, hparams, **options)
         seconds = time.perf_counter() - start
+    if kept:
+        before = targets.seconds(kept)
+        seconds = None if before is None else seconds + before
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not all(p.isfinite().all() for p in model.parameters()):
         raise HorseError(f"{method} left weights that are not finite.")
@@ -195,7 +213,9 @@ def run(method: str, path, task: Task) -> Edited:
     with log.open("w", encoding="utf-8") as file:
         if hasattr(hparams, "archive"):
             trained = mend.trained(hparams, task, lambda: _said_to(file))
-        backbone, seconds = edit(method, hparams, task.backbone, task.records, task.seed, file)
+        backbone, seconds = edit(
+            method, hparams, task.backbone, task.records, task.seed, file, task.folder / "targets"
+        )
     return Edited(backbone, seconds, **trained)
 
 

@@ -73,7 +73,8 @@ def second_moments(
                     [torch.tensor(x) for x in group], batch_first=True
                 )
                 mask = torch.arange(padded.shape[1], device=backbone.device) < lengths[:, None]
-                backbone.model(input_ids=padded.to(backbone.device), use_cache=False)
+                # Its head would only work on what nobody reads.
+                backbone.model.base_model(input_ids=padded.to(backbone.device), use_cache=False)
                 count += int(lengths.sum())
                 bar.update(int(lengths.sum()))
     finally:
