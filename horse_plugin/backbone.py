@@ -259,10 +259,16 @@ class Backbone:
                 mlp = self.model.get_submodule(self._last_mlp)
                 stack.callback(mlp.register_forward_pre_hook(into_mlp).remove)
                 stack.callback(mlp.register_forward_hook(out_of_mlp).remove)
-            if torch.is_grad_enabled() and self.device.type == "cpu":
-                # The fused CPU attention is slow backwards on short sequences.
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if torch.is_grad_enabled():
+                stack.enter_context(self.plain_attention())
             return self._forward(batch.ids).logits
+
+    def plain_attention(self) -> contextlib.AbstractContextManager:
+        """Within it attention runs unfused on a CPU, whose fused one is slow backwards on short
+        sequences."""
+        if self.device.type == "cpu":
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
 
     def places(self, name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and columns of the n answer positions in what goes through an edit module within

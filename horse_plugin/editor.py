@@ -39,6 +39,19 @@ def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
     return archive.place(network, backbone)
 
 
+def meet(network: HyperNetwork, traced: Trace, hparams: HORSEHyperParams):
+    """Have the network take in the keys and gradients of an edit, and η and λ start from the first.
+
+    η does so unless ``lr`` gives it, λ if ``ridge`` says how.
+    """
+    if hparams.ridge is not None and not network.seen:
+        network.calibrate_ridge(traced.keys, hparams.ridge)
+    network.update_normalizers(traced.keys, traced.grads)
+    if not network.calibrated:
+        rows = hparams.editor_batch_size
+        network.calibrate(traced.keys, traced.grads, traced.value_norms, hparams.strength, rows)
+
+
 @torch.no_grad()
 def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams) -> dict:
     """From the trace of an edit to the tensors of its delta (Eq. 4, 6, 2)."""
@@ -170,14 +183,9 @@ class HorseEditor:
         return next(n for n in numbers if n not in names)
 
     def _fitted(self, traced: Trace) -> HyperNetwork:
-        """An untrained network whose normaliser and η come from the edit at hand."""
+        """An untrained network whose normaliser, η and λ come from the edit at hand."""
         network = new_network(self.backbone, self.hparams)
-        network.update_normalizers(traced.keys, traced.grads)
-        if not network.calibrated:
-            hp = self.hparams
-            network.calibrate(
-                traced.keys, traced.grads, traced.value_norms, hp.strength, hp.editor_batch_size
-            )
+        meet(network, traced, self.hparams)
         if not network.calibrated:
             raise HorseError(
                 "the residuals are all zero: too few answer tokens for an untrained network. "

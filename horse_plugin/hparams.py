@@ -69,6 +69,8 @@ class HORSEHyperParams:
     n_blocks: int = 2
     strength: float = 0.15  # mean row norm of R over that of the module's output: sets eta
     lr: float | None = None  # absolute eta (Eq. 4); given, it replaces `strength`
+    ridge: float | None = None  # e^lambda (Eq. 2) at the start, over a typical key's squared norm;
+    # null: e^lambda starts at 1
     coefficient: str = (
         "token"  # c_i (Eq. 4); for ablation edit_only: not in Eq. 7, none: c_i = -eta
     )
@@ -129,7 +131,7 @@ class HORSEHyperParams:
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UsageError(f"{key}: must be at least {least}, got {value}.")
-        for key in ("strength", "lr", "meta_lr", "eta_meta_lr", "max_grad_norm"):
+        for key in ("strength", "lr", "ridge", "meta_lr", "eta_meta_lr", "max_grad_norm"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UsageError(f"{key}: must be above 0, got {value}.")

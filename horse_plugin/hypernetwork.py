@@ -100,7 +100,8 @@ class HyperNetwork(nn.Module):
 
     Attributes:
         log_eta: log η_l (Eq. 4). NaN until :meth:`calibrate` or the caller sets it.
-        lamda: λ_l; the ridge term is e^λ, so 0 makes it 1 (Eq. 2).
+        lamda: λ_l; the ridge term is e^λ, so 0 makes it 1 (Eq. 2), as it starts unless
+            :meth:`calibrate_ridge` or the caller sets it.
     """
 
     def __init__(
@@ -198,6 +199,19 @@ class HyperNetwork(nn.Module):
         log_eta = (strength * torch.as_tensor(value_norms).to(norms) / norms).log()
         moved = norms > 0
         self.log_eta.copy_(torch.where(moved, log_eta, log_eta[moved].mean()))
+
+    @torch.no_grad()
+    def calibrate_ridge(self, keys: list[torch.Tensor], share: float):
+        """Set λ_l so that e^λ is ``share`` times the squared norm of a typical key of the module.
+
+        With about as many answer tokens as features, H is nearly square and its smallest singular
+        values nearly 0: a ridge term below them lets single keys ask for huge weights. A typical
+        key has the median feature's mean square in each of its d features, since a few features
+        can be larger than all others together. Keys that are zero leave e^λ at 1.
+        """
+        squares = [h.shape[1] * parallel.mean(h.square()).median() for h in keys]
+        squares = torch.stack(squares).to(self.lamda)
+        self.lamda.copy_(torch.where(squares > 0, (share * squares).log(), 0))
 
 
 def _name(shape: tuple[int, int]) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import archive, parallel
 from .backbone import Backbone
-from .editor import HorseEditor, new_network, versions
+from .editor import HorseEditor, meet, new_network, versions
 from .errors import HALF_HINT, HorseError, UsageError
 from .hparams import HORSEHyperParams
 from .metrics import Evaluator
@@ -174,11 +174,7 @@ class HORSETrainer:
         hp, epoch = self.hparams, self.step // self.steps_per_epoch
         prompts = self._prompts(records, epoch)
         traced = trace(self.backbone, prompts["edit"], hp.batch_tokens)
-        self.network.update_normalizers(traced.keys, traced.grads)
-        if not self.network.calibrated:
-            self.network.calibrate(
-                traced.keys, traced.grads, traced.value_norms, hp.strength, hp.editor_batch_size
-            )
+        meet(self.network, traced, hp)
         objective = Objective(self.backbone, prompts, hp)
 
         def shifts_to_gradients(shifts):

@@ -227,6 +227,17 @@ def test_calibration_reaches_the_strength_for_every_spread(kind, strength, share
         assert r.norm(dim=-1).mean().item() == pytest.approx(strength * norm)
 
 
+def test_the_ridge_term_starts_at_a_share_of_a_typical_keys_squared_norm():
+    keys, _ = arrays(4, (23, 6), (1, 1))
+    keys[:, 2] *= 1e4  # one huge feature, such as transformers have, is not typical
+    net = HyperNetwork([(6, 3)] * 3, rank=2, n_blocks=1).double()
+    net.calibrate_ridge([torch.tensor(k) for k in (keys, 10 * keys, 0 * keys)], 0.1)
+    by_size = np.sort((keys**2).mean(0))
+    typical = 6 * by_size[2]  # torch takes the lower of the two in the middle
+    want = [0.1 * typical, 10 * typical, 1]
+    torch.testing.assert_close(net.lamda.exp(), torch.tensor(want).double())
+
+
 def test_residuals_do_not_depend_on_the_chunking():
     net = HyperNetwork([(6, 3)] * 2, rank=2, n_blocks=1)
     keys, grads = [torch.randn(7, 6)] * 2, [torch.randn(7, 3)] * 2

@@ -254,3 +254,17 @@ def test_records_that_cannot_teach_the_edit_are_refused(tmp_path):
     t.train_records = [replace(r, rephrases=()) for r in t.train_records]
     with pytest.raises(UsageError, match="nothing would teach the edit"):
         t.train_step(t._batch(0))
+
+
+def test_lambda_starts_where_ridge_says_once(tmp_path):
+    plain, t = (
+        trainer(tmp_path / "plain"),
+        trainer(tmp_path / "ridge", ridge=0.5, train_lamda=False),
+    )
+    plain.train_step(plain._batch(0))
+    assert plain.network.lamda.abs().max() < 0.1
+    t.train_step(t._batch(0))
+    start = t.network.lamda.clone()
+    assert start.isfinite().all() and (start.abs() > 0.1).all()
+    t.train_step(t._batch(1))
+    assert torch.equal(t.network.lamda, start)

@@ -1,7 +1,8 @@
 """EasyEdit's own methods as rows of the comparison, each through its own ``apply`` function.
 
 A method edits a copy of the model, in float32 as EasyEdit loads it, and the copy then takes the
-model's own dtype: the weights it starts from are the same bits for every method.
+model's own dtype: the weights it starts from are the same bits for every method. On a bf16 model
+the matrix products of methods that bear it round their factors to bf16, as the model's own do.
 """
 
 import contextlib
@@ -39,6 +40,7 @@ class Method:
         at_subject: it edits at the subject, which it looks for in the prompt.
         one_by_one: it takes one request at a time.
         space: it puts no space before the answer, so that one has to be there.
+        rounds: it solves nothing in float32, so that its products may round their factors.
     """
 
     hparams: str
@@ -47,16 +49,17 @@ class Method:
     at_subject: bool = False
     one_by_one: bool = False
     space: bool = False
+    rounds: bool = False
 
 
 METHODS = {
-    "FT": Method("FTHyperParams", "FT"),
-    "LoRA": Method("LoRAHyperParams", "LoRA"),
+    "FT": Method("FTHyperParams", "FT", rounds=True),
+    "LoRA": Method("LoRAHyperParams", "LoRA", rounds=True),
     "ROME": Method("ROMEHyperParams", "ROME", "right", at_subject=True, one_by_one=True),
-    "MEMIT": Method("MEMITHyperParams", "MEMIT", "right", at_subject=True),
+    "MEMIT": Method("MEMITHyperParams", "MEMIT", "right", at_subject=True, rounds=True),
     "MEND": Method("MENDHyperParams", "MEND"),
-    "PMET": Method("PMETHyperParams", "PMET", "right", at_subject=True, space=True),
-    "EMMET": Method("EMMETHyperParams", "EMMET", "right", at_subject=True),
+    "PMET": Method("PMETHyperParams", "PMET", "right", at_subject=True, space=True, rounds=True),
+    "EMMET": Method("EMMETHyperParams", "EMMET", "right", at_subject=True, rounds=True),
     "AlphaEdit": Method("AlphaEditHyperParams", "AlphaEdit", "right", at_subject=True),
     "UltraEdit": Method("UltraEditHyperParams", "ULTRAEDIT"),
 }
@@ -125,7 +128,14 @@ def edit(
         requests = targets.named(requests)
         options["cache_template"], kept = targets.template, targets.kept(requests)
     groups = [[r] for r in requests] if spec.one_by_one else [requests]
-    with torch.random.fork_rng(), _said_to(log), device_of(hparams), _only_weights():
+    rounds = spec.rounds and backbone.model.dtype == torch.bfloat16
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(_said_to(log))
+        stack.enter_context(device_of(hparams))
+        stack.enter_context(_only_weights())
+        stack.enter_context(backbone.plain_attention())
+        stack.enter_context(_rounded_products() if rounds else contextlib.nullcontext())
         torch.manual_seed(seed)
         start = time.perf_counter()
         for group in groups:
@@ -181,6 +191,17 @@ def _said_to(log):
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _rounded_products():
+    """Have float32 matrix products round their factors to bf16, and add up in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager
