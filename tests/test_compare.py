@@ -158,6 +158,22 @@ def test_more_edits_than_records_are_refused_before_anything_runs(plan):
         plan({}, (7,))
 
 
+def test_the_tables_are_of_all_that_was_measured_into_a_folder(yamls, tmp_path):
+    facts = tiny.records(18)
+    data = [DataSet("facts", facts[:6], facts[6:12], facts[12:])]
+
+    def measured(*names, seeds=(0,)):
+        compare.compare(tmp_path, names, ["tiny"], data, (4,), seeds, hparams_dir=yamls)
+        lines = (tmp_path / "table.md").read_text().splitlines()
+        figures = lines[: lines.index("", 3)]  # the first table, before that of times
+        return [line.split(" | ")[0].strip("| ") for line in figures if line.startswith("| ")][2:]
+
+    assert measured("HORSE, untrained") == ["HORSE, untrained"]
+    assert measured("unedited") == ["unedited", "HORSE, untrained"]
+    measured("HORSE, untrained", seeds=(0, 1))
+    assert "over 2 seeds" in (tmp_path / "table.md").read_text()
+
+
 def test_names_of_methods_are_checked():
     assert list(methods.choose(["horse", "FT"], METHODS)) == ["FT", "HORSE"]
     with pytest.raises(UsageError, match="'GPT' is not one of unedited; FT"):

@@ -8,7 +8,7 @@ from ..demo import FACTS, hparams_folder
 from ..errors import UsageError
 from . import output
 from .methods import ABLATIONS, METHODS, Engine, Method, choose
-from .runner import DataSet, Plan, run
+from .runner import DataSet, Plan, held, run
 
 __all__ = ["ABLATIONS", "METHODS", "DataSet", "Method", "Plan", "ablate", "compare", "run"]
 
@@ -34,7 +34,8 @@ def compare(
     default: all methods, 100 edits, the embedded model and facts.
 
     Args:
-        out: folder for ``results.json`` and everything else; a run that stopped goes on from it.
+        out: folder for ``results.json`` and everything else; a run that stopped goes on from it,
+            and the tables are of all that was ever measured into it.
         methods: names from :data:`METHODS`.
         models: stems of YAMLs: ``<hparams_dir>/<method>/<model>.yaml``.
         corpus: text for second-moment statistics; none: the training records.
@@ -119,6 +120,9 @@ def data_sets(data: Sequence[str], train: Sequence[str], val: Sequence[str]) -> 
 
 
 def _measured(plan: Plan, kind: str) -> list[dict]:
+    """Run the plan; tables and report are of all that the folder holds, so that methods may be
+    measured one after the other, and not all of them at every number of edits and seed."""
     rows = run(plan)
-    output.write(plan.out, rows, kind)
+    place = list(METHODS | ABLATIONS).index
+    output.write(plan.out, sorted(held(plan.out), key=lambda r: place(r["method"])), kind)
     return rows

@@ -19,6 +19,8 @@ from ..records import EditRecord, load_records
 from .methods import Method
 from .task import Task
 
+RESULTS = "results.json"
+
 
 @dataclass
 class DataSet:
@@ -90,9 +92,7 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
     archive.check_writable(plan.out)
     if plan.check:
         from . import check  # noqa: F401  without EasyEdit it fails here, not in every row
-    path = plan.out / "results.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    wanted = []
+    rows, wanted = held(plan.out), []
     total = len(plan.models) * len(plan.cells())
     with tqdm(total=total, desc="compare", unit="cell", disable=not progress) as bar:
         for model in plan.models:
@@ -103,10 +103,16 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
                 same = [r for r in rows if _cell(r) == _cell(row)]
                 if row not in same:
                     rows = [r for r in rows if r not in same] + [row]
-                    results.save(path, rows)
+                    results.save(plan.out / RESULTS, rows)
                 wanted.append(row)
                 bar.update()
     return wanted
+
+
+def held(out: Path) -> list[dict]:
+    """All rows that ``results.json`` holds, of this run and of earlier ones."""
+    path = out / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _cell(row: dict) -> tuple:
