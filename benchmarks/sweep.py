@@ -37,7 +37,7 @@ class Variant(methods.EasyEdit):
     def __call__(self, task):
         from horse_plugin.compare import easyedit_methods
 
-        keys = yaml.safe_load(task.yaml(self.name).read_text())
+        keys = task.keys(self.name)
         if unknown := set(self.changes) - set(keys):
             raise SystemExit(f"{self.name}'s YAML has no {', '.join(sorted(unknown))}.")
         text = yaml.safe_dump(keys | self.changes)

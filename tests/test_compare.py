@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from horse_plugin import HorseError, HORSEHyperParams, UsageError, compare
 from horse_plugin.backbone import Backbone
 from horse_plugin.compare import METHODS, DataSet, Plan, methods, output, runner, stats, tables
 from horse_plugin.compare.methods import Engine
-from horse_plugin.compare.task import Edited
+from horse_plugin.compare.task import Edited, Task
 from horse_plugin.editor import new_network
 from horse_plugin.objective import backward
 from horse_plugin.trace import trace
@@ -140,6 +141,26 @@ def test_a_method_that_fails_keeps_its_row_and_is_tried_again(plan, tmp_path):
 def test_a_method_without_a_yaml_says_so(plan):
     (row,) = runner.run(plan({"FT": METHODS["FT"]}), progress=False)
     assert "no such hparams file, so FT cannot run" in row["reason"]
+
+
+def test_a_comment_in_a_yaml_is_no_other_setting_but_a_key_is(plan, yamls):
+    one = plan({})
+    data = one.datasets[0]
+    hparams = HORSEHyperParams.from_hparams(one.models["tiny"])
+    folders = one.hparams_dir, one.out
+    task = Task("tiny", data.name, None, hparams, data.records, data.train, data.val, *folders)
+    (yamls / "FT").mkdir()
+
+    def settings(text):
+        (yamls / "FT/tiny.yaml").write_text(text)
+        return METHODS["FT"].settings(task)
+
+    try:
+        assert settings("lr: 1e-3") == settings("# chosen\nlr: 1e-3") != settings("lr: 1e-2")
+        with pytest.raises(UsageError, match="not a readable YAML file"):
+            settings("lr: [")
+    finally:
+        shutil.rmtree(yamls / "FT")
 
 
 def test_an_archive_serves_all_numbers_of_edits_and_only_its_seed(plan, tmp_path):

@@ -110,12 +110,12 @@ class EasyEdit:
     seeded = True
 
     def settings(self, task: Task) -> dict:
-        yaml = task.yaml(self.name).read_text()
+        keys = task.keys(self.name)
         if self.trained:
             hp = task.hparams
             steps = [hp.n_edits, hp.max_epochs, hp.max_iters]
-            return {"yaml": yaml, "train": texts_digest(task.train), "steps": steps}
-        return {"yaml": yaml, "corpus": task.corpus or texts_digest(task.train)}
+            return {"yaml": keys, "train": texts_digest(task.train), "steps": steps}
+        return {"yaml": keys, "corpus": task.corpus or texts_digest(task.train)}
 
     @contextlib.contextmanager
     def __call__(self, task: Task) -> Iterator[Edited]:

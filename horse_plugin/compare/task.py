@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from .. import archive
 from ..backbone import Backbone
 from ..errors import UsageError
@@ -48,6 +50,18 @@ class Task:
         if not path.is_file():
             raise UsageError(f"{path}: no such hparams file, so {method} cannot run.")
         return path
+
+    def keys(self, method: str) -> dict:
+        """What the YAML of a method says; its comments may change.
+
+        Raises:
+            UsageError: there is none, or it cannot be read.
+        """
+        path = self.yaml(method)
+        try:
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"{path}: not a readable YAML file ({error}).") from None
 
 
 @dataclass
