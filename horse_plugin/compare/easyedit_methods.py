@@ -129,13 +129,14 @@ def edit(
         options["cache_template"], kept = targets.template, targets.kept(requests)
     groups = [[r] for r in requests] if spec.one_by_one else [requests]
     rounds = spec.rounds and backbone.model.dtype == torch.bfloat16
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(_said_to(log))
-        stack.enter_context(device_of(hparams))
-        stack.enter_context(_only_weights())
-        stack.enter_context(backbone.plain_attention())
-        stack.enter_context(_rounded_products() if rounds else contextlib.nullcontext())
+    with (
+        torch.random.fork_rng(),
+        _said_to(log),
+        device_of(hparams),
+        _only_weights(),
+        backbone.plain_attention(),
+        _rounded_products() if rounds else contextlib.nullcontext(),
+    ):
         torch.manual_seed(seed)
         start = time.perf_counter()
         for group in groups:
