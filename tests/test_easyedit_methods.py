@@ -12,6 +12,7 @@ import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,29 @@ def test_targets_found_once_serve_every_number_of_edits(plan, name):
     assert (found, more, all_of_them) == (3, 1, 4)
     assert seconds > 0
     assert all(torch.equal(again[k], fresh[k]) for k in fresh)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "inside"),
+    [
+        ("MEMIT", torch.bfloat16, "medium"),
+        ("MEMIT", torch.float32, "highest"),
+        ("AlphaEdit", torch.bfloat16, "highest"),  # which solves in float32
+    ],
+)
+def test_products_round_on_a_bf16_model_where_a_method_bears_it(monkeypatch, name, dtype, inside):
+    seen = []
+
+    def apply(model, tokenizer, requests, hparams, copy):
+        seen.append(torch.get_float32_matmul_precision())
+        return model, {}
+
+    monkeypatch.setitem(easyedit_methods.ALG_DICT, easyedit_methods.METHODS[name].name, apply)
+    backbone = Backbone(tiny.model().to(dtype), tiny.bpe_tokenizer())
+    hparams = SimpleNamespace(device="cpu")
+    edited, _ = easyedit_methods.edit(name, hparams, backbone, tiny.records(2), 0, io.StringIO())
+    assert (seen, torch.get_float32_matmul_precision()) == ([inside], "highest")
+    assert edited.model.dtype == dtype
 
 
 def test_what_a_yaml_says_of_the_target_makes_other_files(yamls, tmp_path):
