@@ -350,4 +350,4 @@ def test_malmen_is_trained_as_horse_is():
     )
     differing = {key for key in ours if ours[key] != theirs[key]}
     methods_own = {"alg_name", "spread", "spread_strength", "ridge"}
-    assert differing == methods_own | {"loc_loss", "loc_coef", "edit_coef"}
+    assert differing == methods_own | {"loc_loss", "loc_coef", "edit_coef", "gen_coef"}
