@@ -28,7 +28,7 @@ N_EDITS = (1, 12, 60)  # fewer than the processes, than the keys are wide, and m
 TRAINED = {
     "orthogonal": {"n_edits": 12, "train_spread": True},
     "uniform, kl": {"n_edits": 12, "spread": "uniform", "loc_loss": "kl"},
-    "primal": {"n_edits": 60},
+    "primal": {"n_edits": 60, "ridge": 0.1},
 }
 
 
