@@ -154,6 +154,18 @@ def test_targets_found_once_serve_every_number_of_edits(plan, name):
 
 
 @pytest.mark.parametrize(
+    ("knows", "side"), [({"objective_optimization": "target_new"}, "left"), ({}, "right")]
+)
+def test_ft_is_padded_as_its_objective_reads_the_prompts(knows, side):
+    hparams = SimpleNamespace(**knows)
+    spec, tokenizer = easyedit_methods.METHODS["FT"], tiny.bpe_tokenizer()
+    tokenizer.unk_token = "?"
+    padded = easyedit_methods._padding_as(spec, hparams, tokenizer)
+    assert padded.padding_side == side
+    assert padded.pad_token == (tokenizer.eos_token if knows else "?")
+
+
+@pytest.mark.parametrize(
     ("name", "dtype", "inside"),
     [
         ("MEMIT", torch.bfloat16, "medium"),

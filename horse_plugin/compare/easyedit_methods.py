@@ -114,8 +114,7 @@ def edit(
     """
     spec = METHODS[method]
     apply = _fresh(ALG_DICT[spec.name])
-    tokenizer = deepcopy(backbone.tokenizer)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, spec.padding
+    tokenizer = _padding_as(spec, hparams, deepcopy(backbone.tokenizer))
     model = deepcopy(backbone.model).float().requires_grad_(True)
     model.config._name_or_path = stats.model_name(backbone)  # statistics are looked up by it
     requests = [_request(r, i, spec) for i, r in enumerate(records)]
@@ -150,6 +149,20 @@ def edit(
         raise HorseError(f"{method} left weights that are not finite.")
     model = model.to(backbone.model.dtype)
     return Backbone(model, backbone.tokenizer, list(backbone.modules)), seconds
+
+
+def _padding_as(spec: Method, hparams, tokenizer):
+    """The tokenizer, padding as the method expects it.
+
+    FT, as long as it knew one objective only (the EasyEdit on PyPI), takes the number of a prompt's
+    tokens for the place of its last one, and leaves out of its loss the token for unknown ones:
+    padded otherwise, it trains at other places, and on the padding.
+    """
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, spec.padding
+    if spec.name == "FT" and not hasattr(hparams, "objective_optimization"):
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def _request(record: EditRecord, i: int, spec: Method) -> dict:
