@@ -57,8 +57,6 @@ class Targets:
 
     def seconds(self, n: int) -> float | None:
         """What it took to find n vectors, after the times between two files; None: not known."""
-        if not n:
-            return 0.0
         times = sorted(file.stat().st_mtime for file in self.folder.glob("*.npz"))
         gaps = [after - before for before, after in itertools.pairwise(times)]
         return n * statistics.median(gaps) if gaps else None
