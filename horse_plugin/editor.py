@@ -54,7 +54,12 @@ def meet(network: HyperNetwork, traced: Trace, hparams: HORSEHyperParams):
 
 @torch.no_grad()
 def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams) -> dict:
-    """From the trace of an edit to the tensors of its delta (Eq. 4, 6, 2)."""
+    """From the trace of an edit to the tensors of its delta (Eq. 4, 6, 2).
+
+    The ridge term is e^λ times ``edit_ridge``. A step of training edits few records: a larger
+    ridge term then makes residuals that do not count on keys of their own, as in the crowd of a
+    large edit, where a smaller one serves better.
+    """
     residuals = network.residuals(traced.keys, traced.grads, hparams.editor_batch_size)
     with parallel.together():
         for name, r in zip(backbone.modules, residuals, strict=True):
@@ -64,9 +69,8 @@ def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams
                     f"record {record}: {name}: its residual is not finite. {HALF_HINT}"
                 )
     tensors = {}
-    for name, keys, r, lamda in zip(
-        backbone.modules, traced.keys, residuals, network.lamda, strict=True
-    ):
+    lamdas = network.lamda + math.log(hparams.edit_ridge)
+    for name, keys, r, lamda in zip(backbone.modules, traced.keys, residuals, lamdas, strict=True):
         try:
             solved = EditDelta.solve(name, keys, r, lamda)
         except HorseError as error:

@@ -30,6 +30,7 @@ AT_LEAST = dict.fromkeys(
 ) | dict.fromkeys(
     "edit_coef gen_coef loc_coef spread_strength trunk_cache_gb trunk_disk_gb seed".split(), 0
 )
+ABOVE_0 = "strength lr ridge edit_ridge meta_lr eta_meta_lr max_grad_norm".split()
 # The methods that our engine runs, and what they are in its terms.
 METHODS = {
     "HORSE": {"spread": "orthogonal", "loc_loss": "ce", "edit_coef": 1.0},
@@ -71,6 +72,7 @@ class HORSEHyperParams:
     lr: float | None = None  # absolute eta (Eq. 4); given, it replaces `strength`
     ridge: float | None = None  # e^lambda (Eq. 2) at the start, over a typical key's squared norm;
     # null: e^lambda starts at 1
+    edit_ridge: float = 1.0  # e^lambda of an edit over that of the training
     coefficient: str = (
         "token"  # c_i (Eq. 4); for ablation edit_only: not in Eq. 7, none: c_i = -eta
     )
@@ -131,7 +133,7 @@ class HORSEHyperParams:
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UsageError(f"{key}: must be at least {least}, got {value}.")
-        for key in ("strength", "lr", "ridge", "meta_lr", "eta_meta_lr", "max_grad_norm"):
+        for key in ABOVE_0:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UsageError(f"{key}: must be above 0, got {value}.")

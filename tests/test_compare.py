@@ -349,5 +349,5 @@ def test_malmen_is_trained_as_horse_is():
         for method in ("HORSE", "MALMEN")
     )
     differing = {key for key in ours if ours[key] != theirs[key]}
-    methods_own = {"alg_name", "spread", "spread_strength", "ridge"}
+    methods_own = {"alg_name", "spread", "spread_strength", "ridge", "edit_ridge"}
     assert differing == methods_own | {"loc_loss", "loc_coef", "edit_coef", "gen_coef"}

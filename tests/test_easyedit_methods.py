@@ -134,6 +134,19 @@ def test_easyedits_metrics_agree_with_ours_on_every_edited_model(plan):
         assert row["check"]["ours"].keys() == {"efficacy", "generalization", "specificity"}
 
 
+@pytest.mark.skipif(not available("UltraEdit"), reason="its LoRA is out of date")
+def test_lora_is_merged_also_in_the_modules_that_we_edit(plan, yamls):
+    hparams = easyedit_methods.load_hparams("LoRA", yamls / "LoRA/tiny.yaml", torch.device("cpu"))
+    hparams.target_modules = ["down_proj"]
+    task = task_of(plan("LoRA"), 2)
+    before = {k: v.clone() for k, v in task.backbone.model.state_dict().items()}
+    made, _ = easyedit_methods.edit("LoRA", hparams, task.backbone, task.records, 0, io.StringIO())
+    after = made.model.state_dict()
+    assert after.keys() == before.keys()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(8)}
+
+
 @pytest.mark.skipif(not available("UltraEdit"), reason="its MEMIT is out of date")
 @pytest.mark.parametrize("name", ["MEMIT", "PMET", "EMMET", "AlphaEdit"])
 def test_targets_found_once_serve_every_number_of_edits(plan, name):

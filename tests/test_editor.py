@@ -1,6 +1,7 @@
 """Edits, their deltas, and taking them back."""
 
 import json
+import math
 
 import pytest
 import tiny
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horse_plugin import EditDelta, EditRecord, Evaluator, HorseEditor, HorseError, UsageError
-from horse_plugin.editor import new_network
+from horse_plugin.editor import meet, new_network, solve_edit
 from horse_plugin.hypernetwork import HyperNetwork
 from horse_plugin.prompts import batches, tokenize
+from horse_plugin.trace import trace
 
 
 def editor(architecture="llama", dtype=torch.float32, seed=0, **changes):
@@ -233,6 +235,18 @@ def test_an_untrained_network_is_fitted_to_each_edit():
     e.undo()
     a, b = e.edit(tiny.records()), editor().edit(tiny.records())
     assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_edit_ridge_scales_the_ridge_term_of_the_edit():
+    e = editor(edit_ridge=0.25)
+    prompts = tokenize(e.backbone.tokenizer, [r.edit for r in tiny.records()])
+    traced = trace(e.backbone, prompts, 10_000)
+    network = new_network(e.backbone, e.hparams)
+    meet(network, traced, e.hparams)
+    found = solve_edit(e.backbone, network, traced, e.hparams)
+    torch.nn.init.constant_(network.lamda, math.log(0.25))
+    wanted = solve_edit(e.backbone, network, traced, tiny.hparams())
+    torch.testing.assert_close(found, wanted)
 
 
 def test_one_token_at_one_module_is_too_little_for_an_untrained_network():

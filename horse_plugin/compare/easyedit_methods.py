@@ -6,6 +6,7 @@ the matrix products of methods that bear it round their factors to bf16, as the 
 """
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -57,7 +58,7 @@ METHODS = {
     "LoRA": Method("LoRAHyperParams", "LoRA", rounds=True),
     "ROME": Method("ROMEHyperParams", "ROME", "right", at_subject=True, one_by_one=True),
     "MEMIT": Method("MEMITHyperParams", "MEMIT", "right", at_subject=True, rounds=True),
-    "MEND": Method("MENDHyperParams", "MEND"),
+    "MEND": Method("MENDHyperParams", "MEND", rounds=True),
     "PMET": Method("PMETHyperParams", "PMET", "right", at_subject=True, space=True, rounds=True),
     "EMMET": Method("EMMETHyperParams", "EMMET", "right", at_subject=True, rounds=True),
     "AlphaEdit": Method("AlphaEditHyperParams", "AlphaEdit", "right", at_subject=True),
@@ -127,6 +128,24 @@ def edit(
         requests = targets.named(requests)
         options["cache_template"], kept = targets.template, targets.kept(requests)
     groups = [[r] for r in requests] if spec.one_by_one else [requests]
+    with _as_method(spec, hparams, backbone, seed, log):
+        start = time.perf_counter()
+        for group in groups:
+            model, _ = apply(model, tokenizer, group, hparams, **options)
+        seconds = time.perf_counter() - start
+    if kept:
+        before = targets.seconds(kept)
+        seconds = None if before is None else seconds + before
+    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # LoRA
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise HorseError(f"{method} left weights that are not finite.")
+    model = model.to(backbone.model.dtype)
+    return Backbone(model, backbone.tokenizer, list(backbone.modules)), seconds
+
+
+@contextlib.contextmanager
+def _as_method(spec: Method, hparams, backbone: Backbone, seed: int, log):
+    """What a method trains and edits within; ``log`` is a text file for what EasyEdit prints."""
     rounds = spec.rounds and backbone.model.dtype == torch.bfloat16
     with (
         torch.random.fork_rng(),
@@ -137,18 +156,7 @@ def edit(
         _rounded_products() if rounds else contextlib.nullcontext(),
     ):
         torch.manual_seed(seed)
-        start = time.perf_counter()
-        for group in groups:
-            model, _ = apply(model, tokenizer, group, hparams, **options)
-        seconds = time.perf_counter() - start
-    if kept:
-        before = targets.seconds(kept)
-        seconds = None if before is None else seconds + before
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise HorseError(f"{method} left weights that are not finite.")
-    model = model.to(backbone.model.dtype)
-    return Backbone(model, backbone.tokenizer, list(backbone.modules)), seconds
+        yield
 
 
 def _padding_as(spec: Method, hparams, tokenizer):
@@ -247,7 +255,9 @@ def run(method: str, path, task: Task) -> Edited:
     trained = {}
     with log.open("w", encoding="utf-8") as file:
         if hasattr(hparams, "archive"):
-            trained = mend.trained(hparams, task, lambda: _said_to(file))
+            spec, on = METHODS[method], task.backbone
+            within = functools.partial(_as_method, spec, hparams, on, task.seed, file)
+            trained = mend.trained(hparams, task, within)
         backbone, seconds = edit(
             method, hparams, task.backbone, task.records, task.seed, file, task.folder / "targets"
         )

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 
 from .. import archive
-from ..easyedit import EditTrainer, device_of, hparams_class
+from ..easyedit import EditTrainer, hparams_class
 from ..errors import UsageError
 from ..records import EditRecord
 from .task import Task, texts_digest
@@ -63,12 +63,12 @@ class Facts(torch.utils.data.Dataset):
         return {name: tensor.to(self.device) for name, tensor in made.items()}
 
 
-def trained(hparams, task: Task, quiet) -> dict:
+def trained(hparams, task: Task, within) -> dict:
     """Have the hparams name an archive: the YAML's, or one trained once for the comparison.
 
     Args:
         hparams: EasyEdit's for MEND; ``archive`` is set.
-        quiet: makes a context within which EasyEdit's output goes elsewhere.
+        within: makes the context that EasyEdit's code runs in.
 
     Returns:
         What training took, as :class:`~.methods.Edited` has it.
@@ -92,8 +92,7 @@ def trained(hparams, task: Task, quiet) -> dict:
     done = folder / "trained.json"
     if not done.is_file():
         start = time.perf_counter()
-        with quiet(), device_of(hparams), torch.random.fork_rng():
-            torch.manual_seed(task.seed)
+        with within():
             random.seed(task.seed)
             file = _train(hparams, task, records, val, steps, max(1, n // size), folder)
         found = {
