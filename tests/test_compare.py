@@ -342,7 +342,7 @@ def test_a_corpus_is_any_text(tmp_path):
         stats.read_corpus(tmp_path / "c.txt", 9)
 
 
-def test_malmen_is_trained_as_horse_is():
+def test_malmen_is_trained_on_as_many_records_in_as_many_steps_as_horse_is():
     folder = Path(__file__).parents[1] / "hparams"
     ours, theirs = (
         HORSEHyperParams.from_hparams(folder / method / "llama-smollm2-135m.yaml").to_dict()
@@ -350,4 +350,5 @@ def test_malmen_is_trained_as_horse_is():
     )
     differing = {key for key in ours if ours[key] != theirs[key]}
     methods_own = {"alg_name", "spread", "spread_strength", "ridge", "edit_ridge"}
-    assert differing == methods_own | {"loc_loss", "loc_coef", "edit_coef", "gen_coef"}
+    losses_own = {"loc_loss", "loc_coef", "edit_coef", "gen_coef", "meta_lr"}
+    assert differing == methods_own | losses_own

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from .. import archive
 from ..report import FIGURES, page, picture, svg
-from .tables import UNEDITED, Mean, cost_table, figures_table, pages, to_csv
+from .tables import UNEDITED, Mean, cost_table, edits, figures_table, pages, to_csv
 
 TITLES = {"compare": "Side by side", "ablate": "What each part brings"}
 
@@ -22,19 +22,23 @@ def write(out: Path, rows: list[dict], kind: str = "compare"):
     archive.write(out / "table.tex", "\n".join(g.latex() for g in both))
     archive.write(out / "results.csv", to_csv(rows))
     plots = {
-        f"edits-{Path(model).name}-{dataset}": over_edits(rows, model, dataset)
+        (Path(model).name, dataset): over_edits(rows, model, dataset)
         for model, dataset in dict.fromkeys((r["model"], r["dataset"]) for r in rows)
     }
-    plots = {name: svg(figure) for name, figure in plots.items() if figure}
-    for name, text in plots.items():
-        archive.write(out / f"{name}.svg", text)
-    pictures = "".join(f"<h2>{name}</h2>{picture(text)}" for name, text in plots.items())
+    plots = {where: svg(figure) for where, figure in plots.items() if figure}
+    for where, text in plots.items():
+        archive.write(out / f"edits-{'-'.join(where)}.svg", text)
+    curves = "".join(
+        f"<h2>{dataset} on {model}, over the number of edits</h2>{picture(text)}"
+        for (model, dataset), text in plots.items()
+    )
     bars = "".join(
-        f"<h2>{n} edits on {Path(model).name}</h2>{grid.html()}{_bars(rows, model, n)}{cost.html()}"
+        f"<h2>{edits(n)} on {Path(model).name}</h2>"
+        f"{grid.html()}{_bars(rows, model, n)}{cost.html()}"
         for (model, n), grid, cost in zip(at, grids, costs, strict=True)
     )
     title = TITLES[kind]
-    archive.write(out / "report.html", page(title, f"<h1>{title}</h1>{_READING}{bars}{pictures}"))
+    archive.write(out / "report.html", page(title, f"<h1>{title}</h1>{_READING}{curves}{bars}"))
 
 
 _READING = """<p>Every figure is the share of answer tokens predicted right, in percent, averaged
@@ -59,6 +63,7 @@ def over_edits(rows: list[dict], model: str, dataset: str) -> Figure | None:
             )
             axes.plot(*zip(*line, strict=True), label=method, **style) if line else None
         axes.set(title=name, xlabel="edits", xscale="log", ylim=(0, 103))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("percent")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)

@@ -157,11 +157,16 @@ def figures_table(rows: list[dict], model: str, n_edits: int) -> Grid:
         others = [[means[m][i] for m in ranked if m != OURS] for i in range(len(columns))]
         lines.append(("Δ", [(_delta(v, o), "") for v, o in zip(means[OURS], others, strict=True)]))
     caption = (
-        f"{n_edits} edits at once on {_name(model)}, percent{_seeds(rows)}. Best bold, second "
+        f"{edits(n_edits)} at once on {_name(model)}, percent{_seeds(rows)}. Best bold, second "
         f"underlined, the unedited model apart.{_budgets(rows)}{_checked(rows)}"
     )
     groups = [(d, len(shown)) for d in datasets]
     return Grid(caption, groups, [FIGURES[f] for _, f in columns], lines, _reasons(rows))
+
+
+def edits(n: int) -> str:
+    """``1 edit``, ``2,000 edits``."""
+    return f"{n:,} edit{'s' * (n != 1)}"
 
 
 def score(row: dict) -> float | None:
@@ -186,7 +191,7 @@ def cost_table(rows: list[dict], model: str, n_edits: int) -> Grid:
         for done in [[r for r in rows if not r.get("reason")]]
         for m in _values(done, "method")
     ]
-    caption = f"Time and memory of {n_edits} edits on {_name(model)}{_seeds(rows)}."
+    caption = f"Time and memory of {edits(n_edits)} on {_name(model)}{_seeds(rows)}."
     return Grid(
         caption, [(d, len(kinds)) for d in datasets], [kinds[k] for _, k in columns], lines, []
     )
