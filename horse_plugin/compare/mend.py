@@ -138,6 +138,8 @@ def _train(hparams, task: Task, records, val, steps: int, batches: int, folder: 
     # EasyEdit would load the model by its name; every method starts from the same weights.
     with mock.patch(f"{EditTrainer.__mro__[1].__module__}.get_model", return_value=model):
         trainer = EditTrainer(config, *sets)
+        # EasyEdit's would step the learning rates of the edit, too, and by the network's rate.
+        trainer.opt = trainer.OptimizerClass(trainer.model.mend.parameters(), lr=config.lr)
         trainer.save_state = lambda stats: _save(trainer)
         trainer.run()
     return str(trainer.save_path)
