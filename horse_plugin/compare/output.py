@@ -83,7 +83,9 @@ def _bars(rows, model: str, n_edits: int) -> str:
     """A picture of the three figures for each data set; rows without figures are left out."""
     rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
     datasets = list(dict.fromkeys(r["dataset"] for r in rows))
-    figure = Figure(figsize=(9, 0.6 + 0.5 * len({r["method"] for r in rows})), layout="constrained")
+    figure = Figure(
+        figsize=(9, 1.1 + 0.45 * len({r["method"] for r in rows})), layout="constrained"
+    )
     for axes, dataset in zip(
         figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True
     ):

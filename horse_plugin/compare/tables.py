@@ -153,7 +153,7 @@ def figures_table(rows: list[dict], model: str, n_edits: int) -> Grid:
     lines = [
         (m, [(_text(v), marks[i].get(m, "")) for i, v in enumerate(means[m])]) for m in methods
     ]
-    if OURS in methods:
+    if OURS in methods and len(ranked) > 1:
         others = [[means[m][i] for m in ranked if m != OURS] for i in range(len(columns))]
         lines.append(("Δ", [(_delta(v, o), "") for v, o in zip(means[OURS], others, strict=True)]))
     caption = (
@@ -269,7 +269,7 @@ def _checked(rows) -> str:
         if theirs is not None
     )
     n = max(check["records"] for check in checks)
-    return f" EasyEdit's own metrics, on the first {n} records, are within {off:.2f} of these."
+    return f" EasyEdit's own metrics, on {n} of the records, are within {off:.2f} of these."
 
 
 def _reasons(rows) -> list[str]:
