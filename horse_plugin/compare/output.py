@@ -2,12 +2,19 @@
 
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from .. import archive
 from ..report import FIGURES, page, picture, svg
-from .tables import UNEDITED, Mean, cost_table, edits, figures_table, pages, to_csv
+from .tables import OURS, UNEDITED, Mean, cost_table, edits, figures_table, pages, to_csv
 
+# Of the lines of Fig. 2: the others take their turn among colours unlike these.
+STANDING_OUT = {
+    UNEDITED: {"ls": "--", "marker": "", "color": "gray"},
+    OURS: {"lw": 2, "color": "black"},
+}
+COLORS = [color for i, color in enumerate(matplotlib.colormaps["tab10"].colors) if i != 7]  # gray
 TITLES = {"compare": "Side by side", "ablate": "What each part brings"}
 
 
@@ -56,11 +63,10 @@ def over_edits(rows: list[dict], model: str, dataset: str) -> Figure | None:
         return None
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(FIGURES), sharey=True), FIGURES, strict=True):
+        axes.set_prop_cycle(color=COLORS)
         for method in dict.fromkeys(r["method"] for r in rows):
             line = _line([r for r in rows if r["method"] == method], name)
-            style = (
-                {"ls": "--", "color": "gray"} if method == UNEDITED else {"marker": "o", "ms": 3}
-            )
+            style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
             axes.plot(*zip(*line, strict=True), label=method, **style) if line else None
         axes.set(title=name, xlabel="edits", xscale="log", ylim=(0, 103))
         axes.xaxis.set_major_formatter("{x:,.0f}")
