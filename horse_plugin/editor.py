@@ -56,9 +56,9 @@ def meet(network: HyperNetwork, traced: Trace, hparams: HORSEHyperParams):
 def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams) -> dict:
     """From the trace of an edit to the tensors of its delta (Eq. 4, 6, 2).
 
-    The ridge term is e^λ times ``edit_ridge``. A step of training edits few records: a larger
-    ridge term then makes residuals that do not count on keys of their own, as in the crowd of a
-    large edit, where a smaller one serves better.
+    The ridge term is e^λ times ``edit_ridge``. Residuals trained under a larger one learn to do
+    with keys that they share with others, as many do in a large edit, which itself is the better
+    for a smaller one.
     """
     residuals = network.residuals(traced.keys, traced.grads, hparams.editor_batch_size)
     with parallel.together():

@@ -72,7 +72,7 @@ class HORSEHyperParams:
     lr: float | None = None  # absolute eta (Eq. 4); given, it replaces `strength`
     ridge: float | None = None  # e^lambda (Eq. 2) at the start, over a typical key's squared norm;
     # null: e^lambda starts at 1
-    edit_ridge: float = 1.0  # e^lambda of an edit over that of the training
+    edit_ridge: float = 1.0  # share of e^lambda that an edit takes; a training step takes all of it
     coefficient: str = (
         "token"  # c_i (Eq. 4); for ablation edit_only: not in Eq. 7, none: c_i = -eta
     )

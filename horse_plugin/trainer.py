@@ -1,6 +1,7 @@
 """Training the hypernetwork (Eq. 7): edit, look at the losses, move what decided the edit.
 
-One step edits ``n_edits`` records exactly as :class:`horse_plugin.HorseEditor` would, measures
+One step edits ``n_edits`` records as :class:`horse_plugin.HorseEditor` would (with all of the ridge
+term, where an edit takes ``edit_ridge`` of it), measures
 the edited model on the edit, the rephrased and the unrelated prompts, and turns the gradient at
 the edited weights into one for the network, η and λ, without keeping the model's graph.
 """

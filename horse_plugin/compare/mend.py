@@ -2,7 +2,7 @@
 
 The budget is HORSE's: the same records, as many of them in a step, and as many steps. EasyEdit adds
 up the gradients of ``accumulate_bs`` batches of ``batch_size`` records before it steps; the latter
-is the YAML's, the former is made to fit.
+is the YAML's, or the next smaller one that divides a step's records, and the former fits it.
 """
 
 import json
@@ -84,7 +84,8 @@ def trained(hparams, task: Task, within) -> dict:
     val = [r for r in task.val if r.unrelated][:VAL_RECORDS]
     if not records or not val:
         raise UsageError("MEND is trained: give training and validation records, with unrelated.")
-    n, size = task.hparams.n_edits, hparams.batch_size
+    n = task.hparams.n_edits
+    hparams.batch_size = next(k for k in range(hparams.batch_size, 0, -1) if n % k == 0)
     steps = n_steps(task.hparams, len(records))
     about = [vars(hparams), texts_digest(records), n, steps, task.seed, task.model]
     name = archive.text_digest(json.dumps(about, sort_keys=True, default=str))
@@ -94,7 +95,7 @@ def trained(hparams, task: Task, within) -> dict:
         start = time.perf_counter()
         with within():
             random.seed(task.seed)
-            file = _train(hparams, task, records, val, steps, max(1, n // size), folder)
+            file = _train(hparams, task, records, val, steps, n // hparams.batch_size, folder)
         found = {
             "archive": file,
             "train_seconds": time.perf_counter() - start,

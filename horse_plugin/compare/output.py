@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from .. import archive
 from ..report import FIGURES, page, picture, svg
@@ -70,6 +71,7 @@ def over_edits(rows: list[dict], model: str, dataset: str) -> Figure | None:
             axes.plot(*zip(*line, strict=True), label=method, **style) if line else None
         axes.set(title=name, xlabel="edits", xscale="log", ylim=(0, 103))
         axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("percent")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
