@@ -195,6 +195,20 @@ def test_the_tables_are_of_all_that_was_measured_into_a_folder(yamls, tmp_path):
     assert "over 2 seeds" in (tmp_path / "table.md").read_text()
 
 
+def test_a_quick_comparison_trains_every_method_as_briefly(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_measured", lambda plan, kind: plan)
+    plan = compare.compare(tmp_path, ["MEND", "MALMEN", "HORSE"], quick=True)
+    ((model, yaml),) = plan.models.items()
+    (data,) = plan.datasets
+    facts = data.records, data.train, data.val
+    hparams = HORSEHyperParams.from_hparams(yaml)
+    task = Task(model, data.name, None, hparams, *facts, plan.hparams_dir, tmp_path)
+    mend, *ours = (method.settings(task) for method in plan.methods.values())
+    budgets = [[about["n_edits"], about["max_epochs"], about["max_iters"]] for about in ours]
+    assert budgets == 2 * [mend["steps"]]
+    assert mend["steps"] != [hparams.n_edits, hparams.max_epochs, hparams.max_iters]
+
+
 def test_names_of_methods_are_checked():
     assert list(methods.choose(["horse", "FT"], METHODS)) == ["FT", "HORSE"]
     with pytest.raises(UsageError, match="'GPT' is not one of unedited; FT"):

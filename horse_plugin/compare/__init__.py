@@ -7,7 +7,7 @@ from pathlib import Path
 from ..demo import FACTS, hparams_folder
 from ..errors import UsageError
 from . import output
-from .methods import ABLATIONS, METHODS, Engine, Method, choose
+from .methods import ABLATIONS, METHODS, EasyEdit, Engine, Method, choose
 from .runner import DataSet, Plan, held, run
 
 __all__ = ["ABLATIONS", "METHODS", "DataSet", "Method", "Plan", "ablate", "compare", "run"]
@@ -48,10 +48,7 @@ def compare(
     names = methods or (QUICK["methods"] if quick else METHODS)
     table = choose(names, METHODS)
     if quick:
-        table = {
-            name: replace(m, changes=QUICK_TRAINING) if isinstance(m, Engine) else m
-            for name, m in table.items()
-        }
+        table = {name: _briefly_trained(method) for name, method in table.items()}
     folder = Path(hparams_dir or hparams_folder())
     plan = Plan(
         table,
@@ -65,6 +62,14 @@ def compare(
         check,
     )
     return _measured(plan, "compare")
+
+
+def _briefly_trained(method: Method) -> Method:
+    if isinstance(method, Engine):
+        return replace(method, changes=QUICK_TRAINING)
+    if isinstance(method, EasyEdit):
+        return replace(method, training=QUICK_TRAINING)
+    return method
 
 
 def ablate(

@@ -102,17 +102,19 @@ class Engine:
 class EasyEdit:
     """One of EasyEdit's own methods, with its YAML; see :mod:`.easyedit_methods`.
 
-    A ``trained`` one gets the records and the number of steps that HORSE gets.
+    A ``trained`` one gets the records and the number of steps that HORSE gets, whose hparams say
+    so; ``training`` changes them.
     """
 
     name: str
     trained: bool = False
+    training: dict = field(default_factory=dict)
     seeded = True
 
     def settings(self, task: Task) -> dict:
         keys = task.keys(self.name)
         if self.trained:
-            hp = task.hparams
+            hp = replace(task.hparams, **self.training)
             steps = [hp.n_edits, hp.max_epochs, hp.max_iters]
             return {"yaml": keys, "train": texts_digest(task.train), "steps": steps}
         return {"yaml": keys, "corpus": task.corpus or texts_digest(task.train)}
@@ -122,6 +124,7 @@ class EasyEdit:
         path = task.yaml(self.name)
         from . import easyedit_methods
 
+        task = replace(task, hparams=replace(task.hparams, **self.training))
         yield easyedit_methods.run(self.name, path, task)
 
 
