@@ -14,7 +14,7 @@ import torch
 
 from .backbone import Backbone
 from .delta import EditDelta
-from .editor import HorseEditor, versions
+from .editor import HorseEditor, solve_shifts, versions
 from .metrics import Evaluator
 from .records import EditRecord
 from .residual import residual, spread
@@ -82,12 +82,7 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bo
         spreads = clock("residual and spread", residuals)
 
         def solve():
-            tensors = {}
-            for name, h, r, lamda in zip(
-                backbone.modules, traced.keys, spreads, network.lamda, strict=True
-            ):
-                tensors |= EditDelta.solve(name, h, r, lamda)
-            return tensors
+            return solve_shifts(backbone, network, traced, spreads, hp)
 
         delta = EditDelta(clock("solve", solve), [])
         before = clock("apply", lambda: backbone.add(delta.shifts))

@@ -54,12 +54,7 @@ def meet(network: HyperNetwork, traced: Trace, hparams: HORSEHyperParams):
 
 @torch.no_grad()
 def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams) -> dict:
-    """From the trace of an edit to the tensors of its delta (Eq. 4, 6, 2).
-
-    The ridge term is e^λ times ``edit_ridge``. Residuals trained under a larger one learn to do
-    with keys that they share with others, as many do in a large edit, which itself is the better
-    for a smaller one.
-    """
+    """From the trace of an edit to the tensors of its delta (Eq. 4, 6, 2)."""
     residuals = network.residuals(traced.keys, traced.grads, hparams.editor_batch_size)
     with parallel.together():
         for name, r in zip(backbone.modules, residuals, strict=True):
@@ -68,6 +63,18 @@ def solve_edit(backbone: Backbone, network: HyperNetwork, traced: Trace, hparams
                 raise HorseError(
                     f"record {record}: {name}: its residual is not finite. {HALF_HINT}"
                 )
+    return solve_shifts(backbone, network, traced, residuals, hparams)
+
+
+def solve_shifts(
+    backbone: Backbone, network: HyperNetwork, traced: Trace, residuals, hparams
+) -> dict:
+    """Eq. 2 for each edit module: the tensors of a delta from its residuals.
+
+    The ridge term is e^λ times ``edit_ridge``. Residuals trained under a larger one learn to do
+    with keys that they share with others, as many do in a large edit, which itself is the better
+    for a smaller one.
+    """
     tensors = {}
     lamdas = network.lamda + math.log(hparams.edit_ridge)
     for name, keys, r, lamda in zip(backbone.modules, traced.keys, residuals, lamdas, strict=True):
