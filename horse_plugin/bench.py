@@ -81,10 +81,8 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bo
 
         spreads = clock("residual and spread", residuals)
 
-        def solve():
-            return solve_shifts(backbone, network, traced, spreads, hp)
-
-        delta = EditDelta(clock("solve", solve), [])
+        solved = clock("solve", lambda: solve_shifts(backbone, network, traced, spreads, hp))
+        delta = EditDelta(solved, [])
         before = clock("apply", lambda: backbone.add(delta.shifts))
         backbone.restore(before)
     stages, clock.stages = clock.stages, []

@@ -95,7 +95,7 @@ def trained(hparams, task: Task, within) -> dict:
         start = time.perf_counter()
         with within():
             random.seed(task.seed)
-            file = _train(hparams, task, records, val, steps, n // hparams.batch_size, folder)
+            file = _train(hparams, task, records, val, steps, folder)
         found = {
             "archive": file,
             "train_seconds": time.perf_counter() - start,
@@ -113,19 +113,20 @@ def n_steps(hparams, n_records: int) -> int:
     return min(steps, hparams.max_iters or steps)
 
 
-def _train(hparams, task: Task, records, val, steps: int, batches: int, folder: Path) -> str:
+def _train(hparams, task: Task, records, val, steps: int, folder: Path) -> str:
     cls = hparams_class("MENDTrainingHparams")
     known = {f.name for f in fields(cls)}
     config = cls(**{k: v for k, v in vars(hparams).items() if k in known} | {"alg": "MEND"})
     config.alg_name = "MEND"
     config.results_dir = str(folder)
     config.archive, config.eval_only, config.debug, config.final_eval = None, False, False, False
+    size = config.batch_size
+    batches = task.hparams.n_edits // size
     # EasyEdit stops before it trains on the last batch, and saves when it validates.
     config.accumulate_bs, config.val_interval = batches, steps * batches
     config.max_iters, config.max_epochs = steps * batches + 1, None
     config.val_steps = len(val)
-    size, wanted = config.batch_size, (steps * batches + 1) * config.batch_size
-    drawn = []
+    drawn, wanted = [], config.max_iters * size
     while len(drawn) < wanted:
         drawn += random.sample(records, len(records))
     tokenizer = deepcopy(task.backbone.tokenizer)
