@@ -11,9 +11,10 @@ import statistics
 import time
 
 from horse_plugin import HorseEditor, load_records
-from horse_plugin.backbone import Backbone
-from horse_plugin.demo import FACTS, default_hparams
-from horse_plugin.easyedit import BaseEditor, HORSEHyperParams
+from horse_plugin.assets import FACTS
+from horse_plugin.easyedit.patches import BaseEditor, HORSEHyperParams
+from horse_plugin.hparams import default_hparams
+from horse_plugin.model.backbone import Backbone
 
 
 def requests(records) -> list[dict]:

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, load_records
-from horse_plugin.backbone import Backbone
-from horse_plugin.demo import FACTS, default_hparams
-from horse_plugin.editor import versions
-from horse_plugin.results import peak_memory_mb, reset_peak_memory
-from horse_plugin.trace import trace
+from horse_plugin.assets import FACTS
+from horse_plugin.editing.editor import versions
+from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory
+from horse_plugin.hparams import default_hparams
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.capture import trace
 
 
 class Pair:

@@ -25,11 +25,11 @@ import transformers
 from engine import Pair, seconds
 
 from horse_plugin import EditRecord, HORSEHyperParams, load_records
-from horse_plugin.backbone import Backbone
-from horse_plugin.bench import bench
-from horse_plugin.demo import FACTS, hparams_folder
-from horse_plugin.loading import random_model
-from horse_plugin.results import peak_memory_mb, reset_peak_memory
+from horse_plugin.assets import FACTS, hparams_folder
+from horse_plugin.comparison.bench import bench
+from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.loading import random_model
 
 
 def enough(records: list[EditRecord], n: int) -> list[EditRecord]:

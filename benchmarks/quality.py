@@ -18,16 +18,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from horse_plugin import (
-    Evaluator,
-    HorseEditor,
-    HORSEHyperParams,
-    HORSETrainer,
-    load_records,
-    results,
-)
-from horse_plugin.backbone import Backbone
-from horse_plugin.demo import default_hparams
+from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, load_records
+from horse_plugin.evaluation import results
+from horse_plugin.hparams import default_hparams
+from horse_plugin.model.backbone import Backbone
 
 FIGURES = ("efficacy", "generalization", "specificity", "locality")
 

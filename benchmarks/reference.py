@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from horse_plugin import EditRecord
-from horse_plugin.backbone import Backbone
-from horse_plugin.hypernetwork import HyperNetwork
+from horse_plugin.method.hypernetwork import HyperNetwork
+from horse_plugin.model.backbone import Backbone
 
 BATCH = 32
 IGNORED = -100  # the label that cross-entropy leaves out

@@ -27,14 +27,16 @@ import numpy as np
 import transformers
 from gpu import enough
 
-from horse_plugin import HorseEditor, load_records, parallel
-from horse_plugin.backbone import Backbone
-from horse_plugin.bench import bench, solve_operations
-from horse_plugin.default_model import NAME, resolve
-from horse_plugin.demo import FACTS, default_hparams
-from horse_plugin.loading import random_model
-from horse_plugin.results import peak_memory_mb, reset_peak_memory
-from horse_plugin.trace import trace
+from horse_plugin import HorseEditor, load_records
+from horse_plugin import distributed as parallel
+from horse_plugin.assets import DEFAULT_MODEL, FACTS
+from horse_plugin.assets.default_model import resolve
+from horse_plugin.comparison.bench import bench, solve_operations
+from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory
+from horse_plugin.hparams import default_hparams
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.capture import trace
+from horse_plugin.model.loading import random_model
 
 FAR = (100_000, 1_000_000)
 
@@ -207,7 +209,9 @@ def markdown(found: dict) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default=str(FACTS / "train.json"))
-    parser.add_argument("--config", default=NAME, help="folder of a Llama-like model's config")
+    parser.add_argument(
+        "--config", default=DEFAULT_MODEL, help="folder of a Llama-like model's config"
+    )
     parser.add_argument("--tokenizer", help="its folder; the default model's by default")
     parser.add_argument("--device")
     parser.add_argument(

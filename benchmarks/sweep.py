@@ -17,11 +17,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from horse_plugin import archive
-from horse_plugin.compare import DEFAULT_MODEL, METHODS, DataSet, Plan, methods, run
-from horse_plugin.compare.tables import SCORED, score
-from horse_plugin.demo import hparams_folder
-from horse_plugin.show import figure
+from horse_plugin.assets import hparams_folder
+from horse_plugin.cli.show import figure
+from horse_plugin.comparison import DEFAULT_MODEL, METHODS, DataSet, Plan, methods, run
+from horse_plugin.comparison.tables import SCORED, score
+from horse_plugin.storage import archive
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Variant(methods.EasyEdit):
 
     @contextlib.contextmanager
     def __call__(self, task):
-        from horse_plugin.compare import easyedit_methods
+        from horse_plugin.comparison.baselines import easyedit_methods
 
         keys = task.keys(self.name)
         if unknown := set(self.changes) - set(keys):

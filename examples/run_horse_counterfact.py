@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from horse_plugin import HORSEHyperParams
-from horse_plugin.demo import FACTS
+from horse_plugin.assets import FACTS
 
 from easyeditor import BaseEditor, CounterFactDataset
 

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from horse_plugin import Evaluator, HORSEHyperParams, load_records
-from horse_plugin.backbone import Backbone
-from horse_plugin.demo import FACTS
+from horse_plugin.assets import FACTS
+from horse_plugin.model.backbone import Backbone
 
 from easyeditor import BaseEditor
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from horse_plugin import HORSEHyperParams, HORSETrainer
-from horse_plugin.demo import FACTS
+from horse_plugin.assets import FACTS
 
 HPARAMS = Path(__file__).parents[1] / "hparams/HORSE"
 

@@ -1,15 +1,40 @@
-"""HORSE: thousands of facts changed in a language model at once, as an EasyEdit method."""
+"""HORSE: thousands of facts changed in a language model at once, as an EasyEdit method.
 
-from . import easyedit_hook
-from .delta import EditDelta
-from .editor import HorseEditor
-from .errors import HorseError, UsageError
-from .hparams import HORSEHyperParams
-from .metrics import Evaluation, Evaluator
-from .records import EditRecord, Query, load_records
-from .trainer import HORSETrainer
+Packages may import those above them in this list, and never those below::
+
+    errors         HorseError, UsageError: messages for people
+    assets         default model, shipped facts, held-out text, shipped YAMLs
+    data           edit records, and their prompts as tokens
+    distributed    several processes that work as one
+    method         the paper's equations on tensors: Sec. 2.3, Eq. 2, 4, 5, 6, and the losses of Eq. 7
+    storage        files written whole, checksums, locks
+    hparams        one YAML for training and editing
+    model          the language model in two halves, its edit modules, the capture of (H, ∇G)
+    evaluation     metrics, rows of results, reports
+    editing        edits, chains of edits, undoing, exporting
+    training       Eq. 7: training the hypernetwork
+    easyedit       HORSE inside EasyEdit
+    comparison     methods side by side, the ablation, the demo, timings
+    cli            the command ``horse``
+"""
+
+from horse_plugin.assets import FACTS
+from horse_plugin.comparison import ablate, compare
+from horse_plugin.data.records import EditRecord, Query, load_records
+from horse_plugin.easyedit import hook
+from horse_plugin.editing.chain import Ledger
+from horse_plugin.editing.checked import measured_edit
+from horse_plugin.editing.delta import EditDelta
+from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.evaluation.metrics import Evaluation, Evaluator
+from horse_plugin.hparams import HORSEHyperParams, default_hparams
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.training.trainer import HORSETrainer
 
 __all__ = [
+    "FACTS",
+    "Backbone",
     "EditDelta",
     "EditRecord",
     "Evaluation",
@@ -18,9 +43,14 @@ __all__ = [
     "HORSETrainer",
     "HorseEditor",
     "HorseError",
+    "Ledger",
     "Query",
     "UsageError",
+    "ablate",
+    "compare",
+    "default_hparams",
     "load_records",
+    "measured_edit",
 ]
 
-easyedit_hook.install()
+hook.install()

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 import yaml
 
-from .default_model import resolve
-from .errors import UsageError
+from horse_plugin.assets import DEFAULT_MODEL, hparams_folder
+from horse_plugin.assets.default_model import resolve
+from horse_plugin.errors import UsageError
 
 # Keys of EasyEdit's MALMEN and MEND files that say how *its* trainer runs. HORSE has no use for
 # them; they are accepted, so that a file people already have loads unchanged.
@@ -194,6 +195,11 @@ class HORSEHyperParams:
     def model(self) -> types.SimpleNamespace:
         """EasyEdit's data sets look for the tokenizer at ``config.model.name``."""
         return types.SimpleNamespace(name=resolve(self.model_name))
+
+
+def default_hparams() -> HORSEHyperParams:
+    """Return the shipped settings for the default model."""
+    return HORSEHyperParams.from_hparams(hparams_folder() / "HORSE" / DEFAULT_MODEL)
 
 
 def _first_line(error) -> str:

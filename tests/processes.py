@@ -10,9 +10,10 @@ import tiny
 import torch
 import torch._dynamo  # which every optimiser loads, slowly, on its first step
 
-from horse_plugin import HorseEditor, HORSETrainer, archive
-from horse_plugin.backbone import Backbone
-from horse_plugin.ledger import Ledger
+from horse_plugin import HorseEditor, HORSETrainer
+from horse_plugin.editing.chain import Ledger
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.storage import archive
 
 SETTINGS = {
     "max_epochs": 2,

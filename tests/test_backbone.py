@@ -6,11 +6,11 @@ import tiny
 import torch
 
 from horse_plugin import HorseEditor
-from horse_plugin.backbone import Backbone
+from horse_plugin.data.prompts import Prompt, batches
 from horse_plugin.errors import HorseError, UsageError
-from horse_plugin.loading import resolve_device
-from horse_plugin.prompts import Prompt, batches
-from horse_plugin.trace import trace
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.capture import trace
+from horse_plugin.model.loading import resolve_device
 
 
 def prompts(n=7, seed=0):

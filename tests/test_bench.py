@@ -6,9 +6,9 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from horse_plugin.backbone import Backbone
-from horse_plugin.bench import bench
-from horse_plugin.cli import app
+from horse_plugin.cli.main import app
+from horse_plugin.comparison.bench import bench
+from horse_plugin.model.backbone import Backbone
 
 STAGES = "tokenise trunk trace network residual and spread solve apply"
 

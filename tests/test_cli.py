@@ -9,7 +9,9 @@ import sys
 import pytest
 import tiny
 
-from horse_plugin import HORSEHyperParams, HORSETrainer, archive, cli
+from horse_plugin import HORSEHyperParams, HORSETrainer
+from horse_plugin.cli import main as cli
+from horse_plugin.storage import archive
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +288,7 @@ def test_no_space_left_says_so_and_leaves_nothing(folder, horse, monkeypatch):
 def test_a_debug_run_shows_the_traceback(folder):
     line = "edit --debug --hparams none --data x.json --out x"
     run = subprocess.run(
-        [sys.executable, "-c", "from horse_plugin.cli import run; run()", *line.split()],
+        [sys.executable, "-c", "from horse_plugin.cli.main import run; run()", *line.split()],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -302,6 +304,6 @@ def test_importing_the_package_does_not_load_easyedit(tmp_path):
 
 
 def test_the_yaml_of_the_demo_is_found():
-    from horse_plugin.demo import default_hparams
+    from horse_plugin.hparams import default_hparams
 
     assert isinstance(default_hparams(), HORSEHyperParams)

@@ -11,14 +11,16 @@ import pytest
 import tiny
 import torch
 
-from horse_plugin import HorseError, HORSEHyperParams, UsageError, compare
-from horse_plugin.backbone import Backbone
-from horse_plugin.compare import METHODS, DataSet, Plan, methods, output, runner, stats, tables
-from horse_plugin.compare.methods import Engine
-from horse_plugin.compare.task import Edited, Task
-from horse_plugin.editor import new_network
-from horse_plugin.objective import backward
-from horse_plugin.trace import trace
+from horse_plugin import HorseError, HORSEHyperParams, UsageError
+from horse_plugin import comparison as compare
+from horse_plugin.comparison import METHODS, DataSet, Plan, methods, output, runner, tables
+from horse_plugin.comparison.baselines import stats
+from horse_plugin.comparison.methods import Engine
+from horse_plugin.comparison.task import Edited, Task
+from horse_plugin.editing.editor import new_network
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.capture import trace
+from horse_plugin.training.objective import backward
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +226,7 @@ def test_ablations_each_change_what_they_say(yamls, tmp_path):
     rows = compare.ablate(tmp_path, yamls / "HORSE/tiny.yaml", data, (6,))
     assert [r["method"] for r in rows] == ["unedited", *compare.ABLATIONS]
     assert not [r["reason"] for r in rows if r.get("reason")]
-    from horse_plugin import archive
+    from horse_plugin.storage import archive
 
     networks = [archive.read_network(f)[0] for f in (tmp_path / "archives").iterdir()]
     assert len(networks) == 8  # all but the untrained one

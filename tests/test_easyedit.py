@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 
 import horse_plugin
 from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, UsageError
-from horse_plugin import cli as horse_cli
-from horse_plugin.backbone import Backbone
-from horse_plugin.easyedit_hook import Absent
+from horse_plugin.cli import main as horse_cli
+from horse_plugin.easyedit.hook import Absent
+from horse_plugin.model.backbone import Backbone
 
 easyeditor = pytest.importorskip("easyeditor")
-from horse_plugin import easyedit
+from horse_plugin.easyedit import patches as easyedit
 
 from easyeditor import BaseEditor, CounterFactDataset, EditTrainer, FTHyperParams, ZsreDataset
 from easyeditor.editors.batch_editor import BatchEditor
@@ -37,7 +37,7 @@ from easyeditor.util.alg_dict import ALG_DICT
 from easyeditor.util.alg_train_dict import ALG_TRAIN_DICT
 
 PACKAGE = Path(horse_plugin.__file__).parent
-FACTS = PACKAGE / "facts"
+FACTS = PACKAGE / "assets/facts"
 SHARED = Path(__file__).parents[2] / "shared/data"
 
 
@@ -181,7 +181,7 @@ def stand_in(tmp_path):
     return tmp_path / "home"
 
 
-@pytest.mark.parametrize("first", ["easyeditor", "horse_plugin", "horse_plugin.easyedit"])
+@pytest.mark.parametrize("first", ["easyeditor", "horse_plugin", "horse_plugin.easyedit.patches"])
 def test_horse_is_registered_whichever_is_imported_first(stand_in, first):
     code = f"""
         import sys, {first}
@@ -223,9 +223,13 @@ def test_nothing_of_easyedit_is_left_to_be_taken_for_an_installed_package():
 @pytest.mark.parametrize(
     ("code", "home", "says"),
     [
-        ("import horse_plugin.easyedit", "nowhere", "EASYEDIT_HOME: nowhere holds no easyeditor"),
         (
-            "import sys; sys.modules['easyeditor'] = None; import horse_plugin.easyedit",
+            "import horse_plugin.easyedit.patches",
+            "nowhere",
+            "EASYEDIT_HOME: nowhere holds no easyeditor",
+        ),
+        (
+            "import sys; sys.modules['easyeditor'] = None; import horse_plugin.easyedit.patches",
             "",
             "install it with `pip install --no-deps easyeditor`, or set EASYEDIT_HOME",
         ),
@@ -245,7 +249,7 @@ def test_only_one_file_imports_easyedit_and_nothing_else_needs_it():
     code = """
         import sys
         sys.modules["easyeditor"] = None
-        import horse_plugin, horse_plugin.cli, horse_plugin.demo, horse_plugin.compare
+        import horse_plugin, horse_plugin.cli.main, horse_plugin.comparison.demo
         print("done")
     """
     assert run_python(code).stdout == "done\n"

@@ -22,11 +22,12 @@ import yaml
 
 easyeditor = pytest.importorskip("easyeditor")
 from horse_plugin import UsageError, load_records
-from horse_plugin.backbone import Backbone
-from horse_plugin.compare import METHODS, DataSet, Plan, easyedit_methods, runner
-from horse_plugin.compare.targets import Targets
-from horse_plugin.compare.task import Task
+from horse_plugin.comparison import METHODS, DataSet, Plan, runner
+from horse_plugin.comparison.baselines import easyedit_methods
+from horse_plugin.comparison.baselines.targets import Targets
+from horse_plugin.comparison.task import Task
 from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.model.backbone import Backbone
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import sweep

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horse_plugin import EditDelta, EditRecord, Evaluator, HorseEditor, HorseError, UsageError
-from horse_plugin.editor import meet, new_network, solve_edit
-from horse_plugin.hypernetwork import HyperNetwork
-from horse_plugin.prompts import batches, tokenize
-from horse_plugin.trace import trace
+from horse_plugin.data.prompts import batches, tokenize
+from horse_plugin.editing.editor import meet, new_network, solve_edit
+from horse_plugin.method.hypernetwork import HyperNetwork
+from horse_plugin.model.capture import trace
 
 
 def editor(architecture="llama", dtype=torch.float32, seed=0, **changes):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horse_plugin import HorseError
-from horse_plugin.hypernetwork import HyperNetwork, Normalizer
-from horse_plugin.residual import residual, spread
-from horse_plugin.ridge import Ridge
+from horse_plugin.method.hypernetwork import HyperNetwork, Normalizer
+from horse_plugin.method.residual import residual, spread
+from horse_plugin.method.ridge import Ridge
 
 ORACLES = {
     "orthogonal": oracle.orthogonal,
@@ -256,7 +256,7 @@ def test_many_tokens_in_chunks_give_the_same_weights(monkeypatch, spoilt):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = Ridge(keys, 1.0).shift(r)
-        monkeypatch.setattr("horse_plugin.ridge.CHUNK", 7)
+        monkeypatch.setattr("horse_plugin.method.ridge.CHUNK", 7)
         torch.testing.assert_close(Ridge(keys, 1.0).shift(r), whole)
 
 
@@ -264,7 +264,7 @@ def test_the_normaliser_takes_in_chunks_as_it_does_the_whole(monkeypatch):
     keys, grads = (torch.tensor(a, dtype=torch.float32) for a in arrays(1, (40, 6), (40, 3)))
     whole, chunked = (HyperNetwork([(6, 3)], 2, 1) for _ in range(2))
     whole.update_normalizers([keys], [grads])
-    monkeypatch.setattr("horse_plugin.hypernetwork.ROWS", 7)
+    monkeypatch.setattr("horse_plugin.method.hypernetwork.ROWS", 7)
     chunked.update_normalizers([keys], [grads])
     for name, value in whole.groups["6x3"].normalizer.state_dict().items():
         torch.testing.assert_close(chunked.groups["6x3"].normalizer.state_dict()[name], value)

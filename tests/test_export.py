@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from horse_plugin import HorseEditor, UsageError
-from horse_plugin.export import save_adapter, to_rank
+from horse_plugin.editing.export import save_adapter, to_rank
 
 IDS = torch.arange(60).reshape(4, 15) + 20
 

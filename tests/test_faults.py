@@ -27,11 +27,11 @@ from horse_plugin import (
     HorseError,
     HORSEHyperParams,
     HORSETrainer,
-    archive,
     load_records,
 )
-from horse_plugin.backbone import Backbone
-from horse_plugin.ledger import Ledger, read_edits
+from horse_plugin.editing.chain import Ledger, read_edits
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.storage import archive
 
 FILES = (archive.ARCHIVE, archive.CHECKPOINT)
 PACKAGE = Path(horse_plugin.__file__).parent

@@ -8,7 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
-from horse_plugin import HorseEditor, UsageError, cli, general
+from horse_plugin import HorseEditor, UsageError
+from horse_plugin.cli import main as cli
+from horse_plugin.evaluation import general
 
 QUESTIONS = [
     {

@@ -5,11 +5,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from horse_plugin.backbone import Backbone
-from horse_plugin.editor import new_network
-from horse_plugin.objective import KINDS, Objective, backward
-from horse_plugin.prompts import Prompt, tokenize
-from horse_plugin.trace import trace
+from horse_plugin.data.prompts import Prompt, tokenize
+from horse_plugin.editing.editor import new_network
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.capture import trace
+from horse_plugin.training.objective import KINDS, Objective, backward
 
 # Llama computes its norms and rotations in float32 whatever the model's dtype; GPT-2 does not.
 TOLERANCE = {"llama": 1e-4, "gpt2": 1e-8}

@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 
-from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError, archive
-from horse_plugin.digest import digest
-from horse_plugin.ledger import LEDGER, Ledger, read_edits
+from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError
+from horse_plugin.editing.chain import LEDGER, Ledger, read_edits
+from horse_plugin.storage import archive
+from horse_plugin.storage.digest import digest
 
 MODULE = "model.layers.2.mlp.down_proj"
 

@@ -11,18 +11,13 @@ import tiny
 import torch
 import torch.distributed as dist
 
-from horse_plugin import (
-    Evaluator,
-    HorseEditor,
-    HORSEHyperParams,
-    HORSETrainer,
-    archive,
-    parallel,
-)
-from horse_plugin.backbone import Backbone
+from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer
+from horse_plugin import distributed as parallel
+from horse_plugin.editing.chain import read_edits
 from horse_plugin.errors import HorseError
 from horse_plugin.hparams import SPREADS
-from horse_plugin.ledger import read_edits
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.storage import archive
 
 N_EDITS = (1, 12, 60)  # fewer than the processes, than the keys are wide, and more
 TRAINED = {
@@ -179,4 +174,4 @@ def test_torchrun_trains_edits_and_evaluates_and_writes_once(tmp_path):
     assert not list(tmp_path.rglob(f"*{archive.PART}"))
 
 
-RUN = "from horse_plugin.cli import run; run()"
+RUN = "from horse_plugin.cli.main import run; run()"

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horse_plugin.backbone import Backbone
+from horse_plugin.data.prompts import FILLED, batches, tokenize
+from horse_plugin.data.records import Query
 from horse_plugin.errors import UsageError
-from horse_plugin.metrics import predict
-from horse_plugin.prompts import FILLED, batches, tokenize
-from horse_plugin.records import Query
+from horse_plugin.evaluation.metrics import predict
+from horse_plugin.model.backbone import Backbone
 
 TOKENIZERS = {
     "bpe": tiny.bpe_tokenizer,
@@ -101,7 +101,7 @@ def test_padding_side_and_batching_do_not_change_predictions(side, tokenizer):
 )
 @settings(deadline=None)
 def test_batches_hold_every_prompt_once_within_the_budget_and_little_padding(lengths, budget):
-    from horse_plugin.prompts import Prompt
+    from horse_plugin.data.prompts import Prompt
 
     made = [Prompt(tuple(range(n)), max(1, n - k)) for n, k in lengths]
     seen = []

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, load_records
-from horse_plugin.backbone import Backbone
-from horse_plugin.demo import FACTS, run
+from horse_plugin.assets import FACTS
+from horse_plugin.comparison.demo import run
+from horse_plugin.model.backbone import Backbone
 
 DATA = Path(__file__).parents[2] / "shared/data"
 

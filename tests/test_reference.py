@@ -8,9 +8,9 @@ import tiny
 import torch
 
 from horse_plugin import HorseEditor, HORSETrainer
-from horse_plugin.backbone import Backbone
-from horse_plugin.metrics import predict
-from horse_plugin.trace import trace
+from horse_plugin.evaluation.metrics import predict
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.capture import trace
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -7,9 +7,10 @@ import pytest
 import tiny
 import torch
 
-from horse_plugin import EditRecord, HorseEditor, UsageError, conflicts
-from horse_plugin.metrics import perplexity
-from horse_plugin.session import measured_edit
+from horse_plugin import EditRecord, HorseEditor, UsageError
+from horse_plugin.editing import conflicts
+from horse_plugin.editing.checked import measured_edit
+from horse_plugin.evaluation.metrics import perplexity
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torch
 
-from horse_plugin import EditRecord, HorseEditor, HorseError, HORSETrainer, UsageError, archive
-from horse_plugin.backbone import Backbone
+from horse_plugin import EditRecord, HorseEditor, HorseError, HORSETrainer, UsageError
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.storage import archive
 
 
 def trainer(out, architecture="llama", resume=False, **changes):

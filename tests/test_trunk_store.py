@@ -8,9 +8,9 @@ import tiny
 import torch
 
 from horse_plugin import UsageError
-from horse_plugin.backbone import Backbone
-from horse_plugin.prompts import batches
-from horse_plugin.trunk_store import TrunkStore, _reserve
+from horse_plugin.data.prompts import batches
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.trunk_cache import TrunkStore, _reserve
 
 
 def some(n=6, dtype=torch.float32):

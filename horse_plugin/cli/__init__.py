@@ -1,0 +1,1 @@
+"""The ``horse`` command: it parses and prints, and computes nothing. Imports: everything."""

@@ -1,0 +1,459 @@
+"""The ``horse`` command. It parses and prints; everything else happens in the package."""
+
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from horse_plugin.cli import show
+from horse_plugin.errors import HorseError, UsageError
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands; a Ctrl-C keeps what it has to say, which typer would drop."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise HorseError(str(stopped) or "stopped.") from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Change thousands of facts in a language model at once, with HORSE.\n\n"
+    "With --debug, anywhere on the line, errors show where they come from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Hparams = Annotated[Path, typer.Option(help="YAML with the settings, see hparams/HORSE.")]
+Data = Annotated[str, typer.Option(help="Facts: JSON, JSONL, Parquet, or a hub data-set id.")]
+Folder = Annotated[Path, typer.Argument(help="The folder of an edit, or of a chain of them.")]
+NEdits = Annotated[int | None, typer.Option(help="How many records, from the start.", min=1)]
+
+Datas = Annotated[list[str] | None, typer.Option(help="Facts to edit; may be repeated.")]
+Trains = Annotated[list[str] | None, typer.Option(help="Training facts, one for each --data.")]
+Vals = Annotated[list[str] | None, typer.Option(help="Validation facts, one for each --data.")]
+Seeds = Annotated[str, typer.Option(help="Seeds, comma-separated.")]
+
+
+@app.command()
+def train(
+    hparams: Hparams,
+    train: Annotated[str, typer.Option(help="Training facts.")],
+    val: Annotated[str, typer.Option(help="Validation facts: they choose the archive to keep.")],
+    out: Annotated[Path, typer.Option(help="Folder for the archive.")],
+    n_edits: Annotated[int | None, typer.Option(help="Facts in one training step.", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the facts.", min=1)] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUT.")] = False,
+):
+    """Train a hypernetwork; the best archive by validation score stays in OUT."""
+    from horse_plugin import HORSETrainer
+    from horse_plugin.storage import archive as files
+
+    settings = _hparams(hparams, n_edits=n_edits, max_epochs=epochs)
+    if not resume and (out / files.ARCHIVE).exists():
+        raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
+    with files.only_process(out):
+        trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
+        folder = trainer.run()
+    best = trainer.best
+    console.print(
+        f"Best at step {best['step']}: efficacy {show.figure(best['efficacy'])}, generalization "
+        f"{show.figure(best['generalization'])}, specificity {show.figure(best['specificity'])}."
+    )
+    console.print(f"Archive: {folder}", soft_wrap=True)
+
+
+@app.command()
+def edit(
+    hparams: Hparams,
+    data: Data,
+    out: Annotated[Path | None, typer.Option(help="Folder for the edit, by itself.")] = None,
+    onto: Annotated[Path | None, typer.Option(help="Chain of edits to put it on top of.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the edit; else a number, or OUT's.")] = None,
+    archive: Annotated[Path | None, typer.Option(help="Trained archive; none: untrained.")] = None,
+    n_edits: NEdits = None,
+    save_model: Annotated[
+        Path | None, typer.Option(help="Also save the edited model here.")
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse contradictions and the like.")] = False,
+    heldout: Annotated[Path | None, typer.Option(help="Text for the perplexity check.")] = None,
+    max_rise: Annotated[float, typer.Option(help="Perplexity's, in %, without a warning.")] = 20.0,
+):
+    """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto."""
+    from horse_plugin import HorseEditor, load_records
+    from horse_plugin import distributed as parallel
+    from horse_plugin.editing.chain import Ledger
+    from horse_plugin.editing.checked import measured_edit
+    from horse_plugin.editing.delta import check_free
+    from horse_plugin.evaluation import results
+    from horse_plugin.storage import archive as files
+
+    if (out is None) == (onto is None):
+        raise UsageError("edit: give --out for an edit by itself, or --onto for a chain of edits.")
+    settings = _hparams(hparams, archive=archive and str(archive))
+    records = load_records(data, n_edits)
+    if save_model:
+        files.check_empty(save_model)
+    with files.only_process(out or onto) as folder:
+        ledger = Ledger(folder) if onto else None
+        name = ledger.new_name(name) if ledger else name or folder.name
+        if not ledger:
+            check_free(folder)
+        if not settings.archive:
+            _say("No archive: the hypernetwork is untrained. `horse train` makes one.")
+        editor = HorseEditor.from_hparams(settings)
+        editor.backbone.progress = True
+        if ledger:
+            editor.apply_chain(ledger.deltas())
+        dataset = Path(data).stem
+        delta, rows = measured_edit(editor, records, dataset, name, strict, heldout, max_rise)
+        if not parallel.first():
+            return
+        if ledger:
+            ledger.add(delta, rows)
+        else:
+            delta.save(folder)
+            results.save(folder / "results.json", rows)
+    if save_model:
+        editor.save_model(save_model)
+    console.print(show.figures(rows))
+    console.print(f"Edit: {folder / delta.name if ledger else folder}", soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    hparams: Hparams,
+    data: Data,
+    delta: Annotated[
+        Path | None, typer.Option(help="An edit, or a chain of them; none: the model.")
+    ] = None,
+    n_edits: NEdits = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write results.json.")] = None,
+):
+    """Measure the model, or an edit of it, on facts."""
+    from horse_plugin import Evaluator, load_records
+    from horse_plugin import distributed as parallel
+    from horse_plugin.evaluation import results
+    from horse_plugin.storage import archive as files
+
+    settings, records = _hparams(hparams), load_records(data, n_edits)
+    if out:
+        files.check_writable(out.parent)
+    editor, deltas = _editor(settings, delta)
+    evaluator = Evaluator(editor.backbone, records, settings.batch_tokens, settings.max_length)
+    editor.apply_chain(deltas)
+    name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
+    rows = [results.row(name, Path(data).stem, settings, evaluator.evaluate())]
+    if out and parallel.first():
+        results.save(out, rows)
+    console.print(show.figures(rows))
+
+
+@app.command(name="show")
+def show_edit(folder: Folder):
+    """Print what an edit is: its facts, model, settings, versions and figures."""
+    from horse_plugin.editing.chain import read_edits
+
+    deltas = read_edits(folder)
+    for delta in deltas:
+        for part in show.edit(delta):
+            console.print(part)
+    if not deltas:
+        console.print("No edit is in force.")
+
+
+@app.command()
+def log(folder: Folder):
+    """List the edits of a chain, oldest first."""
+    from horse_plugin.editing.chain import Ledger
+
+    console.print(show.log(Ledger.at(folder).entries))
+
+
+@app.command()
+def undo(
+    folder: Folder,
+    name: Annotated[str | None, typer.Argument(help="Which edit; the last one.")] = None,
+):
+    """Take an edit out of a chain, the last one or any other; its files stay."""
+    from horse_plugin.editing.chain import Ledger
+    from horse_plugin.storage import archive as files
+
+    Ledger.at(folder)
+    with files.only_process(folder):
+        undone = Ledger(folder).undo(name)
+    console.print(f"Undone: {undone}. Its files stay in {folder / undone}.", soft_wrap=True)
+
+
+@app.command()
+def export(
+    hparams: Hparams,
+    delta: Annotated[Path, typer.Option(help="An edit, or a chain of them.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model or the adapter.")],
+    lora: Annotated[bool, typer.Option(help="A PEFT LoRA adapter, not the whole model.")] = False,
+    rank: Annotated[int | None, typer.Option(help="The adapter's; none: exact.", min=1)] = None,
+):
+    """Write the edited model as a Hugging Face folder, or the edit as a PEFT LoRA adapter."""
+    from horse_plugin.editing.export import save_adapter, to_rank
+    from horse_plugin.storage import archive as files
+
+    if rank and not lora:
+        raise UsageError("export: --rank is for --lora.")
+    files.check_empty(out)
+    editor, deltas = _editor(_hparams(hparams), delta)
+    if lora:
+        adapter = to_rank(editor, deltas, rank)
+        save_adapter(adapter, editor.backbone, out)
+        console.print(show.adapter(adapter))
+    else:
+        editor.apply_chain(deltas)
+        editor.save_model(out)
+    console.print(f"{'Adapter' if lora else 'Model'}: {out}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
+    methods: Annotated[str, typer.Option(help="Names, comma-separated; all by default.")] = "",
+    data: Datas = None,
+    train: Trains = None,
+    val: Vals = None,
+    n_edits: Annotated[str, typer.Option(help="Numbers of edits: 100,500.")] = "",
+    models: Annotated[str, typer.Option(help="Stems of YAMLs in <hparams-dir>/<method>.")] = "",
+    hparams_dir: Annotated[Path | None, typer.Option(help="Folder of YAMLs.")] = None,
+    seeds: Seeds = "0",
+    corpus: Annotated[
+        str | None, typer.Option(help="Text for statistics; none: the training facts.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Three methods, 50 edits, a few minutes.")] = False,
+    check: Annotated[
+        int, typer.Option(help="Records on which EasyEdit's metrics are computed as well.", min=0)
+    ] = 0,
+):
+    """Methods side by side, as the paper's Table 1. Run again, it goes on where it stopped."""
+    from horse_plugin import comparison as sides
+
+    rows = sides.compare(
+        out,
+        _names(methods),
+        _names(models),
+        sides.data_sets(data or (), train or (), val or ()),
+        _numbers("n-edits", n_edits),
+        _numbers("seeds", seeds, least=0),
+        hparams_dir,
+        corpus,
+        quick,
+        check,
+    )
+    _compared(out, rows)
+
+
+@app.command()
+def ablate(
+    out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
+    hparams: Annotated[Path | None, typer.Option(help="YAML; the default model's if none.")] = None,
+    archive: Annotated[Path | None, typer.Option(help="The full method's; none: trained.")] = None,
+    data: Datas = None,
+    train: Trains = None,
+    val: Vals = None,
+    n_edits: Annotated[str, typer.Option(help="Numbers of edits: 100,500.")] = "100",
+    seeds: Seeds = "0",
+    rows: Annotated[str, typer.Option(help="Names of rows, comma-separated; all if none.")] = "",
+):
+    """What each part of HORSE brings, as the paper's Table 2."""
+    from horse_plugin import comparison as sides
+
+    measured = sides.ablate(
+        out,
+        hparams,
+        sides.data_sets(data or (), train or (), val or ()),
+        _numbers("n-edits", n_edits),
+        _numbers("seeds", seeds, least=0),
+        archive and str(archive),
+        _names(rows),
+    )
+    _compared(out, measured)
+
+
+@app.command()
+def stats(
+    hparams: Annotated[list[Path], typer.Option(help="YAML of MEMIT, PMET, …; may be repeated.")],
+    corpus: Annotated[str, typer.Option(help="File of text or facts, or a hub data-set id.")],
+    out: Annotated[Path | None, typer.Option(help="Instead of the YAML's stats_dir.")] = None,
+):
+    """Second-moment statistics of any text, in the files that EasyEdit's MEMIT family reads."""
+    from horse_plugin.comparison.baselines.stats import from_yamls
+
+    for path in from_yamls(hparams, corpus, out):
+        console.print(f"Written: {path}", soft_wrap=True)
+
+
+@app.command()
+def general(
+    hparams: Hparams,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and table.md.")],
+    delta: Annotated[Path | None, typer.Option(help="An edit, or a chain of them.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Or a folder with the edited model.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "mmlu,nli,mrpc,qnli,qqp,commonsenseqa",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of <task>.jsonl; none: tasks from the hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a task, at most.", min=1)] = None,
+):
+    """General ability before and after an edit, as the paper's Table 3."""
+    from horse_plugin.evaluation import general as ability
+    from horse_plugin.evaluation import results
+    from horse_plugin.model.backbone import Backbone
+    from horse_plugin.storage import archive as files
+
+    if (delta is None) == (model is None):
+        raise UsageError("general: give --delta for an edit, or --model for an edited model.")
+    files.check_writable(out)
+    editor, deltas = _editor(_hparams(hparams), delta)
+    before = ability.measure(editor.backbone, _names(tasks), data, limit)
+    editor.apply_chain(deltas)
+    edited = editor.backbone
+    if model:
+        edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
+    rows = ability.rows(before, ability.measure(edited, _names(tasks), data, limit))
+    results.save(out / "results.json", rows)
+    files.write(out / "table.md", ability.markdown(rows))
+    console.print(show.general(rows))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the archive, the edit and the report.")],
+    hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
+):
+    """Train on real facts, edit 200 at once, show what happened. Needs no file of yours."""
+    from horse_plugin.comparison.demo import run
+
+    settings = _hparams(hparams) if hparams else None
+    outcome = run(out, settings)
+    console.print(show.figures(outcome.rows))
+    console.print(show.examples(outcome.examples))
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Where to write the figures, as JSON.")],
+    hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A model's config: the same with random weights.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Facts; the embedded ones by default.")] = None,
+    n_edits: Annotated[int, typer.Option(help="Facts edited at once.", min=1)] = 500,
+):
+    """Time and memory of every stage of an edit, beside the least this machine could take."""
+    from horse_plugin import load_records
+    from horse_plugin.assets import FACTS
+    from horse_plugin.comparison.bench import bench as measure
+    from horse_plugin.evaluation import results
+    from horse_plugin.hparams import default_hparams
+    from horse_plugin.model.backbone import Backbone
+    from horse_plugin.model.loading import random_model
+    from horse_plugin.storage import archive as files
+
+    settings = _hparams(hparams) if hparams else default_hparams()
+    files.check_writable(out.parent)
+    records = load_records(data or FACTS / "train.json", n_edits)
+    settings.n_edits = len(records)
+    if config:
+        settings.inner_params = []
+        backbone = Backbone.of(*random_model(config, settings), settings)
+    else:
+        backbone = Backbone.load(settings)
+    found = measure(backbone, settings, records)
+    results.save(out, [found])
+    console.print(show.stages(found))
+
+
+def _hparams(path: Path, **overrides):
+    from horse_plugin import HORSEHyperParams
+
+    settings = HORSEHyperParams.from_hparams(path)
+    return replace(settings, **{k: v for k, v in overrides.items() if v is not None})
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
+    numbers = _names(text)
+    if not all(n.isdigit() and int(n) >= least for n in numbers):
+        raise UsageError(f"--{option}: expected whole numbers from {least}, got {text!r}.")
+    return [int(n) for n in numbers]
+
+
+def _compared(out: Path, rows: list[dict]):
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        console.print(show.figures([row for row in rows if row["dataset"] == dataset]))
+    for row in rows:
+        if row.get("reason"):
+            _say(f"{row['method']}, {row['n_edits']} edits: {row['reason']}")
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
+def _editor(settings, delta: Path | None):
+    """An editor for edits that are there, which need no network, and these edits."""
+    from horse_plugin import HorseEditor
+    from horse_plugin.editing.chain import read_edits
+
+    deltas = read_edits(delta) if delta else []
+    editor = HorseEditor.from_hparams(replace(settings, archive=None))
+    editor.backbone.progress = True
+    return editor, deltas
+
+
+def _say(message: str):
+    print(message, file=sys.stderr)
+
+
+def run():
+    """Entry point: exit code 0 done, 1 failed, 2 bad usage; one line on an error."""
+    debug, errors = "--debug" in sys.argv[1:], sys.stderr
+    if debug:  # anywhere on the line, not only before the command
+        sys.argv = [a for a in sys.argv if a != "--debug"]
+    else:
+        warnings.showwarning = lambda message, *args, **kwargs: _say(f"warning: {message}")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        if "WORLD_SIZE" in os.environ:  # torchrun or accelerate launch started this process
+            _join()
+        app()
+    except Exception as error:  # ours, or a bug of ours or of a library below: one line
+        if debug:
+            traceback.print_exc()
+        print(f"horse: {_one_line(error)}", file=errors)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _join():
+    """Work with the other processes; all but the first print nothing but their errors."""
+    from horse_plugin import distributed as parallel
+
+    parallel.start()
+    if not parallel.first():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _one_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or ["no reason given"])[0]
+    known = isinstance(error, HorseError)
+    return line if known else f"{type(error).__name__}: {line} (--debug shows where)"

@@ -1,0 +1,40 @@
+"""EasyEdit's own figures of an edited model, one prompt at a time, beside ours."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+from horse_plugin.data.records import EditRecord
+from horse_plugin.easyedit.patches import ReadDevice, compute_rewrite_or_rephrase_quality
+from horse_plugin.evaluation.metrics import Evaluation, mean
+from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.model.backbone import Backbone
+
+KINDS = {"efficacy": "edit", "generalization": "equivalent", "specificity": "unrelated"}
+
+
+def easyedits(backbone: Backbone, hparams: HORSEHyperParams, records: Sequence[EditRecord]):
+    """The records' :class:`~horse_plugin.evaluation.metrics.Evaluation` as EasyEdit computes it."""
+    tokenizer = deepcopy(backbone.tokenizer)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"  # as it sets them
+    device = str(backbone.device)
+
+    def share(query) -> float:
+        asked = hparams, tokenizer, query.prompt, query.answer, device
+        with ReadDevice(f"cuda:{device}", backbone.device):  # what the EasyEdit on PyPI writes
+            found = compute_rewrite_or_rephrase_quality(backbone.model, "", *asked)
+        return float(found["rewrite_acc"][0])
+
+    def figure(record, kind: str) -> float | None:
+        queries = (record.edit,) if kind == "edit" else getattr(record, kind)
+        return mean(share(q) for q in queries)
+
+    return Evaluation([{name: figure(r, kind) for name, kind in KINDS.items()} for r in records])
+
+
+def both(backbone, hparams, records, ours: Evaluation) -> dict:
+    """For a row of ``results.json``: means over the first records, EasyEdit's and ours, percent."""
+    theirs = easyedits(backbone, hparams, records)
+    ours = Evaluation(ours.records[: len(records)])
+    found = {"easyedit": theirs, "ours": ours}
+    means = {name: {n: e.mean(n) for n in KINDS} for name, e in found.items()}
+    return {"records": len(records), **means}

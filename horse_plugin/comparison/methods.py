@@ -1,0 +1,171 @@
+"""The rows of a comparison: a name and a runner each.
+
+A runner is called with a task and gives, for the length of a ``with``, the edited model. To add a
+method, add a row to :data:`METHODS`.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from horse_plugin.comparison.task import Edited, Task, texts_digest
+from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.errors import UsageError
+from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.storage import archive
+from horse_plugin.training.trainer import HORSETrainer
+
+
+class Unedited:
+    """The model as it is; no seed changes it."""
+
+    seeded = False
+
+    def settings(self, task: Task) -> dict:
+        return {}
+
+    @contextlib.contextmanager
+    def __call__(self, task: Task) -> Iterator[Edited]:
+        yield Edited(task.backbone)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A method that our engine runs, with some hparams changed; an archive is trained once for
+    each model, data set and seed, and serves every number of edits."""
+
+    alg_name: str = "HORSE"
+    changes: dict = field(default_factory=dict)
+    trained: bool = True
+    archive: str | None = None  # trained before; none: trained here
+    seeded = True
+
+    def hparams(self, task: Task) -> HORSEHyperParams:
+        made = task.hparams
+        if made.alg_name != self.alg_name:
+            made = HORSEHyperParams.from_hparams(task.yaml(self.alg_name))
+        own = {"dtype": task.hparams.dtype, "half": task.hparams.half, "archive": None}
+        return replace(made, device=task.hparams.device, seed=task.seed, **own | self.changes)
+
+    def settings(self, task: Task) -> dict:
+        about = {"trained": self.archive or self.trained, **self.hparams(task).to_dict()}
+        if self.trained:
+            about |= {"train": texts_digest(task.train), "val": texts_digest(task.val)}
+        return about
+
+    @contextlib.contextmanager
+    def __call__(self, task: Task) -> Iterator[Edited]:
+        hparams, backbone = self.hparams(task), task.backbone
+        if hparams.inner_params != task.hparams.inner_params:
+            backbone = Backbone(backbone.model, backbone.tokenizer, hparams.inner_params)
+        trained = {}
+        if self.trained:
+            folder, trained = self._archive(task, hparams, backbone)
+            hparams = replace(hparams, archive=str(folder))
+        editor = HorseEditor.from_backbone(backbone, hparams)
+        seconds = editor.edit(task.records).about["seconds"]
+        try:
+            yield Edited(backbone, seconds, **trained)
+        finally:
+            editor.undo()
+
+    def _archive(self, task: Task, hparams, backbone: Backbone) -> tuple[Path, dict]:
+        """The trained archive's folder, and what its training took; a run that stopped goes on."""
+        if self.archive:
+            _, about = archive.read_network(self.archive)
+            steps, n = about["step"], about["hparams"]["n_edits"]
+            return Path(self.archive), {"budget": f"before, {steps} steps of {n} records"}
+        if not task.train or not task.val:
+            raise UsageError(f"{self.alg_name} is trained: give training and validation records.")
+        settings = json.dumps(self.settings(task), sort_keys=True)
+        folder = task.folder / "archives" / f"{self.alg_name}-{archive.text_digest(settings)}"
+        done = folder / "trained.json"
+        if not done.is_file():
+            resume = (folder / archive.CHECKPOINT).is_file()
+            start = time.perf_counter()
+            trainer = HORSETrainer(hparams, task.train, task.val, folder, backbone, resume)
+            trainer.run()
+            about = {
+                "train_seconds": None if resume else time.perf_counter() - start,
+                "budget": f"{trainer.step} steps of {hparams.n_edits} records "
+                f"from {len(task.train):,}",
+            }
+            archive.write(done, json.dumps(about))
+        return folder, json.loads(done.read_text())
+
+
+@dataclass(frozen=True)
+class EasyEdit:
+    """One of EasyEdit's own methods, with its YAML; see :mod:`.easyedit_methods`.
+
+    A ``trained`` one gets the records and the number of steps that HORSE gets, whose hparams say
+    so; ``training`` changes them.
+    """
+
+    name: str
+    trained: bool = False
+    training: dict = field(default_factory=dict)
+    seeded = True
+
+    def settings(self, task: Task) -> dict:
+        keys = task.keys(self.name)
+        if self.trained:
+            hp = replace(task.hparams, **self.training)
+            steps = [hp.n_edits, hp.max_epochs, hp.max_iters]
+            return {"yaml": keys, "train": texts_digest(task.train), "steps": steps}
+        return {"yaml": keys, "corpus": task.corpus or texts_digest(task.train)}
+
+    @contextlib.contextmanager
+    def __call__(self, task: Task) -> Iterator[Edited]:
+        path = task.yaml(self.name)
+        from horse_plugin.comparison.baselines import easyedit_methods
+
+        task = replace(task, hparams=replace(task.hparams, **self.training))
+        yield easyedit_methods.run(self.name, path, task)
+
+
+Method = Callable[[Task], contextlib.AbstractContextManager[Edited]]
+
+# The paper's Table 1, in its order, after the model itself and before what the paper leaves out.
+METHODS: dict[str, Method] = {
+    "unedited": Unedited(),
+    **{name: EasyEdit(name) for name in ("FT", "LoRA", "MEMIT")},
+    "MEND": EasyEdit("MEND", trained=True),
+    **{name: EasyEdit(name) for name in ("PMET", "EMMET")},
+    **{name: EasyEdit(name) for name in ("ROME", "AlphaEdit", "UltraEdit")},
+    "MALMEN": Engine("MALMEN"),
+    "HORSE, untrained": Engine(trained=False),
+    "HORSE": Engine(),
+}
+
+# The paper's Table 2, and below it ours.
+ABLATIONS: dict[str, Method] = {
+    "HORSE": Engine(),
+    "w/o orthogonal spread": Engine(changes={"spread": "uniform"}),
+    "w/o c_i": Engine(changes={"coefficient": "none"}),
+    "w/o c_i in the loss": Engine(changes={"coefficient": "edit_only"}),
+    "w/o network training": Engine(trained=False),
+    "Eq. 6 as printed": Engine(changes={"spread_strength": 1.0}),
+    "λ from 0": Engine(changes={"ridge": None}),
+    "λ fixed": Engine(changes={"train_lamda": False}),
+    "KL, not cross-entropy": Engine(changes={"loc_loss": "kl"}),
+    "Gram-Schmidt": Engine(changes={"spread": "gram_schmidt"}),
+    "decay": Engine(changes={"spread": "decay"}),
+}
+
+
+def choose(names: Sequence[str], table: dict[str, Method]) -> dict[str, Method]:
+    """The named rows of a table of methods, in the table's order; names are matched in any case.
+
+    Raises:
+        UsageError: naming one that is not there.
+    """
+    known = {name.lower(): name for name in table}
+    if unknown := [n for n in names if n.lower() not in known]:
+        raise UsageError(f"methods: {unknown[0]!r} is not one of {'; '.join(table)}.")
+    wanted = {known[n.lower()] for n in names}
+    return {name: method for name, method in table.items() if name in wanted}

@@ -1,0 +1,1 @@
+"""Facts as edit records, and their prompts as tokens. Imports: errors."""

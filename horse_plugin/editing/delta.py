@@ -1,0 +1,140 @@
+"""One edit as a thing of its own: what it adds to which weights, and which facts it was for."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from horse_plugin.data.records import EditRecord
+from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.method.ridge import Ridge
+from horse_plugin.storage import archive
+
+
+@dataclass(eq=False)
+class EditDelta:
+    """The weight shifts ΔW_l of one edit (Eq. 2).
+
+    Attributes:
+        tensors: per edit module either ``<name>.shift``, d×d', or the factors ``<name>.keys``,
+            n×d, and ``<name>.factors``, n×d', with ΔW = keysᵀ · factors; whichever is smaller.
+        records: the facts.
+        about: model fingerprint, modules, network, hparams, versions; ``name``, ``made`` (UTC),
+            ``seconds``; ``weights`` and ``original``, the digests of the edit modules' weights
+            right before the edit and before the first edit of its editor; ``moved``,
+            ‖ΔW‖/‖W‖ of each module (Frobenius); ``figures`` where the edit was measured.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    records: list[EditRecord]
+    about: dict = field(default_factory=dict)
+
+    @staticmethod
+    def solve(name: str, keys: torch.Tensor, residual: torch.Tensor, lamda: torch.Tensor) -> dict:
+        """Eq. 2 for one module, as entries of ``tensors``."""
+        ridge = Ridge(keys, lamda.exp())
+        (n, d), d_out = ridge.keys.shape, residual.shape[1]
+        if ridge.dual and n * (d + d_out) < d * d_out:
+            return {f"{name}.keys": ridge.keys, f"{name}.factors": ridge.factors(residual)}
+        return {f"{name}.shift": ridge.shift(residual)}
+
+    @property
+    def modules(self) -> list[str]:
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.tensors))
+
+    def shift(self, module: str) -> torch.Tensor:
+        """ΔW of one module, d×d'."""
+        if f"{module}.shift" in self.tensors:
+            return self.tensors[f"{module}.shift"]
+        return self.tensors[f"{module}.keys"].T @ self.tensors[f"{module}.factors"]
+
+    def to(self, device) -> "EditDelta":
+        """The same edit with its tensors on a device, where its shifts are computed."""
+        return replace(self, tensors={n: t.to(device) for n, t in self.tensors.items()})
+
+    @property
+    def shifts(self) -> dict[str, torch.Tensor]:
+        return {module: self.shift(module) for module in self.modules}
+
+    @property
+    def name(self) -> str:
+        return self.about.get("name") or "edit"
+
+    def save(self, folder):
+        """Write ``edit.json`` and ``delta.safetensors`` into a folder; other files there stay.
+
+        The second holds the checksum of the first, so that a pair which does not belong together
+        is refused as damaged. It is written last: before it is there, there is no edit.
+
+        Raises:
+            UsageError: there is an edit, or a chain of edits, in the folder already.
+        """
+        folder = check_free(folder)
+        described = {**self.about, "records": [r.to_dict() for r in self.records]}
+        text = json.dumps(described, indent=1, ensure_ascii=False).encode()
+        about = {**self.about, "kind": "delta", "edit_json": hashlib.sha256(text).hexdigest()}
+        archive.write(folder / EDIT, text)
+        archive.save_tensors(folder / DELTA, self.tensors, about)
+
+    @classmethod
+    def load(cls, folder) -> "EditDelta":
+        """The inverse of :meth:`save`.
+
+        Raises:
+            UsageError: no delta there.
+            HorseError: a damaged one.
+        """
+        path, described = Path(folder, DELTA), Path(folder, EDIT)
+        if not path.exists():
+            raise UsageError(f"{folder}: holds no edit.")
+        tensors, about = archive.load_tensors(path)
+        if about.pop("kind", None) != "delta":
+            raise UsageError(f"{folder}: {DELTA} holds no edit.")
+        archive.check_form(path, about, FORM)
+        _check_tensors(path, tensors, about["modules"])
+        try:
+            text = described.read_bytes()
+            if hashlib.sha256(text).hexdigest() != about.pop("edit_json"):
+                raise ValueError("its content does not match its checksum")
+            records = [EditRecord.from_dict(r) for r in json.loads(text)["records"]]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise HorseError(f"{described}: damaged, or not a HORSE edit ({error}).") from None
+        return cls(tensors, records, about)
+
+
+DELTA, EDIT = "delta.safetensors", "edit.json"
+LEDGER = "ledger.json"  # of a chain of edits, each in a folder below
+FORM = archive.MADE_FOR | {"weights": dict, "original": dict, "edit_json": str}
+
+
+def check_free(folder) -> Path:
+    """The folder's path, if it holds no edit and no chain of edits.
+
+    Raises:
+        UsageError: it does; an edit is never overwritten.
+    """
+    if Path(folder, LEDGER).exists():
+        raise UsageError(f"{folder}: holds a chain of edits; choose another folder, or --onto.")
+    if Path(folder, DELTA).exists():
+        raise UsageError(f"{folder}: holds an edit already; choose another folder.")
+    return Path(folder)
+
+
+def _check_tensors(path, tensors: dict[str, torch.Tensor], modules: list[str]):
+    """Each module has a shift or two factors that fit each other, and nothing else is there."""
+    for module in modules:
+        shift, keys, factors = (
+            tensors.get(f"{module}.{part}") for part in ("shift", "keys", "factors")
+        )
+        parts = [t for t in (shift, keys, factors) if t is not None]
+        whole = shift is not None if len(parts) == 1 else shift is None and len(parts) == 2
+        if not whole or any(t.dim() != 2 or not t.is_floating_point() for t in parts):
+            raise HorseError(f"{path}: damaged: {module}: neither a shift nor a pair of factors.")
+        if len({len(t) for t in parts}) > 1 or len({t.dtype for t in parts}) > 1:
+            raise HorseError(f"{path}: damaged: {module}: its factors do not fit each other.")
+        if not all(t.isfinite().all() for t in parts):
+            raise HorseError(f"{path}: {module}: the shift is not finite.")
+    if {name.rpartition(".")[0] for name in tensors} != set(modules):
+        raise HorseError(f"{path}: damaged: field 'modules' names others than the tensors do.")

@@ -1,0 +1,118 @@
+"""An edit as a PEFT LoRA adapter, which other programs load without this package.
+
+ΔW = keysᵀ · factors is what LoRA calls B·A, transposed: an edit of n answer tokens is an adapter of
+rank n, exactly. A smaller rank keeps the largest singular values of ΔW.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from horse_plugin.editing.delta import EditDelta
+from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.evaluation.metrics import Evaluator
+from horse_plugin.storage import archive
+
+
+@dataclass
+class Adapter:
+    """Low-rank factors of an edit or of a chain of edits.
+
+    Attributes:
+        factors: module → (keys, r×d; factors, r×d') with ΔW ≈ keysᵀ · factors.
+        rank: the largest r.
+        error: ‖ΔW − keysᵀ · factors‖ / ‖ΔW‖ over all modules together (Frobenius).
+        efficacy: percent on the edited facts, of the edit and of the adapter.
+    """
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    error: float
+    efficacy: tuple[float, float]
+
+    @property
+    def rank(self) -> int:
+        return max(len(keys) for keys, _ in self.factors.values())
+
+
+def to_rank(editor: HorseEditor, deltas: Sequence[EditDelta], rank: int | None = None) -> Adapter:
+    """The edits' sum as factors of at most that rank, and what is lost by it.
+
+    Without a rank, or with one that suffices, nothing is lost but rounding. The editor's model,
+    on which the edits must have been made, is edited for the comparison and put back.
+
+    Raises:
+        UsageError: the edits are for another model.
+    """
+    hp, backbone = editor.hparams, editor.backbone
+    records = [r for delta in deltas for r in delta.records]
+    evaluator = Evaluator(backbone, records, hp.batch_tokens, hp.max_length)
+    editor.apply_chain(deltas)
+    try:
+        edited = evaluator.evaluate().mean("efficacy")
+    finally:
+        for _ in deltas:
+            editor.undo()
+
+    factors, lost, norm = {}, 0.0, 0.0
+    for module in backbone.modules:
+        shift = sum(delta.shift(module).double() for delta in deltas)
+        factors[module] = _exact(deltas, module, rank) or _truncated(shift, rank)
+        keys, values = factors[module]
+        lost += (shift - keys.T.double() @ values.double()).square().sum().item()
+        norm += shift.square().sum().item()
+    with backbone.shifted({m: keys.T @ values for m, (keys, values) in factors.items()}):
+        kept = evaluator.evaluate().mean("efficacy")
+    return Adapter(factors, (lost / norm) ** 0.5, (edited, kept))
+
+
+def _exact(deltas: Sequence[EditDelta], module: str, rank: int | None):
+    """The factors that the edits have already, if all have them and they are few enough."""
+    parts = ("keys", "factors")
+    if not all(f"{module}.{part}" in d.tensors for d in deltas for part in parts):
+        return None
+    keys, factors = (torch.cat([d.tensors[f"{module}.{part}"] for d in deltas]) for part in parts)
+    return (keys, factors) if len(keys) <= (rank or min(keys.shape[1], factors.shape[1])) else None
+
+
+def _truncated(shift: torch.Tensor, rank: int | None):
+    """The best factors of that rank (Eckart and Young)."""
+    U, S, Vh = torch.linalg.svd(shift, full_matrices=False)
+    root = S[:rank].sqrt()
+    return (U[:, :rank] * root).T.float(), (root[:, None] * Vh[:rank]).float()
+
+
+def save_adapter(adapter: Adapter, backbone, folder):
+    """Write the adapter in PEFT's format; ``PeftModel.from_pretrained`` loads it.
+
+    Modules of a smaller rank are filled up with zeros.
+
+    Raises:
+        UsageError: there is something of that name already.
+    """
+    rank, tensors = adapter.rank, {}
+    for module, (keys, factors) in adapter.factors.items():
+        missing = rank - len(keys)
+        A = torch.nn.functional.pad(keys, (0, 0, 0, missing))
+        B = torch.nn.functional.pad(factors, (0, 0, 0, missing)).T
+        for name, matrix in (("lora_A", A), ("lora_B", B)):
+            tensors[f"base_model.model.{module}.{name}.weight"] = matrix.cpu().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(backbone.model.config.name_or_path),
+        "target_modules": list(adapter.factors),
+        "r": rank,
+        "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": isinstance(next(iter(backbone.modules.values())), Conv1D),
+        "inference_mode": True,
+    }
+    with archive.new_folder(folder) as made:
+        data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        archive.write(made / "adapter_model.safetensors", data)
+        archive.write(made / "adapter_config.json", json.dumps(config, indent=1))

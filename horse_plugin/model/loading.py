@@ -1,0 +1,130 @@
+"""Loading the language model that the hparams name: its files, its device and its dtype."""
+
+import contextlib
+
+import torch
+import transformers
+
+from horse_plugin import distributed as parallel
+from horse_plugin.assets import DEFAULT_MODEL
+from horse_plugin.assets.default_model import resolve
+from horse_plugin.errors import UsageError
+
+
+def load_model(hparams):
+    """The hparams' model and its tokenizer, in the dtype and on the device they ask for.
+
+    Raises:
+        UsageError: no such model or device, or a model that lacks weights.
+    """
+    name = resolve(hparams.model_name)
+    device = resolve_device(hparams.device)
+    kwargs = {"trust_remote_code": hparams.trust_remote_code}
+    with quiet_transformers():
+        tokenizer = _load(
+            transformers.AutoTokenizer,
+            resolve(hparams.tokenizer_name) if hparams.tokenizer_name else name,
+            "tokenizer_name" if hparams.tokenizer_name else "model_name",
+            **kwargs,
+        )
+        model, found = _load(
+            transformers.AutoModelForCausalLM,
+            name,
+            "model_name",
+            dtype=_dtype(hparams, device),
+            device_map="auto" if hparams.model_parallel else None,
+            output_loading_info=True,
+            **kwargs,
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise UsageError(
+            f"model_name: {hparams.model_name!r} lacks {len(missing)} weights that its config "
+            f"asks for, such as {missing[0]}. Is it a causal language model, and whole?"
+        )
+    return (model if hparams.model_parallel else model.to(device)), tokenizer
+
+
+def random_model(config: str, hparams):
+    """A model of that config with random weights, to time, and the tokenizer that the hparams
+    name, or else the default model's.
+
+    Args:
+        config: a folder or a JSON file with a Hugging Face config. A vocabulary smaller than the
+            tokenizer's is enlarged to it.
+
+    Raises:
+        UsageError: no such config or device.
+    """
+    device = resolve_device(hparams.device)
+    with quiet_transformers():
+        name = resolve(hparams.tokenizer_name or DEFAULT_MODEL)
+        tokenizer = _load(transformers.AutoTokenizer, name, "tokenizer_name")
+        made = _load(transformers.AutoConfig, str(config), "config")
+        made.vocab_size = max(made.vocab_size, len(tokenizer))
+        with device, torch.random.fork_rng():
+            torch.manual_seed(hparams.seed)  # several processes make the same model
+            model = transformers.AutoModelForCausalLM.from_config(
+                made, dtype=_dtype(hparams, device)
+            )
+    return model, tokenizer
+
+
+def _load(auto_class, name: str, key: str, **kwargs):
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except Exception as error:  # whatever transformers and its file formats raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{key}: {name!r} not loaded: {reason}") from None
+
+
+def resolve_device(device) -> torch.device:
+    """What EasyEdit takes for a device: 0, "0", "cuda:0", "cpu", "auto"; None is the best one.
+
+    Of several processes each has a GPU of its own, whichever was named.
+    """
+    parallel.start()
+    if device in (None, "", "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = f"cuda:{device}" if str(device).isdigit() else str(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device: {device!r} is none; try 0, cuda:0 or cpu.") from None
+    if device.type == "meta":
+        raise UsageError("device: 'meta' holds no weights; try 0, cuda:0 or cpu.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: no CUDA GPU here; leave `device` out or set it to cpu.")
+    if device.type == "cuda" and parallel.size() > 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _dtype(hparams, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it faster than fp32, unless the hparams say otherwise."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if hparams.dtype:
+        return named[hparams.dtype]
+    half = hparams.half
+    if half is None:
+        half = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    return torch.bfloat16 if half else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Keep transformers' own progress bars and warnings out of the command line's output."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

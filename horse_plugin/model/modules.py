@@ -1,0 +1,95 @@
+"""Finding a model's transformer blocks and, in them, its edit modules. No architecture by name."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from horse_plugin.errors import UsageError
+
+
+def find_blocks(model) -> tuple[str, nn.ModuleList]:
+    """The transformer blocks and their name: the longest list of modules of one class."""
+    lists = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1
+    ]
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    fitting = [(name, m) for name, m in lists if depth is None or len(m) == depth]
+    if not fitting:
+        raise UsageError(f"{type(model).__name__}: no list of transformer blocks found in it.")
+    return max(fitting, key=lambda item: len(item[1]))
+
+
+def find_edit_modules(model, inner_params: Sequence[str]) -> dict[str, nn.Module]:
+    """Name → edit module, in the order in which the model holds, and runs, them.
+
+    Args:
+        inner_params: their names, with or without ``.weight``. Empty, they are the second MLP
+            projection of the last six blocks (Sec. 2.1).
+    """
+    names = [n.removesuffix(".weight") for n in inner_params] or _second_projections(model)
+    if len(set(names)) < len(names):
+        raise UsageError("inner_params: a module is named twice.")
+    modules = {n: _linear(model, n) for n in names}
+    return {n: modules[n] for n, _ in model.named_modules() if n in modules}
+
+
+def last_mlp(model) -> str | None:
+    """Name of the last block's MLP: the part of it that holds its second projection, if the block
+    has a part for that."""
+    prefix, blocks = find_blocks(model)
+    block = f"{prefix}.{len(blocks) - 1}"
+    try:
+        part, *inside = _second_projection(model, block).split(".")
+    except UsageError:
+        return None
+    return f"{block}.{part}" if inside else None
+
+
+def block_index(name: str, prefix: str) -> int:
+    """Which of the blocks called ``prefix`` the module lies in."""
+    head, _, rest = name.partition(f"{prefix}.")
+    index = rest.partition(".")[0]
+    if head or not index.isdigit():
+        raise UsageError(f"inner_params: {name!r} does not lie in a block of {prefix!r}.")
+    return int(index)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(d, d'): width of a linear map's input and of its output."""
+    shape = tuple(module.weight.shape)
+    return shape if isinstance(module, Conv1D) else shape[::-1]
+
+
+def _second_projections(model) -> list[str]:
+    """That of each of the last six blocks."""
+    prefix, blocks = find_blocks(model)
+    names = [f"{prefix}.{i}" for i in range(max(0, len(blocks) - 6), len(blocks))]
+    return [f"{block}.{_second_projection(model, block)}" for block in names]
+
+
+def _second_projection(model, block: str) -> str:
+    """In a block, the last linear map outside attention that leads back to the model's width."""
+    width = model.get_input_embeddings().weight.shape[1]
+    linear = [
+        name
+        for name, m in model.get_submodule(block).named_modules()
+        if isinstance(m, (nn.Linear, Conv1D))
+        and "att" not in name.lower()
+        and shape_of(m)[1] == width
+    ]
+    if not linear:
+        raise UsageError(f"{block}: no MLP projection found; name inner_params in the YAML.")
+    return linear[-1]
+
+
+def _linear(model, name: str) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise UsageError(f"inner_params: the model has no module {name!r}.") from None
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise UsageError(f"inner_params: {name!r} is a {type(module).__name__}, not a linear map.")
+    return module

@@ -1,0 +1,100 @@
+"""Trunk states kept from one call to the next: in memory, and beyond it in memory-mapped files."""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from horse_plugin.storage.archive import check_writable
+
+
+class TrunkStore:
+    """The hidden states of prompts, L×d each, found by their token ids.
+
+    They are dropped once one of the weights that made them has been written to. A file loses its
+    name as soon as it is mapped: its room on the disk is free again when the states are dropped or
+    the process ends, however it ends.
+
+    Args:
+        weights: those of the trunk.
+        memory_gb: room in the memory of the device that computes the states.
+        disk_gb: room in files, used after that.
+        folder: where the files lie; the system's folder for temporary files by default.
+
+    Attributes:
+        full: whether there is no room left.
+
+    Raises:
+        UsageError: nothing can be written into the folder.
+    """
+
+    def __init__(self, weights, memory_gb: float = 0.0, disk_gb: float = 0.0, folder=None):
+        self._weights, self._folder = list(weights), folder or tempfile.gettempdir()
+        self._limits = {"memory": int(memory_gb * 1e9), "disk": int(disk_gb * 1e9)}
+        if disk_gb:
+            check_writable(self._folder)
+        self._forget()
+
+    def _forget(self):
+        self._versions = [p._version for p in self._weights]
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
+        self._room = dict(self._limits)
+        self.full = not any(self._room.values())
+
+    def _drop_stale(self):
+        if [p._version for p in self._weights] != self._versions:
+            self._forget()
+
+    def missing(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Those of the prompts whose states are not kept."""
+        self._drop_stale()
+        return [p for p in prompts if p not in self._kept]
+
+    def get(self, prompts: Sequence[tuple[int, ...]]) -> list[torch.Tensor | None]:
+        """The states of each prompt, on the device that computed them; None if not kept."""
+        self._drop_stale()
+        found = (self._kept.get(p) for p in prompts)
+        return [None if s is None else s.to(self._device) for s in found]
+
+    def put(self, prompts: Sequence[tuple[int, ...]], states: Sequence[torch.Tensor]):
+        """Keep the states of these prompts, if there is room for all of them."""
+        self._drop_stale()
+        self._device = states[0].device
+        sizes = [s.numel() for s in states]
+        room = self._allocate(sum(sizes), states[0])
+        if room is None:
+            self.full = True
+            return
+        for prompt, s, part in zip(prompts, states, room.split(sizes), strict=True):
+            self._kept[prompt] = part.view(s.shape).copy_(s)
+
+    def _allocate(self, n: int, like: torch.Tensor) -> torch.Tensor | None:
+        """n numbers in memory, else in a file of their own, else nowhere."""
+        n_bytes = n * like.element_size()
+        where = next((w for w in self._room if self._room[w] >= n_bytes), None)
+        if where is None:
+            return None
+        self._room[where] -= n_bytes
+        if where == "memory":
+            return like.new_empty(n)
+        handle, path = tempfile.mkstemp(".states", "horse-", self._folder)
+        try:
+            _reserve(handle, n_bytes)
+            return torch.from_file(path, shared=True, size=n, dtype=like.dtype)
+        except OSError as error:
+            warnings.warn(f"trunk states: {self._folder}: {error.strerror}", stacklevel=5)
+            return None
+        finally:
+            os.close(handle)
+            os.unlink(path)
+
+
+def _reserve(handle: int, n_bytes: int):
+    """Make the file that long, on the disk: a full one is an error here, no crash later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, n_bytes)
+        return
+    while n_bytes > 0:  # macOS
+        n_bytes -= os.write(handle, bytes(min(n_bytes, 2**20)))

@@ -1,0 +1,1 @@
+"""Training the hypernetwork (Eq. 7). Imports: everything from errors to editing."""
