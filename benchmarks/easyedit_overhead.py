@@ -1,6 +1,6 @@
 """What EasyEdit's way into an edit costs, next to HorseEditor.edit with the same requests.
 
-    python benchmarks/easyedit_overhead.py --n-edits 200
+    python -m benchmarks.easyedit_overhead --n-edits 200
 
 Both run in one process, in turns, on the same model; each pair gives one ratio. EasyEdit's own
 evaluation is not counted. Needs EasyEdit (see docs/easyedit.md).

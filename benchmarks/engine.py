@@ -1,6 +1,6 @@
 """Our engine beside benchmarks/reference.py, pair by pair in one run: seconds, ratios and memory.
 
-    python benchmarks/engine.py --data FACTS.json --n-edits 500 --times 3 --out engine.json
+    python -m benchmarks.engine --data FACTS.json --n-edits 500 --times 3 --out engine.json
 
 The model is loaded, the network untrained, the dtype the same. Ours and the reference take turns;
 a ratio is the median over the turns. `first`: ours keeps no trunk state yet, and a training step
@@ -18,17 +18,17 @@ import sys
 import time
 
 import torch
-from reference import Reference
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.reference import Reference
 from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, load_records
 from horse_plugin.assets import FACTS
 from horse_plugin.editing.editor import versions
 from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory
 from horse_plugin.hparams import default_hparams
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.capture import trace
+from horse_plugin.model.capture import capture
 
 
 class Pair:
@@ -40,12 +40,12 @@ class Pair:
     """
 
     def __init__(self, hparams: HORSEHyperParams, records, backbone: Backbone | None = None):
-        hparams.n_edits = len(records)
+        hparams.edits_per_step = len(records)
         self.hparams, self.records = hparams, records
         self.backbone = backbone or Backbone.load(hparams)
-        few = self.backbone.tokenize([r.edit for r in records[:32]], hparams.max_length)
-        traced = trace(self.backbone, few, hparams.batch_tokens)
-        self.network = HorseEditor.from_backbone(self.backbone, hparams)._fitted(traced)
+        few = self.backbone.prepare(records[:32], ["edit"]).flat()
+        captured = capture(self.backbone, few)
+        self.network = HorseEditor.from_backbone(self.backbone, hparams).untrained_network(captured)
         self.reference = Reference(self.backbone, self.network, hparams)
         self.forget()
 
@@ -60,9 +60,7 @@ class Pair:
 
     def keep(self):
         """Keep the trunk states of all prompts, as a training run does before its first step."""
-        queries = [q for r in self.records for q in (r.edit, *r.equivalent, *r.unrelated)]
-        prompts = self.backbone.tokenize(queries, self.hparams.max_length)
-        self.backbone.keep(prompts, self.hparams.batch_tokens)
+        self.backbone.cache_trunk_states(self.backbone.prepare(self.records).flat())
 
     def edit(self):
         editor = HorseEditor.from_backbone(self.backbone, self.hparams, self.network)
@@ -71,11 +69,10 @@ class Pair:
 
     def train(self):
         self.keep()
-        self.trainer.train_step(self.records)
+        self.trainer.train_step(self.trainer.batch(0))
 
     def evaluate(self):
-        limits = self.hparams.batch_tokens, self.hparams.max_length
-        Evaluator(self.backbone, self.records, *limits).evaluate()
+        Evaluator(self.backbone, self.records).evaluate()
 
     def edit_reference(self):
         self.reference.undo(self.reference.edit(self.records))
@@ -86,7 +83,7 @@ class Pair:
     def evaluate_reference(self):
         unrelated = [q for r in self.records for q in r.unrelated]
         edited = [q for r in self.records for q in (r.edit, *r.equivalent)]
-        for queries in (unrelated, edited, unrelated):  # before the edit: what locality compares
+        for queries in (edited, unrelated) * 2:  # before the edit and after it
             self.reference.predict(queries)
 
     def turns(self, times: int) -> dict[str, list[tuple[float, float]]]:
@@ -117,7 +114,7 @@ def seconds(run) -> float:
 
 def _alone(which: str) -> float:
     """Peak memory in MB of an edit and a training step, in a process of their own."""
-    command = [sys.executable, *sys.argv, "--alone", which]
+    command = [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:], "--alone", which]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -1,6 +1,6 @@
 """Our edits beside benchmarks/reference.py on a GPU, on a model of Llama-2-7B's shape.
 
-    python benchmarks/gpu.py --data FACTS.json --out gpu.json
+    python -m benchmarks.gpu --data FACTS.json --out gpu.json
 
 One call: random bf16 weights made on the device, 100 and 8,000 edits, ours and the reference in
 turns, in one process; seconds, peak memory, every stage beside its floor. It writes JSON after each
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from engine import Pair, seconds
 
+from benchmarks.engine import Pair, seconds
 from horse_plugin import EditRecord, HORSEHyperParams, load_records
 from horse_plugin.assets import FACTS, hparams_folder
 from horse_plugin.comparison.bench import bench
@@ -105,6 +105,8 @@ def main():
     hparams = replace(
         paper, device=args.device, tokenizer_name=args.tokenizer, inner_params=[], lr=None
     )
+    if args.device == "cpu":
+        hparams.half = None  # many CPUs multiply bf16 a hundred times slower than fp32
     with tempfile.TemporaryDirectory() as folder:
         if not args.config:  # the defaults are that model's
             transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)

@@ -1,6 +1,6 @@
 """Train and edit with several settings and seeds, on one loaded model; means over the seeds.
 
-    python benchmarks/quality.py --train T.json --val V.json --edit E.json --n-edits 500 \
+    python -m benchmarks.quality --train T.json --val V.json --edit E.json --n-edits 500 \
         --variant "Eq. 6: " --variant "no spread: spread=uniform" --seeds 0 1 2 --out quality
 
 Settings belong to the validation set: look at the `val` columns to choose, at `edit` to report.
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, load_records
 from horse_plugin.evaluation import results
-from horse_plugin.hparams import default_hparams
+from horse_plugin.hparams import canonical, default_hparams
 from horse_plugin.model.backbone import Backbone
 
 FIGURES = ("efficacy", "generalization", "specificity", "locality")
@@ -65,11 +65,11 @@ def main():
     base = HORSEHyperParams.from_hparams(args.hparams) if args.hparams else default_hparams()
     backbone = Backbone.load(base)
     records = load_records(args.edit, args.n_edits)
-    evaluator = Evaluator(backbone, records, base.batch_tokens, base.max_length)
+    evaluator = Evaluator(backbone, records)
     path = Path(args.out, "results.json")
     rows = json.loads(path.read_text()) if path.exists() else []
     if not rows:
-        rows.append(results.row("unedited", Path(args.edit).stem, base, evaluator.evaluate()))
+        rows.append(results.row("unedited", Path(args.edit).stem, base, evaluator.before))
         editor = HorseEditor.from_backbone(backbone, base)
         seconds = editor.edit(records).about["seconds"]
         rows.append(
@@ -81,7 +81,7 @@ def main():
         for name, settings in args.variant:
             if any((r["method"], r["seed"]) == (name, seed) for r in rows):
                 continue
-            hparams = replace(base, seed=seed, **settings)
+            hparams = replace(base, seed=seed, **canonical(settings))
             rows.append(measure(backbone, hparams, name, args, evaluator))
             results.save(path, rows)
     show(rows)

@@ -1,9 +1,11 @@
-"""HORSE written down straight from the paper: what ours is measured against.
+"""HORSE on one page, written straight from the paper; our engine is measured against it.
 
-Every pass is the model's whole forward with logits at every position, over batches of 32 in the
-order of the facts; each batch's keys and gradients go through a file; ΔW is a d×d LU solve, added
-and subtracted in place. Tokens and the hypernetwork are ours, so that both do the same work.
-Edit modules must be ``nn.Linear``.
+Read it from top to bottom: an edit, a training step (Eq. 7), then keys and gradients (Sec. 2.1),
+residuals (Eq. 4) and their spread (Eq. 6), the closed form (Eq. 2). Every pass is the model's whole
+forward with logits at every position, over batches of 32 in the order of the facts; the keys and
+gradients of each batch go through a file; ΔW is a d×d LU solve, added and subtracted in place.
+Tokens and the hypernetwork are ours, so that both do the same work. Edit modules must be
+``nn.Linear``.
 """
 
 import tempfile
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from horse_plugin import EditRecord
+from horse_plugin.data.prompts import tokenize
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 
@@ -39,7 +42,7 @@ class Reference:
     def edit(self, records: list[EditRecord]) -> list[torch.Tensor]:
         """Add ΔW_1 … ΔW_T of the records to the model; returns them, d×d' each."""
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            n_batches = self._trace([r.edit for r in records], Path(folder))
+            n_batches = self._capture([r.edit for r in records], Path(folder))
             shifts = self._shifts(Path(folder), n_batches)
         self._add(shifts)
         return shifts
@@ -56,18 +59,18 @@ class Reference:
             [r.unrelated[0] for r in records if r.unrelated],
         ]
         with tempfile.TemporaryDirectory() as folder:
-            n_batches = self._trace(queries[0], Path(folder))
-            traced = [self._load(Path(folder), l, n_batches) for l in range(len(self.modules))]
-            self.network.update_normalizers(*zip(*traced, strict=True))
+            n_batches = self._capture(queries[0], Path(folder))
+            captured = [self._load(Path(folder), l, n_batches) for l in range(len(self.modules))]
+            self.network.update_normalizers(*zip(*captured, strict=True))
             with torch.no_grad():
                 shifts = self._shifts(Path(folder), n_batches)
             self._add(shifts)
-            weight_grads = self._weight_gradients(queries)
+            weight_grads = self._gradients(queries)
             self._add(shifts, sign=-1)
-            residuals = self._residuals(traced)
+            residuals = self._residuals(captured)
             loss = 0
             for l, ((keys, _), r, g) in enumerate(
-                zip(traced, residuals, weight_grads, strict=True)
+                zip(captured, residuals, weight_grads, strict=True)
             ):
                 solved = torch.linalg.solve(self._regularised(keys, l), g)  # (HᵀH + e^λI)⁻¹g, d×d'
                 loss = loss + (keys @ solved * r).sum()  # the trace in Eq. 7
@@ -89,7 +92,7 @@ class Reference:
 
     def _batches(self, queries):
         """(ids, attention mask, labels at the answer positions), B×L each, 32 queries at a time."""
-        prompts = self.backbone.tokenize(queries, self.hparams.max_length)
+        prompts = tokenize(self.backbone.tokenizer, queries, self.backbone.max_length)
         for i in range(0, len(prompts), BATCH):
             some = prompts[i : i + BATCH]
             labels = [[IGNORED] * (p.start - 1) + list(p.answer) for p in some]
@@ -99,7 +102,7 @@ class Reference:
             labels = pad_sequence(rows[1], batch_first=True, padding_value=IGNORED)
             yield tuple(t.to(self.backbone.device) for t in (ids, mask, labels))
 
-    def _trace(self, queries, folder: Path) -> int:
+    def _capture(self, queries, folder: Path) -> int:
         """Write H and ∇G of every module, a file a batch; returns how many batches (Sec. 2.1)."""
         seen = {}
 
@@ -141,10 +144,10 @@ class Reference:
         parts = [load_file(folder / f"{l}_{i}.safetensors", device) for i in range(n_batches)]
         return tuple(torch.cat([p[name] for p in parts]) for name in ("keys", "grads"))
 
-    def _residuals(self, traced) -> list[torch.Tensor]:
+    def _residuals(self, captured) -> list[torch.Tensor]:
         """R'_1 … R'_T, n×d' each: Eq. 4, then Eq. 6."""
         raw = []
-        for l, (keys, grads) in enumerate(traced):
+        for l, (keys, grads) in enumerate(captured):
             pseudo_keys, pseudo_grads = self.network(l, keys, grads)
             eta = self.network.log_eta[l].exp()
             raw.append(-eta * (keys * pseudo_keys).sum(-1, keepdim=True) * pseudo_grads)
@@ -161,10 +164,12 @@ class Reference:
 
     def _shifts(self, folder: Path, n_batches: int) -> list[torch.Tensor]:
         """ΔW_l = (HᵀH + e^λI)⁻¹HᵀR'_l (Eq. 2)."""
-        traced = [self._load(folder, l, n_batches) for l in range(len(self.modules))]
+        captured = [self._load(folder, l, n_batches) for l in range(len(self.modules))]
         return [
             torch.linalg.solve(self._regularised(keys, l), keys.T @ r)
-            for l, ((keys, _), r) in enumerate(zip(traced, self._residuals(traced), strict=True))
+            for l, ((keys, _), r) in enumerate(
+                zip(captured, self._residuals(captured), strict=True)
+            )
         ]
 
     @torch.no_grad()
@@ -172,7 +177,7 @@ class Reference:
         for module, shift in zip(self.modules, shifts, strict=True):
             module.weight += sign * shift.T.to(module.weight.dtype)
 
-    def _weight_gradients(self, groups) -> list[torch.Tensor]:
+    def _gradients(self, groups) -> list[torch.Tensor]:
         """g_l, d×d': of the sum over the groups of their mean loss per answer token."""
         total = [0] * len(self.modules)
         for queries in groups:

@@ -1,6 +1,6 @@
 """Time and memory of an edit over the number of facts, the model's width and depth, and processes.
 
-    python benchmarks/scaling.py --data FACTS.json --out scaling.json
+    python -m benchmarks.scaling --data FACTS.json --out scaling.json
 
 Every point is a process of its own: random weights of the default model's config, or of one like
 it but wider or deeper; the median of a few edits, their peak memory from after loading on, and the
@@ -25,17 +25,16 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from gpu import enough
 
-from horse_plugin import HorseEditor, load_records
-from horse_plugin import distributed as parallel
+from benchmarks.gpu import enough
+from horse_plugin import HorseEditor, distributed, load_records
 from horse_plugin.assets import DEFAULT_MODEL, FACTS
 from horse_plugin.assets.default_model import resolve
 from horse_plugin.comparison.bench import bench, solve_operations
 from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory
 from horse_plugin.hparams import default_hparams
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.capture import trace
+from horse_plugin.model.capture import capture
 from horse_plugin.model.loading import random_model
 
 FAR = (100_000, 1_000_000)
@@ -67,8 +66,8 @@ def point(args) -> dict | None:
         sized(config, args.width, args.depth).save_pretrained(folder)
         backbone = Backbone.of(*random_model(folder, hparams), hparams)
     records = enough(load_records(args.data), args.alone)
-    few = backbone.tokenize([r.edit for r in records[:32]], hparams.max_length)
-    network = HorseEditor.from_backbone(backbone, hparams)._fitted(trace(backbone, few, 4096))
+    few = backbone.prepare(records[:32], ["edit"]).flat()
+    network = HorseEditor.from_backbone(backbone, hparams).untrained_network(capture(backbone, few))
     editor = HorseEditor.from_backbone(backbone, hparams, network)
     editor.edit(records[:32])  # the libraries' own first-time work
     editor.undo()
@@ -78,18 +77,18 @@ def point(args) -> dict | None:
         seconds.append(editor.edit(records).about["seconds"])
         editor.undo()
     found = {"seconds": statistics.median(seconds), "peak_memory_mb": peak_memory_mb()}
-    if parallel.size() == 1:
+    if distributed.world_size() == 1:
         found["bench"] = bench(backbone, hparams, records, others=False)
     config = backbone.model.config
     found |= {
         "n_edits": len(records),
-        "n_answer_tokens": sum(len(p.answer) for p in backbone.tokenize([r.edit for r in records])),
+        "n_answer_tokens": sum(len(p.answer) for p in backbone.prepare(records, ["edit"]).flat()),
         "width": config.hidden_size,
         "depth": config.num_hidden_layers,
-        "processes": parallel.size(),
+        "processes": distributed.world_size(),
         "shapes": backbone.shapes,
     }
-    return found if parallel.first() else None
+    return found if distributed.is_main_process() else None
 
 
 def measure(args, n: int, width=None, depth=None, processes: int = 1) -> dict:
@@ -104,7 +103,8 @@ def measure(args, n: int, width=None, depth=None, processes: int = 1) -> dict:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [__file__, "--alone", str(n), "--data", args.data, "--config", args.config]
+    command += ["-m", "benchmarks.scaling", "--alone", str(n)]
+    command += ["--data", args.data, "--config", args.config]
     for name, value in (
         ("times", args.times),
         ("width", width),

@@ -1,6 +1,6 @@
 """Choose a baseline's settings: edit validation records with each of them, and compare.
 
-    python benchmarks/sweep.py --method FT --data val.json --n-edits 50 --out sweep \
+    python -m benchmarks.sweep --method FT --data val.json --n-edits 50 --out sweep \
         --set "lr=5e-4, num_steps=25" --set "lr=1e-3, layers=[26]"
 
 Each --set changes keys of the method's YAML. The mean of efficacy, generalization and specificity

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     hparams = HORSEHyperParams.from_hparams(args.hparams_dir)
-    hparams.n_edits = args.n_edits or hparams.n_edits
+    hparams.edits_per_step = args.n_edits or hparams.edits_per_step
     hparams.max_iters = args.max_iters or hparams.max_iters
 
     # EasyEdit's CounterFactDataset(path) and ZsreDataset(path) do as well as a path, and

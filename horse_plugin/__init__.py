@@ -6,7 +6,7 @@ Packages may import those above them in this list, and never those below::
     assets         default model, shipped facts, held-out text, shipped YAMLs
     data           edit records, and their prompts as tokens
     distributed    several processes that work as one
-    method         the paper's equations on tensors: Sec. 2.3, Eq. 2, 4, 5, 6, and the losses of Eq. 7
+    method         the paper's equations on tensors: Sec. 2.3, Eq. 2, 4, 5, 6, losses of Eq. 7
     storage        files written whole, checksums, locks
     hparams        one YAML for training and editing
     model          the language model in two halves, its edit modules, the capture of (H, ∇G)
@@ -19,11 +19,12 @@ Packages may import those above them in this list, and never those below::
 """
 
 from horse_plugin.assets import FACTS
-from horse_plugin.comparison import ablate, compare
-from horse_plugin.data.records import EditRecord, Query, load_records
+from horse_plugin.comparison.experiments import ablate, compare
+from horse_plugin.data.formats import load_records
+from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.easyedit import hook
-from horse_plugin.editing.chain import Ledger
-from horse_plugin.editing.checked import measured_edit
+from horse_plugin.editing.chain import Chain
+from horse_plugin.editing.checked import checked_edit
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import HorseError, UsageError
@@ -35,6 +36,7 @@ from horse_plugin.training.trainer import HORSETrainer
 __all__ = [
     "FACTS",
     "Backbone",
+    "Chain",
     "EditDelta",
     "EditRecord",
     "Evaluation",
@@ -43,14 +45,13 @@ __all__ = [
     "HORSETrainer",
     "HorseEditor",
     "HorseError",
-    "Ledger",
     "Query",
     "UsageError",
     "ablate",
+    "checked_edit",
     "compare",
     "default_hparams",
     "load_records",
-    "measured_edit",
 ]
 
 hook.install()

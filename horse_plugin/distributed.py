@@ -1,9 +1,9 @@
 """Several processes that edit, train and evaluate as one, started by torchrun or accelerate launch.
 
-Every process holds the model and is given all the records. Each runs the prompts that are its own
-through the model and holds the rows of their answer tokens; sums go over the rows of all. Without
-a process group there is one process, whose own is everything, and the functions change nothing.
-Editing, training and evaluating are collective: every process makes the same calls.
+Every process (rank) holds the model and is given all the records. It runs its share of the prompts
+through the model and holds the rows of their answer tokens; sums run over the rows of all ranks.
+Without a process group there is one rank, which holds everything, and these functions change
+nothing. Editing, training and evaluating are collective: every rank must make the same calls.
 """
 
 import atexit
@@ -13,6 +13,7 @@ import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,8 @@ from horse_plugin.errors import HorseError
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
 
 
-def start():
-    """Join the processes that the launcher has started; each takes a GPU if there are any."""
+def initialize():
+    """Join the processes that a launcher has started; each takes one GPU if there are any."""
     launched = all(name in os.environ for name in LAUNCHED) and dist.is_available()
     if not launched or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
         return
@@ -34,95 +35,111 @@ def start():
     atexit.register(dist.destroy_process_group)
 
 
-def _together() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def size() -> int:
-    return dist.get_world_size() if _together() else 1
+def world_size() -> int:
+    return dist.get_world_size() if _is_distributed() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if _together() else 0
+    return dist.get_rank() if _is_distributed() else 0
 
 
-def first() -> bool:
-    """Whether this is the process that writes and prints."""
+def is_main_process() -> bool:
+    """Return whether this is the rank that writes and prints."""
     return rank() == 0
 
 
-def shares(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """For each process, the places of the prompts that are its own.
+def shard(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return, for each rank, the indices of the prompts that it runs.
 
-    A prompt's tokens decide, so that it comes back to the process that keeps its trunk states.
+    A prompt's tokens decide, so that it always comes to the rank that caches its trunk states.
     """
-    found = [[] for _ in range(size())]
+    n_ranks = world_size()
+    shards = [[] for _ in range(n_ranks)]
     for i, p in enumerate(prompts):
-        found[zlib.crc32(array("q", p.inputs)) % len(found) if len(found) > 1 else 0].append(i)
-    return found
+        shards[zlib.crc32(array("q", p.inputs)) % n_ranks if n_ranks > 1 else 0].append(i)
+    return shards
 
 
-def own(prompts: Sequence[Prompt]) -> list[int]:
-    """The places of this process's prompts."""
-    return shares(prompts)[rank()]
+def local_indices(prompts: Sequence[Prompt]) -> list[int]:
+    """Return the indices of the prompts that this rank runs."""
+    return shard(prompts)[rank()]
 
 
-def total(x: torch.Tensor) -> torch.Tensor:
-    """The sum over the processes, in each of them the same bits. Gradients go through it."""
-    if not _together():
+def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of x over the ranks, the same bits on each. It is differentiable."""
+    if not _is_distributed():
         return x
     from torch.distributed.nn.functional import all_reduce
 
     return all_reduce(x)
 
 
-def mean(rows: torch.Tensor) -> torch.Tensor:
-    """The mean of the rows of all processes."""
-    if not _together():
+def mean_of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the rows of all ranks."""
+    if not _is_distributed():
         return rows.mean(0)
     count = torch.tensor(len(rows), dtype=rows.dtype, device=rows.device)
-    return total(rows.sum(0)) / total(count)
+    return sum_over_ranks(rows.sum(0)) / sum_over_ranks(count)
 
 
-def rows(n: int) -> tuple[int, slice]:
-    """How many rows there are if this process has n, and which of them are its own."""
-    counts = torch.zeros(size(), dtype=torch.long)
+def row_range(n: int) -> tuple[int, slice]:
+    """Return how many rows all ranks hold if this one holds n, and which of them are this one's."""
+    counts = torch.zeros(world_size(), dtype=torch.long)
     counts[rank()] = n
-    counts = total(counts).tolist()
+    counts = sum_over_ranks(counts).tolist()
     begin = sum(counts[: rank()])
     return sum(counts), slice(begin, begin + n)
 
 
-def gather(x: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, by rank; each may have another number of them, or none."""
-    if not _together():
+def gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all ranks, in the order of the ranks, which may hold different numbers."""
+    if not _is_distributed():
         return x
-    n, place = rows(len(x))
-    everything = x.new_zeros(n, *x.shape[1:])
-    everything[place] = x
-    return total(everything)
+    n, local = row_range(len(x))
+    gathered = x.new_zeros(n, *x.shape[1:])
+    gathered[local] = x
+    return sum_over_ranks(gathered)
+
+
+def gather_answers(prompts: Sequence[Prompt], local: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return one value per answer token of every prompt, on the CPU.
+
+    Args:
+        prompts: all the prompts.
+        local: for each prompt of this rank, in the order of :func:`local_indices`, one value per
+            answer token, whole numbers.
+    """
+    values = torch.cat(list(local)).cpu() if local else torch.empty(0, dtype=torch.long)
+    order = list(chain(*shard(prompts)))
+    parts = gather_rows(values).split([len(prompts[i].answer) for i in order])
+    by_index = dict(zip(order, parts, strict=True))
+    return [by_index[i] for i in range(len(prompts))]
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What fails within in one process fails in all of them: none waits for ever for another.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Re-raise on every rank an error raised on any rank, so that no rank waits for a failed one.
 
-    Nothing collective may be called within.
+    No collective function may be called inside.
 
     Raises:
-        HorseError: where another process failed, with what it said.
+        HorseError: on the other ranks, with the message of the failed one.
     """
     error = None
     try:
         yield
-    except Exception as failed:
-        if not _together():
+    except Exception as raised:
+        if not _is_distributed():
             raise
-        error = failed
-    if _together():
-        said = [None] * size()
-        dist.all_gather_object(said, error and f"{error}")
+        error = raised
+    if _is_distributed():
+        messages = [None] * world_size()
+        dist.all_gather_object(messages, error and f"{error}")
         if error:
             raise error
-        for text in filter(None, said):
-            raise HorseError(text)
+        for message in filter(None, messages):
+            raise HorseError(message)

@@ -1,6 +1,6 @@
 """One YAML file for training and editing.
 
-Keys keep EasyEdit's names, so a MALMEN file becomes a HORSE file by changing ``alg_name``.
+Keys keep EasyEdit's names, so that a MALMEN file becomes a HORSE file by changing ``alg_name``.
 """
 
 import difflib
@@ -14,33 +14,36 @@ import yaml
 
 from horse_plugin.assets import DEFAULT_MODEL, hparams_folder
 from horse_plugin.assets.default_model import resolve
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, first_line
+from horse_plugin.method.hypernetwork import COEFFICIENTS
+from horse_plugin.method.losses import LOSSES
+from horse_plugin.method.spread import SPREADS
 
-# Keys of EasyEdit's MALMEN and MEND files that say how *its* trainer runs. HORSE has no use for
-# them; they are accepted, so that a file people already have loads unchanged.
+# Keys of EasyEdit's MALMEN and MEND files that say how *its* trainer runs. HORSE does not read
+# them; they are accepted, so that existing files load unchanged.
 EASYEDIT_ONLY = frozenset(
     """debug dropout train_base no_grad_layers silent log_interval eval_log_interval final_eval
     early_stop_key eval_only save val_batch_size model_save_pt opt stats_dir""".split()
 )
 
-# Least values; what must be above 0, or one of few names, is checked beside them.
+# Keys that have a better name now, and the names that files may still use.
+ALIASES = {"alg": "alg_name", "n_edits": "edits_per_step", "val_steps": "val_records"}
+
+# The least value of a key.
 AT_LEAST = dict.fromkeys(
-    """rank n_blocks n_edits max_epochs max_iters val_interval val_steps val_edits
+    """rank n_blocks edits_per_step max_epochs max_iters val_interval val_records val_edits
         early_stop_patience batch_size editor_batch_size batch_tokens max_length""".split(),
     1,
 ) | dict.fromkeys(
     "edit_coef gen_coef loc_coef spread_strength trunk_cache_gb trunk_disk_gb seed".split(), 0
 )
 ABOVE_0 = "strength lr ridge edit_ridge meta_lr eta_meta_lr max_grad_norm".split()
-# The methods that our engine runs, and what they are in its terms.
+# The methods that our engine runs, and the settings that make it run them.
 METHODS = {
     "HORSE": {"spread": "orthogonal", "loc_loss": "ce", "edit_coef": 1.0},
     "MALMEN": {"spread": "uniform", "loc_loss": "kl", "edit_coef": 0.0},
 }
-UNTRAINED = "untrained"  # said as the archive: edit without one
-COEFFICIENTS = ("token", "edit_only", "none")
-SPREADS = ("orthogonal", "gram_schmidt", "uniform", "decay")
-LOC_LOSSES = ("ce", "kl")
+UNTRAINED = "untrained"  # as the archive: edit without one
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -55,7 +58,7 @@ class HORSEHyperParams:
     # The model.
     model_name: str
     alg_name: str = "HORSE"
-    model_class: str = "AutoModelForCausalLM"
+    model_class: str = "AutoModelForCausalLM"  # these two are read by EasyEdit's data sets
     tokenizer_class: str = "AutoTokenizer"
     tokenizer_name: str | None = None  # null: the model's own
     device: int | str | None = None  # null: the GPU if there is one
@@ -79,12 +82,12 @@ class HORSEHyperParams:
     )
     spread: str | None = None  # orthogonal (Eq. 6), gram_schmidt, uniform (MALMEN), decay (Eq. 5)
     spread_strength: float = 1.0  # 1: Eq. 6 as printed, 0: no projection
-    token: str = "ans"  # edit at the answer tokens; HORSE knows no other place
+    token: str = "ans"  # where keys and gradients are read: at the answer tokens
 
     # Training (Eq. 7).
-    n_edits: int = 500  # records in one training step
+    edits_per_step: int = 500  # records edited in one training step (alias: n_edits)
     max_epochs: int = 1
-    max_iters: int | None = None  # stop after so many steps, whatever max_epochs says
+    max_iters: int | None = None  # the most steps, whatever max_epochs says
     meta_lr: float = 1e-3  # Adam, for the network
     eta_meta_lr: float = 1e-2  # Adam, for log(eta) and lambda (and the spread, if trained)
     decay_meta_lr: bool = False  # let both rates sink linearly to 0 over the run
@@ -96,8 +99,8 @@ class HORSEHyperParams:
     loc_loss: str | None = None  # ce: their true answer (HORSE); kl: what the model said (MALMEN)
     max_grad_norm: float = 1.0
     val_interval: int = 10  # steps between two validations
-    val_edits: int | None = None  # records edited at once in a validation; null: n_edits
-    val_steps: int | None = None  # records validated on; null: one such edit
+    val_edits: int | None = None  # records edited at once in a validation; null: edits_per_step
+    val_records: int | None = None  # records in a validation (alias: val_steps); null: val_edits
     early_stop_patience: int | None = None  # steps without a better score
     seed: int = 0
 
@@ -122,8 +125,8 @@ class HORSEHyperParams:
         for key, allowed in (
             ("alg_name", tuple(METHODS)),
             ("coefficient", COEFFICIENTS),
-            ("spread", SPREADS),
-            ("loc_loss", LOC_LOSSES),
+            ("spread", tuple(SPREADS)),
+            ("loc_loss", tuple(LOSSES)),
             ("dtype", (None, *DTYPES)),
             ("token", ("ans",)),
         ):
@@ -143,7 +146,7 @@ class HORSEHyperParams:
 
     @classmethod
     def from_hparams(cls, path) -> "HORSEHyperParams":
-        """Read a YAML file; ``path`` may leave out ``.yaml``."""
+        """Return the settings of a YAML file; ``path`` may leave out ``.yaml``."""
         path = Path(path)
         if not path.is_file() and path.suffix not in (".yaml", ".yml"):
             path = Path(f"{path}.yaml")
@@ -152,7 +155,7 @@ class HORSEHyperParams:
         except FileNotFoundError:
             raise UsageError(f"{path}: no such hparams file.") from None
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise UsageError(f"{path}: not a readable YAML file ({_first_line(error)}).") from None
+            raise UsageError(f"{path}: not a readable YAML file ({first_line(error)}).") from None
         if not isinstance(keys, dict):
             raise UsageError(f"{path}: expected `key: value` lines, found {type(keys).__name__}.")
         try:
@@ -164,11 +167,8 @@ class HORSEHyperParams:
 
     @classmethod
     def from_dict(cls, keys: dict) -> "HORSEHyperParams":
-        """Build from plain keys; ``alg`` stands for ``alg_name``, as in EasyEdit's trainers."""
-        keys = dict(keys)
-        if "alg" in keys:
-            keys.setdefault("alg_name", keys["alg"])
-            del keys["alg"]
+        """Return the settings of plain keys, aliases among them."""
+        keys = canonical(keys)
         known = {f.name for f in fields(cls)}
         for key in list(keys):
             if key in EASYEDIT_ONLY:
@@ -187,8 +187,35 @@ class HORSEHyperParams:
         return asdict(self)
 
     @property
+    def n_edits(self) -> int:
+        """The older name of ``edits_per_step``."""
+        return self.edits_per_step
+
+    @n_edits.setter
+    def n_edits(self, value: int):
+        self.edits_per_step = value
+
+    @property
+    def val_steps(self) -> int | None:
+        """The older name of ``val_records``."""
+        return self.val_records
+
+    @val_steps.setter
+    def val_steps(self, value: int | None):
+        self.val_records = value
+
+    def steps_per_epoch(self, n_records: int) -> int:
+        """Return the number of training steps in one pass over so many records."""
+        return max(1, n_records // self.edits_per_step)
+
+    def n_steps(self, n_records: int) -> int:
+        """Return the number of training steps on so many records."""
+        steps = self.max_epochs * self.steps_per_epoch(n_records)
+        return min(steps, self.max_iters or steps)
+
+    @property
     def archive_folder(self) -> Path:
-        """Where training puts its archive unless told otherwise."""
+        """The folder of the archive, unless training is told another."""
         return Path(self.results_dir, "models", self.alg_name, Path(self.model_name).name)
 
     @property
@@ -202,12 +229,18 @@ def default_hparams() -> HORSEHyperParams:
     return HORSEHyperParams.from_hparams(hparams_folder() / "HORSE" / DEFAULT_MODEL)
 
 
-def _first_line(error) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def canonical(keys: dict) -> dict:
+    """Return the keys by their present names; a present name wins over its alias."""
+    renamed = {ALIASES[key]: value for key, value in keys.items() if key in ALIASES}
+    return renamed | {key: value for key, value in keys.items() if key not in ALIASES}
 
 
 def _checked(name, value, annotation):
-    """Return ``value`` as the annotated type, or say what was expected."""
+    """Return the value as the annotated type.
+
+    Raises:
+        UsageError: it is of another type; the message says what was expected.
+    """
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     for kind in options:
         origin = typing.get_origin(kind) or kind
@@ -253,7 +286,7 @@ def _is_union(annotation) -> bool:
 
 
 def _number(value) -> float | None:
-    """A finite float; YAML reads ``1e-5`` as text, which EasyEdit's files are full of."""
+    """Return a finite number or None. YAML reads ``1e-5``, common in EasyEdit's files, as text."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -6,19 +6,19 @@ import signal
 import sys
 import time
 
-import tiny
 import torch
 import torch._dynamo  # which every optimiser loads, slowly, on its first step
 
 from horse_plugin import HorseEditor, HORSETrainer
-from horse_plugin.editing.chain import Ledger
+from horse_plugin.editing.chain import Chain
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage import archive
+from horse_plugin.storage.files import locked_folder
+from tests import tiny
 
 SETTINGS = {
     "max_epochs": 2,
     "max_iters": 4,
-    "n_edits": 3,
+    "edits_per_step": 3,
     "val_interval": 1,
     "rank": 1,
     "inner_params": ["model.layers.7.mlp.down_proj"],
@@ -44,10 +44,10 @@ def _quietly(work, *args):
 def train(out, die_at: int | None = None, seconds: float | None = None, resume=False):
     """Train; die by SIGKILL at the ``die_at``-th call that writes, or after so many seconds."""
     settings = tiny.hparams(**SETTINGS)
-    backbone = Backbone(MODEL, TOKENIZER, settings.inner_params)
+    backbone = Backbone.of(MODEL, TOKENIZER, settings)
     data = tiny.records(15)
     _die(die_at, seconds)
-    with archive.only_process(out):
+    with locked_folder(out):
         trainer = HORSETrainer(settings, data[:9], data[9:12], out, backbone, resume, False)
         trainer.run()
 
@@ -56,8 +56,8 @@ def chain(folder, n: int, die_at: int | None = None, ready=None):
     """Put ``n`` edits on top of those in a ledger."""
     editor = HorseEditor(MODEL, TOKENIZER, tiny.hparams())
     _die(die_at, None)
-    with archive.only_process(folder):
-        ledger = Ledger(folder)
+    with locked_folder(folder):
+        ledger = Chain(folder)
         editor.apply_chain(ledger.deltas())
         if ready:
             ready.set()

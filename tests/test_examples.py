@@ -5,11 +5,12 @@ import runpy
 from pathlib import Path
 
 import pytest
-import tiny
+
+from tests import ROOT, tiny
 
 pytest.importorskip("easyeditor")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture

@@ -12,9 +12,7 @@ import struct
 import time
 from pathlib import Path
 
-import processes
 import pytest
-import tiny
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -29,11 +27,15 @@ from horse_plugin import (
     HORSETrainer,
     load_records,
 )
-from horse_plugin.editing.chain import Ledger, read_edits
+from horse_plugin.editing.archive import ARCHIVE, load_network, read_network
+from horse_plugin.editing.chain import Chain, read_edits
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage import archive
+from horse_plugin.storage.files import locked_folder
+from horse_plugin.storage.tensors import load_tensors, save_tensors
+from horse_plugin.training.checkpoint import CHECKPOINT
+from tests import ROOT, processes, tiny
 
-FILES = (archive.ARCHIVE, archive.CHECKPOINT)
+FILES = (ARCHIVE, CHECKPOINT)
 PACKAGE = Path(horse_plugin.__file__).parent
 QUICK = settings(
     max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None
@@ -46,7 +48,7 @@ def editor(**changes):
 
 def trainer(out, resume=False, **changes):
     hparams = tiny.hparams(**processes.SETTINGS | changes)
-    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), hparams.inner_params)
+    backbone = Backbone.of(tiny.model(), tiny.bpe_tokenizer(), hparams)
     data = tiny.records(15)
     return HORSETrainer(hparams, data[:9], data[9:12], out, backbone, resume, progress=False)
 
@@ -79,7 +81,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path, undisturbe
     assert killed.exitcode in (-signal.SIGKILL, 0)
     assert killed.exitcode or at is None  # the clock may come too late, a call cannot
     for name in content(tmp_path):
-        archive.load_tensors(tmp_path / name)  # under a final name, files are whole
+        load_tensors(tmp_path / name)  # under a final name, files are whole
     resumed = processes.start(processes.train, tmp_path, None, None, True)
     resumed.join()
     assert resumed.exitcode == 0
@@ -95,7 +97,7 @@ def test_a_chain_whose_process_is_killed_holds_whole_edits_only(tmp_path, at):
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
     names = sorted(p.name for p in tmp_path.iterdir() if p.is_dir() and p.name[0] != ".")
-    assert names == [d.name for d in Ledger(tmp_path).deltas()]
+    assert names == [d.name for d in Chain(tmp_path).deltas()]
     assert names == ["001", "002"][: sum(at > named for named in (17, 17 + 22))]
     goes_on = processes.start(processes.chain, tmp_path, 1)
     goes_on.join()
@@ -109,13 +111,13 @@ def test_of_two_processes_one_wins_and_the_other_says_so(tmp_path):
     assert ready.wait(60)
     with (
         pytest.raises(HorseError, match="another process is writing into it"),
-        archive.only_process(tmp_path),
+        locked_folder(tmp_path),
     ):
         raise AssertionError
     first.kill()
     first.join()
-    with archive.only_process(tmp_path):  # a dead process holds nothing
-        Ledger(tmp_path).add(editor().edit(tiny.records(2), "a"))
+    with locked_folder(tmp_path):  # a dead process holds nothing
+        Chain(tmp_path).add(editor().edit(tiny.records(2), "a"))
     assert len(read_edits(tmp_path)) == 1
 
 
@@ -155,7 +157,7 @@ def room_for(size: int):
 
 def test_a_full_disk_leaves_the_last_good_archive_edit_and_chain(tmp_path):
     trainer(tmp_path / "a", max_epochs=1).run()
-    e, ledger = editor(), Ledger(tmp_path / "chain")
+    e, ledger = editor(), Chain(tmp_path / "chain")
     ledger.add(e.edit(tiny.records(2), "first"))
     second = e.edit(tiny.records(2), "second")
     good = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -182,8 +184,8 @@ def saved(tmp_path_factory):
     e = editor(inner_params=["model.layers.7.mlp.down_proj"])
     e.edit(tiny.records(2), "é").save(folder)
     return {
-        folder / archive.ARCHIVE: lambda: archive.read_network(folder),
-        folder / archive.CHECKPOINT: lambda: archive.load_tensors(folder / archive.CHECKPOINT),
+        folder / ARCHIVE: lambda: read_network(folder),
+        folder / CHECKPOINT: lambda: load_tensors(folder / CHECKPOINT),
         folder / "delta.safetensors": lambda: EditDelta.load(folder),
         folder / "edit.json": lambda: EditDelta.load(folder),
     }
@@ -293,14 +295,14 @@ def editor_of_one_module() -> HorseEditor:
     return editor(inner_params=processes.SETTINGS["inner_params"])
 
 
-@pytest.mark.parametrize("name", [archive.ARCHIVE, "delta.safetensors"])
+@pytest.mark.parametrize("name", [ARCHIVE, "delta.safetensors"])
 @given(data=st.data())
 @QUICK
 def test_500_forged_archives_and_500_forged_edits_with_the_right_checksum(saved, name, data):
     """One field, or one tensor, is another; reading and using it raises our errors or works."""
     path = next(p for p in saved if p.name == name)
     whole = path.read_bytes()
-    tensors, about = archive.load_tensors(path)
+    tensors, about = load_tensors(path)
     if data.draw(st.booleans()):
         about = put(about, data.draw(st.sampled_from(list(paths(about)))), data.draw(JSON))
     else:
@@ -310,10 +312,10 @@ def test_500_forged_archives_and_500_forged_edits_with_the_right_checksum(saved,
         tensors[data.draw(names)] = torch.zeros(shape, dtype=dtype)
     e = editor_of_one_module()
     try:
-        archive.save_tensors(path, tensors, about)
+        save_tensors(path, tensors, about)
         with only_our_errors(path.parent, "edit", "é", "down_proj"):
-            if name == archive.ARCHIVE:
-                archive.load_network(path.parent, e.backbone)
+            if name == ARCHIVE:
+                load_network(path.parent, e.backbone)
             else:
                 e.apply(EditDelta.load(path.parent))
                 e.undo()
@@ -347,13 +349,13 @@ def test_numbers_that_go_wrong_name_layer_and_record(monkeypatch, what):
     e = HorseEditor(tiny.model("llama", half), tiny.bpe_tokenizer(), tiny.hparams())
     e.edit(tiny.records())
     e.undo()
-    network = e._fitted
+    network = e.untrained_network
     before = {k: v.clone() for k, v in e.backbone.model.state_dict().items()}
 
-    def broken(traced):
-        fitted = network(traced)
-        row = (traced.owners == 4).nonzero()[0].item()
-        keys, residuals = traced.keys[1], fitted.residuals(traced.keys, traced.grads)
+    def broken(captured):
+        fitted = network(captured)
+        row = (captured.prompt_of_row == 4).nonzero()[0].item()
+        keys, residuals = captured.keys[1], fitted.residuals(captured.keys, captured.grads)
         if what == "keys":
             keys[row] = 1e30  # its square is infinite
         if what == "residual":
@@ -366,7 +368,7 @@ def test_numbers_that_go_wrong_name_layer_and_record(monkeypatch, what):
         fitted.residuals = lambda *args: residuals
         return fitted
 
-    monkeypatch.setattr(e, "_fitted", broken)
+    monkeypatch.setattr(e, "untrained_network", broken)
     says = r"layers\.3\.mlp\.down_proj: "
     with pytest.raises(HorseError, match=says) as raised:
         e.edit(tiny.records())
@@ -378,10 +380,9 @@ def test_numbers_that_go_wrong_name_layer_and_record(monkeypatch, what):
 
 
 def test_every_promise_names_a_test_that_exists():
-    root = Path(__file__).parents[1]
-    text = (root / "SECURITY.md").read_text() + (root / "README.md").read_text()
+    text = (ROOT / "SECURITY.md").read_text() + (ROOT / "README.md").read_text()
     named = {w.strip("`.,()|") for w in text.split() if w.strip("`.,()|").startswith("test_")}
     named = {w for w in named if not w.endswith(".py")}
-    tests = "\n".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
+    tests = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) > 15
     assert not [n for n in named if f"def {n}(" not in tests]

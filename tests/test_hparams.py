@@ -1,12 +1,11 @@
 """One YAML for training and editing, in EasyEdit's keys."""
 
-from pathlib import Path
-
 import pytest
 
 from horse_plugin import HORSEHyperParams, UsageError
+from tests import ROOT
 
-SHIPPED = sorted((Path(__file__).parents[1] / "hparams/HORSE").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "hparams/HORSE").glob("*.yaml"))
 MALMEN = """
 alg_name: "MALMEN"
 archive: ./results/models/MALMEN/gpt2-xl

@@ -11,12 +11,35 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from horse_plugin import distributed
+from horse_plugin.assets import FACTS
 from horse_plugin.cli import show
-from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.comparison import experiments
+from horse_plugin.comparison.baselines.stats import statistics_of_yamls
+from horse_plugin.comparison.bench import bench as run_bench
+from horse_plugin.comparison.demo import run_demo
+from horse_plugin.data.formats import load_records
+from horse_plugin.distributed import is_main_process
+from horse_plugin.editing.archive import ARCHIVE
+from horse_plugin.editing.chain import Chain, read_edits
+from horse_plugin.editing.checked import checked_edit
+from horse_plugin.editing.delta import EditDelta, check_free
+from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.editing.export import save_adapter, to_rank
+from horse_plugin.errors import HorseError, UsageError, first_line, reason
+from horse_plugin.evaluation import general as general_ability
+from horse_plugin.evaluation import results
+from horse_plugin.evaluation.metrics import Evaluator
+from horse_plugin.evaluation.tables import number
+from horse_plugin.hparams import HORSEHyperParams, default_hparams
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.loading import random_model
+from horse_plugin.storage.files import check_empty, check_writable, locked_folder, write
+from horse_plugin.training.trainer import HORSETrainer
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands; a Ctrl-C keeps what it has to say, which typer would drop."""
+    """The commands; the message of a Ctrl-C is kept, which typer would drop."""
 
     def invoke(self, ctx):
         try:
@@ -52,24 +75,25 @@ def train(
     train: Annotated[str, typer.Option(help="Training facts.")],
     val: Annotated[str, typer.Option(help="Validation facts: they choose the archive to keep.")],
     out: Annotated[Path, typer.Option(help="Folder for the archive.")],
-    n_edits: Annotated[int | None, typer.Option(help="Facts in one training step.", min=1)] = None,
+    edits_per_step: Annotated[
+        int | None,
+        typer.Option("--edits-per-step", "--n-edits", help="Facts in one training step.", min=1),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the facts.", min=1)] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUT.")] = False,
 ):
     """Train a hypernetwork; the best archive by validation score stays in OUT."""
-    from horse_plugin import HORSETrainer
-    from horse_plugin.storage import archive as files
 
-    settings = _hparams(hparams, n_edits=n_edits, max_epochs=epochs)
-    if not resume and (out / files.ARCHIVE).exists():
+    settings = _hparams(hparams, edits_per_step=edits_per_step, max_epochs=epochs)
+    if not resume and (out / ARCHIVE).exists():
         raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
-    with files.only_process(out):
+    with locked_folder(out):
         trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
         folder = trainer.run()
     best = trainer.best
     console.print(
-        f"Best at step {best['step']}: efficacy {show.figure(best['efficacy'])}, generalization "
-        f"{show.figure(best['generalization'])}, specificity {show.figure(best['specificity'])}."
+        f"Best at step {best['step']}: efficacy {number(best['efficacy'])}, generalization "
+        f"{number(best['generalization'])}, specificity {number(best['specificity'])}."
     )
     console.print(f"Archive: {folder}", soft_wrap=True)
 
@@ -91,44 +115,36 @@ def edit(
     max_rise: Annotated[float, typer.Option(help="Perplexity's, in %, without a warning.")] = 20.0,
 ):
     """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto."""
-    from horse_plugin import HorseEditor, load_records
-    from horse_plugin import distributed as parallel
-    from horse_plugin.editing.chain import Ledger
-    from horse_plugin.editing.checked import measured_edit
-    from horse_plugin.editing.delta import check_free
-    from horse_plugin.evaluation import results
-    from horse_plugin.storage import archive as files
 
     if (out is None) == (onto is None):
         raise UsageError("edit: give --out for an edit by itself, or --onto for a chain of edits.")
     settings = _hparams(hparams, archive=archive and str(archive))
     records = load_records(data, n_edits)
     if save_model:
-        files.check_empty(save_model)
-    with files.only_process(out or onto) as folder:
-        ledger = Ledger(folder) if onto else None
-        name = ledger.new_name(name) if ledger else name or folder.name
-        if not ledger:
+        check_empty(save_model)
+    with locked_folder(out or onto) as folder:
+        chain = Chain(folder) if onto else None
+        name = chain.new_name(name) if chain else name or folder.name
+        if not chain:
             check_free(folder)
         if not settings.archive:
             _say("No archive: the hypernetwork is untrained. `horse train` makes one.")
-        editor = HorseEditor.from_hparams(settings)
-        editor.backbone.progress = True
-        if ledger:
-            editor.apply_chain(ledger.deltas())
+        editor = HorseEditor.from_hparams(settings, progress=True)
+        if chain:
+            editor.apply_chain(chain.deltas())
         dataset = Path(data).stem
-        delta, rows = measured_edit(editor, records, dataset, name, strict, heldout, max_rise)
-        if not parallel.first():
+        delta, rows = checked_edit(editor, records, dataset, name, strict, heldout, max_rise)
+        if not is_main_process():
             return
-        if ledger:
-            ledger.add(delta, rows)
+        if chain:
+            chain.add(delta, rows)
         else:
             delta.save(folder)
             results.save(folder / "results.json", rows)
     if save_model:
         editor.save_model(save_model)
     console.print(show.figures(rows))
-    console.print(f"Edit: {folder / delta.name if ledger else folder}", soft_wrap=True)
+    console.print(f"Edit: {folder / delta.name if chain else folder}", soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -142,20 +158,16 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Where to write results.json.")] = None,
 ):
     """Measure the model, or an edit of it, on facts."""
-    from horse_plugin import Evaluator, load_records
-    from horse_plugin import distributed as parallel
-    from horse_plugin.evaluation import results
-    from horse_plugin.storage import archive as files
 
     settings, records = _hparams(hparams), load_records(data, n_edits)
     if out:
-        files.check_writable(out.parent)
+        check_writable(out.parent)
     editor, deltas = _editor(settings, delta)
-    evaluator = Evaluator(editor.backbone, records, settings.batch_tokens, settings.max_length)
+    evaluator = Evaluator(editor.backbone, records)
     editor.apply_chain(deltas)
     name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
     rows = [results.row(name, Path(data).stem, settings, evaluator.evaluate())]
-    if out and parallel.first():
+    if out and is_main_process():
         results.save(out, rows)
     console.print(show.figures(rows))
 
@@ -163,7 +175,6 @@ def evaluate(
 @app.command(name="show")
 def show_edit(folder: Folder):
     """Print what an edit is: its facts, model, settings, versions and figures."""
-    from horse_plugin.editing.chain import read_edits
 
     deltas = read_edits(folder)
     for delta in deltas:
@@ -176,9 +187,8 @@ def show_edit(folder: Folder):
 @app.command()
 def log(folder: Folder):
     """List the edits of a chain, oldest first."""
-    from horse_plugin.editing.chain import Ledger
 
-    console.print(show.log(Ledger.at(folder).entries))
+    console.print(show.log(Chain.at(folder).entries))
 
 
 @app.command()
@@ -187,12 +197,10 @@ def undo(
     name: Annotated[str | None, typer.Argument(help="Which edit; the last one.")] = None,
 ):
     """Take an edit out of a chain, the last one or any other; its files stay."""
-    from horse_plugin.editing.chain import Ledger
-    from horse_plugin.storage import archive as files
 
-    Ledger.at(folder)
-    with files.only_process(folder):
-        undone = Ledger(folder).undo(name)
+    Chain.at(folder)
+    with locked_folder(folder):
+        undone = Chain(folder).undo(name)
     console.print(f"Undone: {undone}. Its files stay in {folder / undone}.", soft_wrap=True)
 
 
@@ -205,12 +213,10 @@ def export(
     rank: Annotated[int | None, typer.Option(help="The adapter's; none: exact.", min=1)] = None,
 ):
     """Write the edited model as a Hugging Face folder, or the edit as a PEFT LoRA adapter."""
-    from horse_plugin.editing.export import save_adapter, to_rank
-    from horse_plugin.storage import archive as files
 
     if rank and not lora:
         raise UsageError("export: --rank is for --lora.")
-    files.check_empty(out)
+    check_empty(out)
     editor, deltas = _editor(_hparams(hparams), delta)
     if lora:
         adapter = to_rank(editor, deltas, rank)
@@ -242,13 +248,12 @@ def compare(
     ] = 0,
 ):
     """Methods side by side, as the paper's Table 1. Run again, it goes on where it stopped."""
-    from horse_plugin import comparison as sides
 
-    rows = sides.compare(
+    rows = experiments.compare(
         out,
         _names(methods),
         _names(models),
-        sides.data_sets(data or (), train or (), val or ()),
+        experiments.data_sets(data or (), train or (), val or ()),
         _numbers("n-edits", n_edits),
         _numbers("seeds", seeds, least=0),
         hparams_dir,
@@ -272,12 +277,11 @@ def ablate(
     rows: Annotated[str, typer.Option(help="Names of rows, comma-separated; all if none.")] = "",
 ):
     """What each part of HORSE brings, as the paper's Table 2."""
-    from horse_plugin import comparison as sides
 
-    measured = sides.ablate(
+    measured = experiments.ablate(
         out,
         hparams,
-        sides.data_sets(data or (), train or (), val or ()),
+        experiments.data_sets(data or (), train or (), val or ()),
         _numbers("n-edits", n_edits),
         _numbers("seeds", seeds, least=0),
         archive and str(archive),
@@ -293,9 +297,8 @@ def stats(
     out: Annotated[Path | None, typer.Option(help="Instead of the YAML's stats_dir.")] = None,
 ):
     """Second-moment statistics of any text, in the files that EasyEdit's MEMIT family reads."""
-    from horse_plugin.comparison.baselines.stats import from_yamls
 
-    for path in from_yamls(hparams, corpus, out):
+    for path in statistics_of_yamls(hparams, corpus, out):
         console.print(f"Written: {path}", soft_wrap=True)
 
 
@@ -314,24 +317,21 @@ def general(
     limit: Annotated[int | None, typer.Option(help="Questions a task, at most.", min=1)] = None,
 ):
     """General ability before and after an edit, as the paper's Table 3."""
-    from horse_plugin.evaluation import general as ability
-    from horse_plugin.evaluation import results
-    from horse_plugin.model.backbone import Backbone
-    from horse_plugin.storage import archive as files
 
     if (delta is None) == (model is None):
         raise UsageError("general: give --delta for an edit, or --model for an edited model.")
-    files.check_writable(out)
+    check_writable(out)
     editor, deltas = _editor(_hparams(hparams), delta)
-    before = ability.measure(editor.backbone, _names(tasks), data, limit)
+    before = general_ability.measure(editor.backbone, _names(tasks), data, limit)
     editor.apply_chain(deltas)
     edited = editor.backbone
     if model:
         edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
-    rows = ability.rows(before, ability.measure(edited, _names(tasks), data, limit))
+    rows = general_ability.rows(before, general_ability.measure(edited, _names(tasks), data, limit))
     results.save(out / "results.json", rows)
-    files.write(out / "table.md", ability.markdown(rows))
-    console.print(show.general(rows))
+    table = general_ability.table(rows)
+    write(out / "table.md", table.markdown())
+    console.print(show.printed(table))
 
 
 @app.command()
@@ -340,10 +340,9 @@ def demo(
     hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
 ):
     """Train on real facts, edit 200 at once, show what happened. Needs no file of yours."""
-    from horse_plugin.comparison.demo import run
 
     settings = _hparams(hparams) if hparams else None
-    outcome = run(out, settings)
+    outcome = run_demo(out, settings)
     console.print(show.figures(outcome.rows))
     console.print(show.examples(outcome.examples))
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
@@ -360,31 +359,22 @@ def bench(
     n_edits: Annotated[int, typer.Option(help="Facts edited at once.", min=1)] = 500,
 ):
     """Time and memory of every stage of an edit, beside the least this machine could take."""
-    from horse_plugin import load_records
-    from horse_plugin.assets import FACTS
-    from horse_plugin.comparison.bench import bench as measure
-    from horse_plugin.evaluation import results
-    from horse_plugin.hparams import default_hparams
-    from horse_plugin.model.backbone import Backbone
-    from horse_plugin.model.loading import random_model
-    from horse_plugin.storage import archive as files
 
     settings = _hparams(hparams) if hparams else default_hparams()
-    files.check_writable(out.parent)
+    check_writable(out.parent)
     records = load_records(data or FACTS / "train.json", n_edits)
-    settings.n_edits = len(records)
+    settings.edits_per_step = len(records)
     if config:
         settings.inner_params = []
         backbone = Backbone.of(*random_model(config, settings), settings)
     else:
         backbone = Backbone.load(settings)
-    found = measure(backbone, settings, records)
+    found = run_bench(backbone, settings, records)
     results.save(out, [found])
     console.print(show.stages(found))
 
 
-def _hparams(path: Path, **overrides):
-    from horse_plugin import HORSEHyperParams
+def _hparams(path: Path, **overrides) -> HORSEHyperParams:
 
     settings = HORSEHyperParams.from_hparams(path)
     return replace(settings, **{k: v for k, v in overrides.items() if v is not None})
@@ -410,15 +400,11 @@ def _compared(out: Path, rows: list[dict]):
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
-def _editor(settings, delta: Path | None):
-    """An editor for edits that are there, which need no network, and these edits."""
-    from horse_plugin import HorseEditor
-    from horse_plugin.editing.chain import read_edits
+def _editor(settings: HORSEHyperParams, delta: Path | None) -> tuple[HorseEditor, list[EditDelta]]:
+    """Return an editor without a network, and the edits in the folder ``delta``."""
 
     deltas = read_edits(delta) if delta else []
-    editor = HorseEditor.from_hparams(replace(settings, archive=None))
-    editor.backbone.progress = True
-    return editor, deltas
+    return HorseEditor.from_hparams(replace(settings, archive=None), progress=True), deltas
 
 
 def _say(message: str):
@@ -445,15 +431,14 @@ def run():
 
 
 def _join():
-    """Work with the other processes; all but the first print nothing but their errors."""
-    from horse_plugin import distributed as parallel
+    """Join the other processes; all but the main one print nothing but their errors."""
 
-    parallel.start()
-    if not parallel.first():
+    distributed.initialize()
+    if not is_main_process():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _one_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or ["no reason given"])[0]
-    known = isinstance(error, HorseError)
-    return line if known else f"{type(error).__name__}: {line} (--debug shows where)"
+    if isinstance(error, HorseError):
+        return first_line(error)
+    return f"{reason(error)} (--debug shows where)"

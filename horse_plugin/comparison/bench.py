@@ -14,12 +14,13 @@ import torch
 
 from horse_plugin.data.records import EditRecord
 from horse_plugin.editing.delta import EditDelta
-from horse_plugin.editing.editor import HorseEditor, solve_shifts, versions
+from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.editing.solve import solve
 from horse_plugin.evaluation.metrics import Evaluator
-from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory
-from horse_plugin.method.residual import residual, spread
+from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, versions
+from horse_plugin.method.residual import residual
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.capture import trace
+from horse_plugin.model.capture import capture
 from horse_plugin.training.trainer import HORSETrainer
 
 
@@ -34,16 +35,15 @@ class Stage:
 
 
 def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bool = True) -> dict:
-    """Measure one edit of all the records and, with ``others``, its evaluation and a training step
-    on them.
+    """Measure one edit of all the records and, with ``others``, its evaluation and a training step.
 
-    An untrained network is fitted beforehand, so that it costs what a trained one does. Trunk
+    An untrained network is calibrated beforehand, so that it costs what a trained one does. Trunk
     states that there is no room for are computed in the stages after the trunk. The model is left
     as it was.
 
     Returns:
-        ``stages`` of the edit, ``others`` (evaluation and training step, with trunk states kept),
-        measured rates of the machine, sizes, versions.
+        ``stages`` of the edit, ``others`` (evaluation before and after the edit, and a training
+        step, with trunk states kept), measured rates of the machine, sizes, versions.
     """
     hp, device, clock = hparams, backbone.edit_device, _Clock(backbone.device)
     rates = {
@@ -51,55 +51,56 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bo
         "solver_flops": matrix_rate(backbone.edit_dtype, device),
         "bytes": bandwidth(device),
     }
-    fitting = backbone.tokenize([r.edit for r in records[:64]], hp.max_length)
     editor = HorseEditor.from_backbone(backbone, hp)
-    if editor.network is None:
-        network = editor._fitted(trace(backbone, fitting, hp.batch_tokens))
-        editor = HorseEditor.from_backbone(backbone, hp, network)
-    network = editor.network
+    network = editor.network or editor.untrained_network(editor.capture(records[:64]))
 
     with torch.no_grad():
-        queries = [r.edit for r in records]
-        prompts = clock("tokenise", lambda: backbone.tokenize(queries, hp.max_length))
-        clock("trunk", lambda: backbone.keep(prompts, hp.batch_tokens))
-        traced = clock("trace", lambda: trace(backbone, prompts, hp.batch_tokens))
-        pairs = list(zip(traced.keys, traced.grads, strict=True))
+        edits = clock("tokenise", lambda: backbone.prepare(records, kinds=["edit"]))
+        prompts = edits.flat("edit")
+        clock("trunk", lambda: backbone.cache_trunk_states(prompts))
+        captured = clock("capture", lambda: capture(backbone, prompts))
+        keys, grads = captured.keys, captured.grads
 
-        def pseudo_pairs():  # in the chunks of an edit, which keeps only what becomes of them
-            rows = hp.editor_batch_size
-            for l, (h, g) in enumerate(pairs):
+        def pseudo_pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+            rows = hp.editor_batch_size  # in the chunks of an edit, which keeps the residuals only
+            found = []
+            for l, (h, g) in enumerate(zip(keys, grads, strict=True)):
                 chunks = zip(h.split(rows), g.split(rows), strict=True)
-                found = [network(l, *chunk) for chunk in chunks]
-                yield tuple(torch.cat(part) for part in zip(*found, strict=True))
+                parts = [network(l, *chunk) for chunk in chunks]
+                found.append(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
+            return found
 
-        pseudo = clock("network", lambda: list(pseudo_pairs()))
+        pseudo = clock("network", pseudo_pairs)
 
-        def residuals():
+        def residuals() -> list[torch.Tensor]:
             etas = network.log_eta.exp()
-            raw = [residual(h, *p, e) for (h, _), p, e in zip(pairs, pseudo, etas, strict=True)]
-            return spread(raw, network.spread, network.spread_strength)
+            raw = [residual(h, *p, eta) for h, p, eta in zip(keys, pseudo, etas, strict=True)]
+            return network.spread_out(raw, keys, grads)
 
-        spreads = clock("residual and spread", residuals)
-
-        solved = clock("solve", lambda: solve_shifts(backbone, network, traced, spreads, hp))
-        delta = EditDelta(solved, [])
-        before = clock("apply", lambda: backbone.add(delta.shifts))
-        backbone.restore(before)
+        spread = clock("residual and spread", residuals)
+        tensors = clock("solve", lambda: solve(backbone, network, captured, spread, hp))
+        delta = EditDelta(tensors, [])
+        before = clock("apply", lambda: backbone.weights.add(delta.shifts))
+        backbone.weights.restore(before)
     stages, clock.stages = clock.stages, []
     for stage, floor in _floors(backbone, network, prompts, rates).items():
         next(s for s in stages if s.name == stage).floor_seconds = floor
 
     if others:
-        evaluator = Evaluator(backbone, records, hp.batch_tokens, hp.max_length)
-        clock("evaluation", evaluator.evaluate)
+        evaluated = backbone.prepare(records)
+        backbone.cache_trunk_states(evaluated.flat())
+        known = dict(zip(prompts, captured.predicted, strict=True))
+        evaluator = clock("evaluation before", lambda: Evaluator(backbone, evaluated, known))
+        clock("evaluation after", evaluator.evaluate)
         trainer = HORSETrainer(hp, records, records, "unused", backbone, progress=False)
-        clock("training step", lambda: trainer.train_step(records))
+        batch = trainer.batch(0)
+        clock("training step", lambda: trainer.train_step(batch))
     return {
         "model": backbone.fingerprint()["name"],
         "dtype": str(backbone.model.dtype).removeprefix("torch."),
         "n_edits": len(records),
         "n_tokens": sum(len(p.inputs) for p in prompts),
-        "n_answer_tokens": len(traced.keys[0]),
+        "n_answer_tokens": len(captured.prompt_of_row),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "rates": rates,
@@ -107,6 +108,30 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bo
         "others": [asdict(s) for s in clock.stages],
         "versions": versions(),
     }
+
+
+def weight_counts(backbone: Backbone) -> dict[str, int]:
+    """Return the matrix entries of the model's parts.
+
+    They are the trunk's blocks, the blocks from the first edited one on (``top``) and those over it
+    (``above``), all without the last block's MLP (``last``), and the head. The last MLP and the
+    head work at answer positions only.
+    """
+    sizes = [_entries(block) for block in backbone.blocks]
+    last = _entries(backbone.model.get_submodule(backbone.last_mlp)) if backbone.last_mlp else 0
+    sizes[-1] -= last
+    first = backbone.first_edited
+    return {
+        "trunk": sum(sizes[:first]),
+        "top": sum(sizes[first:]),
+        "above": sum(sizes[first + 1 :]),
+        "last": last,
+        "head": backbone.head.weight.numel(),
+    }
+
+
+def _entries(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)
 
 
 class _Clock:
@@ -131,45 +156,48 @@ def _timed(run, device):
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, width: int | None = None) -> float:
-    """Operations a second of a square matrix product, the best of a few."""
+    """Return the operations a second of a square matrix product, the best of a few."""
     width = width or (8192 if device.type == "cuda" else 1536)
     a = torch.randn(width, width, device=device).to(dtype)
     return 2 * width**3 / min(_timed(lambda: a @ a, device)[0] for _ in range(6))
 
 
 def bandwidth(device: torch.device, n_bytes: int = 2**28) -> float:
-    """Bytes a second, read and written, of a copy, the best of a few."""
+    """Return the bytes a second, read and written, of a copy, the best of a few."""
     source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * n_bytes / min(_timed(lambda: target.copy_(source), device)[0] for _ in range(6))
 
 
 def solve_operations(n: float, d: int, d_out: int) -> float:
-    """Operations of Eq. 2 for n tokens: Gram matrix (half of it), Cholesky, two triangular solves,
-    and the product with H."""
+    """Return the operations of Eq. 2 for n tokens.
+
+    They are those of the Gram matrix (half of it), Cholesky, two triangular solves, and the product
+    with H.
+    """
     m = min(n, d)
     return n * d * m + m**3 / 3 + 2 * m * m * d_out + 2 * n * d * d_out
 
 
 def _floors(backbone: Backbone, network, prompts, rates: dict) -> dict[str, float]:
-    """Seconds per stage that no implementation of the method goes below."""
+    """Return the seconds of each stage that no implementation of the method goes below."""
     tokens = sum(len(p.inputs) for p in dict.fromkeys(prompts))
-    n, sizes = sum(len(p.answer) for p in prompts), backbone.n_weights
+    n, sizes = sum(len(p.answer) for p in prompts), weight_counts(backbone)
     item = torch.finfo(backbone.edit_dtype).bits // 8
     weight = torch.finfo(backbone.model.dtype).bits // 8
     # The gradient stops at the lowest module; the last MLP and the head see answers only.
-    traced = 2 * (sizes["top"] + sizes["above"]) * tokens
-    traced += (4 if sizes["above"] else 2) * sizes["last"] * n + 4 * sizes["head"] * n
+    captured = 2 * (sizes["top"] + sizes["above"]) * tokens
+    captured += (4 if sizes["above"] else 2) * sizes["last"] * n + 4 * sizes["head"] * n
     lowrank = spread_bytes = solving = applying = 0
     for l, (d, d_out) in enumerate(network.shapes):
-        for block in network._place(l)[0].blocks:
+        for block in network.group_of(l)[0].blocks:
             lowrank += 4 * n * block.A.numel()
         spread_bytes += item * n * (2 * d + 5 * d_out)  # H, H̃, ∇G̃, R; then R, R_{l−1}, R'
         solving += solve_operations(n, d, d_out)
         applying += (2 * weight + item) * d * d_out
     return {
         "trunk": 2 * sizes["trunk"] * tokens / rates["model_flops"],
-        "trace": traced / rates["model_flops"],
+        "capture": captured / rates["model_flops"],
         "network": lowrank / rates["solver_flops"],
         "residual and spread": spread_bytes / rates["bytes"],
         "solve": solving / rates["solver_flops"],

@@ -4,21 +4,20 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from horse_plugin.assets import FACTS
-from horse_plugin.data.records import EditRecord, load_records
+from horse_plugin.data.formats import load_records
+from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation import results
+from horse_plugin.evaluation.generation import continuations
 from horse_plugin.evaluation.metrics import Evaluator
-from horse_plugin.evaluation.report import write_report
 from horse_plugin.hparams import HORSEHyperParams, default_hparams
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.loading import quiet_transformers
-from horse_plugin.storage import archive
+from horse_plugin.storage.files import check_writable
 from horse_plugin.training.trainer import HORSETrainer
 
 N_EDITS = 200
+N_EXAMPLES = 10
 
 
 @dataclass
@@ -29,40 +28,47 @@ class Outcome:
     examples: list[tuple[str, str, str, str]]
 
 
-def run(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS) -> Outcome:
-    """Train on the embedded facts, edit ``n_edits`` others at once, write everything to ``out``.
+def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS) -> Outcome:
+    """Train on the shipped facts, and edit ``n_edits`` others at once.
 
-    Leaves ``archive/``, ``edit/``, ``results.json`` and ``report.html`` in the folder.
+    It leaves ``archive/``, ``edit/``, ``results.json`` and ``report.html`` in the folder ``out``.
+
+    Args:
+        hparams: the settings; None is the default model's.
     """
+    from horse_plugin.evaluation.report import write_report  # loads matplotlib
+
     out = Path(out)
     hparams = replace(hparams or default_hparams(), archive=None)
-    archive.check_writable(out)
+    check_writable(out)
     backbone = Backbone.load(hparams)
-    records = load_records(FACTS / "edit.json", n_edits)
-    evaluator = Evaluator(backbone, records, hparams.batch_tokens, hparams.max_length)
-    shown = _examples(records)
-    rows = [results.row("unedited", "facts", hparams, evaluator.evaluate())]
-    before = _continuations(backbone, shown)
+    edits = backbone.prepare(load_records(FACTS / "edit.json", n_edits))
+    edits.check()
+    backbone.cache_trunk_states(edits.flat())
+    untrained = HorseEditor.from_backbone(backbone, hparams)
+    captured = untrained.capture(edits)  # serves both edits: each is one of the unedited model
+    known = dict(zip(edits.flat("edit"), captured.predicted, strict=True))
+    evaluator = Evaluator(backbone, edits, known)
+    shown = edits.records[:: max(1, n_edits // N_EXAMPLES)][:N_EXAMPLES]
+    rows = [results.row("unedited", "facts", hparams, evaluator.before)]
+    before = continuations(backbone, [r.prompt for r in shown])
 
-    def measured(name: str, editor: HorseEditor):
-        delta = editor.edit(records)
+    def measured_edit(name: str, editor: HorseEditor) -> EditDelta:
+        delta = editor.edit(edits, captured=captured)
         evaluation = evaluator.evaluate()
         rows.append(results.row(name, "facts", hparams, evaluation, delta.about["seconds"]))
         return delta
 
-    editor = HorseEditor.from_backbone(backbone, hparams)
-    measured("HORSE, untrained", editor)
-    editor.undo()
+    measured_edit("HORSE, untrained", untrained)
+    untrained.undo()
 
-    trainer = HORSETrainer(
-        hparams, FACTS / "train.json", FACTS / "val.json", out=out / "archive", backbone=backbone
-    )
+    train, val = FACTS / "train.json", FACTS / "val.json"
+    trainer = HORSETrainer(hparams, train, val, out=out / "archive", backbone=backbone)
     hparams = replace(hparams, archive=str(trainer.run()))
-    editor = HorseEditor.from_backbone(backbone, hparams)
-    delta = measured("HORSE, trained", editor)
+    delta = measured_edit("HORSE, trained", HorseEditor.from_backbone(backbone, hparams))
     shutil.rmtree(out / "edit", ignore_errors=True)  # of an earlier demo
     delta.save(out / "edit")
-    after = _continuations(backbone, shown)
+    after = continuations(backbone, [r.prompt for r in shown])
 
     examples = [
         (r.prompt, b, a, r.target_new) for r, b, a in zip(shown, before, after, strict=True)
@@ -70,28 +76,3 @@ def run(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS) ->
     results.save(out / "results.json", rows)
     write_report(out / "report.html", rows, trainer.history, examples)
     return Outcome(rows, examples)
-
-
-def _examples(records: list[EditRecord], n: int = 10) -> list[EditRecord]:
-    """Ten records spread over the edit."""
-    step = max(1, len(records) // n)
-    return records[::step][:n]
-
-
-@torch.no_grad()
-def _continuations(backbone: Backbone, records: list[EditRecord], n_tokens: int = 8) -> list[str]:
-    """What the model itself writes after each prompt, greedily."""
-    texts = []
-    tokenizer = backbone.tokenizer
-    for record in records:
-        inputs = tokenizer(record.prompt, return_tensors="pt").to(backbone.device)
-        with quiet_transformers():
-            ids = backbone.model.generate(
-                **inputs,
-                max_new_tokens=n_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        new = ids[0, inputs["input_ids"].shape[1] :]
-        texts.append(" ".join(tokenizer.decode(new, skip_special_tokens=True).split()))
-    return texts

@@ -1,7 +1,7 @@
 """The rows of a comparison: a name and a runner each.
 
-A runner is called with a task and gives, for the length of a ``with``, the edited model. To add a
-method, add a row to :data:`METHODS`.
+A runner is called with a task and yields, for the length of a ``with``, the edited model. To add a
+method, add a row to :data:`METHODS`; to add an ablation, one to :data:`ABLATIONS`.
 """
 
 import contextlib
@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from horse_plugin.comparison.task import Edited, Task, texts_digest
+from horse_plugin.comparison.task import Edited, Task, records_digest
+from horse_plugin.editing.archive import read_network
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import UsageError
-from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.hparams import HORSEHyperParams, canonical
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage import archive
+from horse_plugin.storage.digest import json_digest
+from horse_plugin.storage.files import write
+from horse_plugin.training.checkpoint import CHECKPOINT
 from horse_plugin.training.trainer import HORSETrainer
 
 
@@ -35,13 +38,15 @@ class Unedited:
 
 @dataclass(frozen=True)
 class Engine:
-    """A method that our engine runs, with some hparams changed; an archive is trained once for
-    each model, data set and seed, and serves every number of edits."""
+    """A method that our engine runs, with some hparams changed.
+
+    An archive is trained once for each model, data set and seed, and serves every number of edits.
+    """
 
     alg_name: str = "HORSE"
     changes: dict = field(default_factory=dict)
     trained: bool = True
-    archive: str | None = None  # trained before; none: trained here
+    archive: str | None = None  # the folder of one trained before; None trains one
     seeded = True
 
     def hparams(self, task: Task) -> HORSEHyperParams:
@@ -54,14 +59,15 @@ class Engine:
     def settings(self, task: Task) -> dict:
         about = {"trained": self.archive or self.trained, **self.hparams(task).to_dict()}
         if self.trained:
-            about |= {"train": texts_digest(task.train), "val": texts_digest(task.val)}
+            about |= {"train": records_digest(task.train), "val": records_digest(task.val)}
         return about
 
     @contextlib.contextmanager
     def __call__(self, task: Task) -> Iterator[Edited]:
         hparams, backbone = self.hparams(task), task.backbone
         if hparams.inner_params != task.hparams.inner_params:
-            backbone = Backbone(backbone.model, backbone.tokenizer, hparams.inner_params)
+            uncached = replace(hparams, trunk_cache_gb=0.0, trunk_disk_gb=0.0)
+            backbone = Backbone.of(backbone.model, backbone.tokenizer, uncached)
         trained = {}
         if self.trained:
             folder, trained = self._archive(task, hparams, backbone)
@@ -74,36 +80,36 @@ class Engine:
             editor.undo()
 
     def _archive(self, task: Task, hparams, backbone: Backbone) -> tuple[Path, dict]:
-        """The trained archive's folder, and what its training took; a run that stopped goes on."""
+        """Return the archive's folder, and what its training took; a stopped run goes on."""
         if self.archive:
-            _, about = archive.read_network(self.archive)
-            steps, n = about["step"], about["hparams"]["n_edits"]
+            _, about = read_network(self.archive)
+            steps, n = about["step"], canonical(about["hparams"])["edits_per_step"]
             return Path(self.archive), {"budget": f"before, {steps} steps of {n} records"}
         if not task.train or not task.val:
             raise UsageError(f"{self.alg_name} is trained: give training and validation records.")
-        settings = json.dumps(self.settings(task), sort_keys=True)
-        folder = task.folder / "archives" / f"{self.alg_name}-{archive.text_digest(settings)}"
+        name = f"{self.alg_name}-{json_digest(self.settings(task))}"
+        folder = task.folder / "archives" / name
         done = folder / "trained.json"
         if not done.is_file():
-            resume = (folder / archive.CHECKPOINT).is_file()
+            resume = (folder / CHECKPOINT).is_file()
             start = time.perf_counter()
             trainer = HORSETrainer(hparams, task.train, task.val, folder, backbone, resume)
             trainer.run()
             about = {
                 "train_seconds": None if resume else time.perf_counter() - start,
-                "budget": f"{trainer.step} steps of {hparams.n_edits} records "
+                "budget": f"{trainer.step} steps of {hparams.edits_per_step} records "
                 f"from {len(task.train):,}",
             }
-            archive.write(done, json.dumps(about))
+            write(done, json.dumps(about))
         return folder, json.loads(done.read_text())
 
 
 @dataclass(frozen=True)
 class EasyEdit:
-    """One of EasyEdit's own methods, with its YAML; see :mod:`.easyedit_methods`.
+    """One of EasyEdit's own methods, with its YAML; see :mod:`horse_plugin.comparison.baselines`.
 
-    A ``trained`` one gets the records and the number of steps that HORSE gets, whose hparams say
-    so; ``training`` changes them.
+    A ``trained`` one gets the records and the number of steps that HORSE's hparams ask for;
+    ``training`` changes these hparams.
     """
 
     name: str
@@ -115,17 +121,17 @@ class EasyEdit:
         keys = task.keys(self.name)
         if self.trained:
             hp = replace(task.hparams, **self.training)
-            steps = [hp.n_edits, hp.max_epochs, hp.max_iters]
-            return {"yaml": keys, "train": texts_digest(task.train), "steps": steps}
-        return {"yaml": keys, "corpus": task.corpus or texts_digest(task.train)}
+            steps = [hp.edits_per_step, hp.max_epochs, hp.max_iters]
+            return {"yaml": keys, "train": records_digest(task.train), "steps": steps}
+        return {"yaml": keys, "corpus": task.corpus or records_digest(task.train)}
 
     @contextlib.contextmanager
     def __call__(self, task: Task) -> Iterator[Edited]:
         path = task.yaml(self.name)
-        from horse_plugin.comparison.baselines import easyedit_methods
+        from horse_plugin.comparison.baselines import methods as baselines  # needs EasyEdit
 
         task = replace(task, hparams=replace(task.hparams, **self.training))
-        yield easyedit_methods.run(self.name, path, task)
+        yield baselines.run(self.name, path, task)
 
 
 Method = Callable[[Task], contextlib.AbstractContextManager[Edited]]
@@ -159,10 +165,10 @@ ABLATIONS: dict[str, Method] = {
 
 
 def choose(names: Sequence[str], table: dict[str, Method]) -> dict[str, Method]:
-    """The named rows of a table of methods, in the table's order; names are matched in any case.
+    """Return the named rows of a table of methods, in the table's order, whatever their case.
 
     Raises:
-        UsageError: naming one that is not there.
+        UsageError: the table has no row of some name.
     """
     known = {name.lower(): name for name in table}
     if unknown := [n for n in names if n.lower() not in known]:

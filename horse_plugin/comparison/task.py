@@ -1,6 +1,5 @@
 """What a method of the comparison is given, and what it gives back."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from horse_plugin.data.records import EditRecord
 from horse_plugin.errors import UsageError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage import archive
+from horse_plugin.storage.digest import json_digest
 
 
 @dataclass
@@ -19,13 +18,15 @@ class Task:
     """What every method gets: the same model, records, training records and seed.
 
     Attributes:
-        model: stem of the model's YAMLs, ``<hparams_dir>/<method>/<model>.yaml``.
-        backbone: the model, unedited; whoever edits it puts it back.
-        hparams: those that the model was loaded with.
-        records: to edit, all at once.
+        model: the stem of the model's YAMLs, ``<hparams_dir>/<method>/<model>.yaml``.
+        dataset: the name of the data set.
+        backbone: the model, unedited; a method that edits it puts it back.
+        hparams: the settings that the model was loaded with.
+        records: the records to edit, all at once.
         train, val: records that trained methods may train on and choose by; may be empty.
-        corpus: text for second-moment statistics; none: the training records.
-        folder: for archives, statistics and logs.
+        hparams_dir: the folder of the YAMLs.
+        folder: the folder for archives, statistics and logs.
+        corpus: text for second-moment statistics; None is the training records.
     """
 
     model: str
@@ -41,7 +42,7 @@ class Task:
     corpus: str | None = None
 
     def yaml(self, method: str) -> Path:
-        """The YAML of a method for this model.
+        """Return the path of a method's YAML for this model.
 
         Raises:
             UsageError: there is none.
@@ -52,7 +53,7 @@ class Task:
         return path
 
     def keys(self, method: str) -> dict:
-        """What the YAML of a method says; its comments may change.
+        """Return the keys of a method's YAML.
 
         Raises:
             UsageError: there is none, or it cannot be read.
@@ -66,7 +67,7 @@ class Task:
 
 @dataclass
 class Edited:
-    """An edited model and what the edit took; ``budget`` says what the method trained on."""
+    """An edited model, how long edit and training took, and what the method trained on."""
 
     backbone: Backbone
     edit_seconds: float | None = None
@@ -74,6 +75,6 @@ class Edited:
     budget: str | None = None
 
 
-def texts_digest(records: Sequence[EditRecord]) -> str:
-    """A digest of the records."""
-    return archive.text_digest(json.dumps([r.to_dict() for r in records], sort_keys=True))
+def records_digest(records: Sequence[EditRecord]) -> str:
+    """Return a digest of the records."""
+    return json_digest([r.to_dict() for r in records])

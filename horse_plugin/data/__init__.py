@@ -1,1 +1,9 @@
-"""Facts as edit records, and their prompts as tokens. Imports: errors."""
+"""Facts, and their prompts as tokens.
+
+    records   EditRecord: one fact to change, and the prompts that measure the change
+    sources   files and hub data sets, as plain objects
+    formats   from a plain object to a record, one function a format
+    prompts   records as tokens, where each answer lies, and batches
+
+This package imports ``errors`` only.
+"""

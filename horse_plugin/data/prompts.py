@@ -1,30 +1,119 @@
 """Queries as tokens: where the answer lies, and batches that waste little on padding."""
 
 import bisect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from horse_plugin.data.records import Query
+from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A query as token ids; ``ids[start:]`` is the answer, predicted from the position before."""
+    """A query as token ids.
+
+    Attributes:
+        ids: the tokens of prompt and answer; ``ids[start:]`` is the answer, and each of its tokens
+            is predicted at the position before it.
+        start: the index of the first answer token.
+        n_cut: the number of tokens that the prompt lost at its beginning, as it was too long.
+    """
 
     ids: tuple[int, ...]
     start: int
+    n_cut: int = 0
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the model reads: all but the last token, which is only ever predicted."""
+        """The tokens that the model reads: all but the last, which is only ever predicted."""
         return self.ids[:-1]
 
     @property
     def answer(self) -> tuple[int, ...]:
+        """The answer tokens."""
         return self.ids[self.start :]
+
+
+# kind of prompt → a record's queries of that kind
+KINDS: dict[str, Callable[[EditRecord], tuple[Query, ...]]] = {
+    "edit": lambda record: (record.edit,),
+    "rephrase": lambda record: record.equivalent,
+    "unrelated": lambda record: record.unrelated,
+    "portability": lambda record: record.portability,
+}
+
+
+@dataclass
+class PreparedEdits:
+    """Edit records with their prompts, tokenised once and handed from stage to stage.
+
+    Attributes:
+        records: the edit records.
+        prompts: kind of prompt → for each record, its prompts of that kind.
+        errors: index of a record → why its prompts could not be tokenised. Such a record has no
+            prompts.
+    """
+
+    records: list[EditRecord]
+    prompts: dict[str, list[tuple[Prompt, ...]]]
+    errors: dict[int, UsageError] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, indices: slice | Sequence[int]) -> "PreparedEdits":
+        """Return some of the records with their prompts."""
+        if isinstance(indices, slice):
+            indices = range(len(self))[indices]
+        records = [self.records[i] for i in indices]
+        return PreparedEdits(
+            records, {kind: [groups[i] for i in indices] for kind, groups in self.prompts.items()}
+        )
+
+    def flat(self, *kinds: str) -> list[Prompt]:
+        """Return the prompts of these kinds, or of all, kind after kind and record after record."""
+        return [p for kind in kinds or self.prompts for group in self.prompts[kind] for p in group]
+
+    def of(self, kind: str, i: int) -> tuple[Prompt, ...]:
+        """Return the prompts of that kind of record i, none if the kind was not wanted."""
+        return self.prompts[kind][i] if kind in self.prompts else ()
+
+    def check(self):
+        """Refuse records whose prompts could not be tokenised.
+
+        Raises:
+            UsageError: the message names the first one.
+        """
+        for i, error in self.errors.items():
+            raise UsageError(f"record {i}: {error}")
+
+
+def prepare(
+    tokenizer,
+    records: Sequence[EditRecord],
+    max_length: int | None = None,
+    kinds: Sequence[str] = tuple(KINDS),
+) -> PreparedEdits:
+    """Tokenise the records' queries of these kinds, each once.
+
+    Args:
+        max_length: the most tokens of prompt and answer; None is no limit.
+    """
+    prepared = PreparedEdits(list(records), {kind: [] for kind in kinds})
+    for i, record in enumerate(prepared.records):
+        try:
+            groups = [tuple(tokenize(tokenizer, KINDS[k](record), max_length)) for k in kinds]
+        except UsageError as error:
+            prepared.errors[i], groups = error, [()] * len(kinds)
+        for kind, group in zip(kinds, groups, strict=True):
+            prepared.prompts[kind].append(group)
+    return prepared
+
+
+class AnswerTooLongError(UsageError):
+    """The answer alone exceeds the most tokens that a prompt may have."""
 
 
 def tokenize(tokenizer, queries: Sequence[Query], max_length: int | None = None) -> list[Prompt]:
@@ -32,18 +121,20 @@ def tokenize(tokenizer, queries: Sequence[Query], max_length: int | None = None)
 
     The answer is found from the tokenizer's offsets, or from the prompt's own length where the
     tokenizer has none; never from the tokenizer's class. A BOS token appears once where the
-    tokenizer sets one, an EOS token not at all. A prompt over ``max_length`` tokens loses its
+    tokenizer sets one, and an EOS token not at all. A prompt over ``max_length`` tokens loses its
     beginning (after BOS), never its answer.
 
     Raises:
-        UsageError: an answer that the tokenizer turns into nothing, or one over ``max_length``.
+        UsageError: the tokenizer has no tokens for an answer or a prompt.
+        AnswerTooLongError: an answer exceeds ``max_length``.
     """
     return [
-        _shorten(_tokenize(tokenizer, query), max_length, query, tokenizer) for query in queries
+        _shorten(_tokenize_whole(tokenizer, query), max_length, query, tokenizer)
+        for query in queries
     ]
 
 
-def _tokenize(tokenizer, query: Query) -> Prompt:
+def _tokenize_whole(tokenizer, query: Query) -> Prompt:
     prompt = query.prompt.rstrip()
     text = f"{prompt} {query.answer.strip()}"
     if tokenizer.is_fast:
@@ -76,11 +167,13 @@ def _shorten(prompt: Prompt, max_length: int | None, query: Query, tokenizer) ->
     if max_length is None or len(prompt.ids) <= max_length:
         return prompt
     n_bos = int(prompt.ids[0] == tokenizer.bos_token_id)
-    keep = max_length - n_bos
-    if keep <= len(prompt.answer):
-        raise UsageError(f"answer {query.answer[:40]!r}: longer than max_length={max_length}.")
-    ids = prompt.ids[:n_bos] + prompt.ids[-keep:]
-    return Prompt(ids, len(ids) - len(prompt.answer))
+    n_kept = max_length - n_bos
+    if n_kept <= len(prompt.answer):
+        raise AnswerTooLongError(
+            f"answer {query.answer[:40]!r}: longer than max_length={max_length}."
+        )
+    ids = prompt.ids[:n_bos] + prompt.ids[-n_kept:]
+    return Prompt(ids, len(ids) - len(prompt.answer), len(prompt.ids) - max_length)
 
 
 @dataclass(frozen=True)
@@ -92,9 +185,9 @@ class Batch:
 
     Attributes:
         prompts: the prompts, one a row.
-        index: where each row stood in the sequence that was batched.
+        index: the index of each row's prompt in the sequence that was batched.
         ids: B×L token ids.
-        rows, cols: the n answer positions: row ``rows[i]``, position ``cols[i]``.
+        rows, cols: the n answer positions; the i-th is ``ids[rows[i], cols[i]]``.
         labels: the n answer tokens predicted there.
     """
 
@@ -106,7 +199,7 @@ class Batch:
     labels: torch.Tensor
 
 
-# No row of a batch is shorter than this share of its longest: what is shorter is paid in padding.
+# No row of a batch is shorter than this share of its longest row, to waste little on padding.
 FILLED = 0.8
 
 

@@ -1,1 +1,9 @@
-"""HORSE as one of EasyEdit's methods. Imports: everything from errors to training, and EasyEdit."""
+"""HORSE as one of EasyEdit's methods.
+
+    hook      registers HORSE as soon as EasyEdit is imported, by whomever; it loads nothing itself
+    apply     what EasyEdit calls to edit
+    patches   its tables and classes learn about HORSE
+
+This package and ``comparison/baselines`` are the only ones that import EasyEdit. It imports
+``training`` and what stands above it.
+"""

@@ -22,19 +22,19 @@ MULTIMODAL = f"{NAME}.trainer.blip2_models"
 
 
 def install():
-    """Register with EasyEdit: at once if it is loaded, else as soon as it is."""
+    """Register HORSE with EasyEdit: now if it is loaded, else as soon as it is."""
     if sys.modules.get(NAME):
-        _join()
+        _register()
     elif not any(isinstance(finder, EasyEditFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, EasyEditFinder())
 
 
-def _join():
+def _register():
     importlib.import_module("horse_plugin.easyedit.patches")
 
 
 class EasyEditFinder(importlib.abc.MetaPathFinder):
-    """Finds ``easyeditor`` in ``EASYEDIT_HOME`` or, without it, where Python would.
+    """Finds ``easyeditor`` in ``EASYEDIT_HOME``, or where Python would without it.
 
     Raises:
         UsageError: ``EASYEDIT_HOME`` names no checkout of EasyEdit.
@@ -47,12 +47,12 @@ class EasyEditFinder(importlib.abc.MetaPathFinder):
         if spec is not None:
             load = spec.loader.exec_module
 
-            def load_and_join(module):
+            def load_and_register(module):
                 with absent_packages_stand_in():
                     load(module)
-                _join()
+                _register()
 
-            spec.loader.exec_module = load_and_join
+            spec.loader.exec_module = load_and_register
         return spec
 
     def _spec_elsewhere(self, target):
@@ -73,8 +73,8 @@ def absent_packages_stand_in():
     """Let EasyEdit's own files import packages that are not installed, as :class:`Absent`.
 
     EasyEdit imports every method, and the image and video code of some, to edit with any. Only its
-    imports are answered so; nothing enters ``sys.modules``, so that transformers and others go on
-    seeing that, say, torchvision is not there.
+    own imports are answered so, and nothing enters ``sys.modules``: transformers and others still
+    see that, for example, torchvision is not installed.
     """
     imported = builtins.__import__
 
@@ -95,17 +95,17 @@ def absent_packages_stand_in():
 
 
 def _is_absent_package(error: ImportError, importer: str) -> bool:
-    """Whether one of EasyEdit's files lacks a whole package, not a part of one that is there."""
+    """Return whether one of EasyEdit's files lacks a whole package, not a part of one."""
     if not importer.startswith(NAME) or not isinstance(error, ModuleNotFoundError):
         return False
     return "." not in (error.name or ".") and error.name != NAME
 
 
 class Absent:
-    """Stands in for something that could not be imported; to use it is to get the import's error.
+    """Stands in for something that could not be imported; a call of it raises the import's error.
 
-    Attributes, subscripts and subclasses of it can be had: EasyEdit's files write them down as
-    they load.
+    Its attributes, subscripts and subclasses exist, because EasyEdit's files name them while they
+    load.
     """
 
     def __init__(self, name: str, error: ImportError):

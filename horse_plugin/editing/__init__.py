@@ -1,3 +1,13 @@
-"""Edits: making one, saving it, chaining several, taking them back, exporting them. Imports:
-everything from errors to evaluation.
+"""Edits: made, saved, chained, taken back, exported.
+
+    solve       from captured keys and gradients to the tensors of an edit (Eq. 4, 6, 2)
+    editor      HorseEditor: edit a model, undo, apply
+    delta       EditDelta: one edit as a thing of its own, saved and loaded
+    archive     the trained hypernetwork on disk, and what it was made for
+    chain       Chain: edits in one folder, made one on top of the other
+    conflicts   what will go wrong with a list of edits, found before any weight moves
+    checked     checked_edit: conflicts, figures before and after, one edit
+    export      an edit as a PEFT LoRA adapter
+
+This package imports ``evaluation`` and what stands above it.
 """

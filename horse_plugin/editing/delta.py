@@ -1,6 +1,5 @@
-"""One edit as a thing of its own: what it adds to which weights, and which facts it was for."""
+"""One edit as a thing of its own: the shifts that it adds, and the facts that it was made for."""
 
-import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,9 +7,16 @@ from pathlib import Path
 import torch
 
 from horse_plugin.data.records import EditRecord
+from horse_plugin.editing.archive import MADE_FOR
 from horse_plugin.errors import HorseError, UsageError
-from horse_plugin.method.ridge import Ridge
-from horse_plugin.storage import archive
+from horse_plugin.storage.digest import text_digest
+from horse_plugin.storage.files import write
+from horse_plugin.storage.schema import check_form
+from horse_plugin.storage.tensors import load_tensors, save_tensors
+
+DELTA, EDIT = "delta.safetensors", "edit.json"
+CHAIN = "ledger.json"  # the list of a chain of edits, each in a folder below
+FORM = MADE_FOR | {"weights": dict, "original": dict, "edit_json": str}
 
 
 @dataclass(eq=False)
@@ -18,44 +24,37 @@ class EditDelta:
     """The weight shifts ΔW_l of one edit (Eq. 2).
 
     Attributes:
-        tensors: per edit module either ``<name>.shift``, d×d', or the factors ``<name>.keys``,
-            n×d, and ``<name>.factors``, n×d', with ΔW = keysᵀ · factors; whichever is smaller.
+        tensors: for each edit module either ``<name>.shift``, d×d', or the factors
+            ``<name>.keys``, n×d, and ``<name>.factors``, n×d', with ΔW = keysᵀ · factors, whichever
+            hold fewer numbers.
         records: the facts.
-        about: model fingerprint, modules, network, hparams, versions; ``name``, ``made`` (UTC),
-            ``seconds``; ``weights`` and ``original``, the digests of the edit modules' weights
-            right before the edit and before the first edit of its editor; ``moved``,
-            ‖ΔW‖/‖W‖ of each module (Frobenius); ``figures`` where the edit was measured.
+        about: the description: model fingerprint, modules, network, hparams, versions; ``name``,
+            ``made`` (UTC), ``seconds``; ``weights`` and ``original``, the digests of the edit
+            modules' weights right before this edit and before the first edit of its editor;
+            ``moved``, ‖ΔW‖/‖W‖ of each module (Frobenius); ``figures`` if the edit was measured.
     """
 
     tensors: dict[str, torch.Tensor]
     records: list[EditRecord]
     about: dict = field(default_factory=dict)
 
-    @staticmethod
-    def solve(name: str, keys: torch.Tensor, residual: torch.Tensor, lamda: torch.Tensor) -> dict:
-        """Eq. 2 for one module, as entries of ``tensors``."""
-        ridge = Ridge(keys, lamda.exp())
-        (n, d), d_out = ridge.keys.shape, residual.shape[1]
-        if ridge.dual and n * (d + d_out) < d * d_out:
-            return {f"{name}.keys": ridge.keys, f"{name}.factors": ridge.factors(residual)}
-        return {f"{name}.shift": ridge.shift(residual)}
-
     @property
     def modules(self) -> list[str]:
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.tensors))
 
     def shift(self, module: str) -> torch.Tensor:
-        """ΔW of one module, d×d'."""
+        """Return ΔW of one module, d×d'."""
         if f"{module}.shift" in self.tensors:
             return self.tensors[f"{module}.shift"]
         return self.tensors[f"{module}.keys"].T @ self.tensors[f"{module}.factors"]
 
     def to(self, device) -> "EditDelta":
-        """The same edit with its tensors on a device, where its shifts are computed."""
+        """Return the same edit with its tensors on a device."""
         return replace(self, tensors={n: t.to(device) for n, t in self.tensors.items()})
 
     @property
     def shifts(self) -> dict[str, torch.Tensor]:
+        """Module name → ΔW, d×d', computed where the tensors are."""
         return {module: self.shift(module) for module in self.modules}
 
     @property
@@ -65,38 +64,38 @@ class EditDelta:
     def save(self, folder):
         """Write ``edit.json`` and ``delta.safetensors`` into a folder; other files there stay.
 
-        The second holds the checksum of the first, so that a pair which does not belong together
-        is refused as damaged. It is written last: before it is there, there is no edit.
+        The second file holds the checksum of the first, so that a pair which does not belong
+        together is refused as damaged. It is written last: without it, there is no edit.
 
         Raises:
-            UsageError: there is an edit, or a chain of edits, in the folder already.
+            UsageError: the folder holds an edit, or a chain of edits, already.
         """
         folder = check_free(folder)
         described = {**self.about, "records": [r.to_dict() for r in self.records]}
         text = json.dumps(described, indent=1, ensure_ascii=False).encode()
-        about = {**self.about, "kind": "delta", "edit_json": hashlib.sha256(text).hexdigest()}
-        archive.write(folder / EDIT, text)
-        archive.save_tensors(folder / DELTA, self.tensors, about)
+        about = {**self.about, "kind": "delta", "edit_json": text_digest(text, 64)}
+        write(folder / EDIT, text)
+        save_tensors(folder / DELTA, self.tensors, about)
 
     @classmethod
     def load(cls, folder) -> "EditDelta":
-        """The inverse of :meth:`save`.
+        """Return the edit that :meth:`save` wrote.
 
         Raises:
-            UsageError: no delta there.
-            HorseError: a damaged one.
+            UsageError: the folder holds no edit.
+            HorseError: the edit is damaged.
         """
         path, described = Path(folder, DELTA), Path(folder, EDIT)
         if not path.exists():
             raise UsageError(f"{folder}: holds no edit.")
-        tensors, about = archive.load_tensors(path)
+        tensors, about = load_tensors(path)
         if about.pop("kind", None) != "delta":
             raise UsageError(f"{folder}: {DELTA} holds no edit.")
-        archive.check_form(path, about, FORM)
+        check_form(path, about, FORM)
         _check_tensors(path, tensors, about["modules"])
         try:
             text = described.read_bytes()
-            if hashlib.sha256(text).hexdigest() != about.pop("edit_json"):
+            if text_digest(text, 64) != about.pop("edit_json"):
                 raise ValueError("its content does not match its checksum")
             records = [EditRecord.from_dict(r) for r in json.loads(text)["records"]]
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -104,18 +103,13 @@ class EditDelta:
         return cls(tensors, records, about)
 
 
-DELTA, EDIT = "delta.safetensors", "edit.json"
-LEDGER = "ledger.json"  # of a chain of edits, each in a folder below
-FORM = archive.MADE_FOR | {"weights": dict, "original": dict, "edit_json": str}
-
-
 def check_free(folder) -> Path:
-    """The folder's path, if it holds no edit and no chain of edits.
+    """Return the path of a folder that holds no edit and no chain of edits.
 
     Raises:
-        UsageError: it does; an edit is never overwritten.
+        UsageError: it does hold one, which is never overwritten.
     """
-    if Path(folder, LEDGER).exists():
+    if Path(folder, CHAIN).exists():
         raise UsageError(f"{folder}: holds a chain of edits; choose another folder, or --onto.")
     if Path(folder, DELTA).exists():
         raise UsageError(f"{folder}: holds an edit already; choose another folder.")
@@ -123,7 +117,7 @@ def check_free(folder) -> Path:
 
 
 def _check_tensors(path, tensors: dict[str, torch.Tensor], modules: list[str]):
-    """Each module has a shift or two factors that fit each other, and nothing else is there."""
+    """Check that each module has a shift, or two factors that fit, and nothing else is there."""
     for module in modules:
         shift, keys, factors = (
             tensors.get(f"{module}.{part}") for part in ("shift", "keys", "factors")

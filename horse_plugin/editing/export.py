@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation.metrics import Evaluator
-from horse_plugin.storage import archive
+from horse_plugin.storage.files import new_folder, write
 
 
 @dataclass
@@ -23,10 +23,10 @@ class Adapter:
     """Low-rank factors of an edit or of a chain of edits.
 
     Attributes:
-        factors: module → (keys, r×d; factors, r×d') with ΔW ≈ keysᵀ · factors.
+        factors: module name → (keys, r×d; factors, r×d') with ΔW ≈ keysᵀ · factors.
         rank: the largest r.
         error: ‖ΔW − keysᵀ · factors‖ / ‖ΔW‖ over all modules together (Frobenius).
-        efficacy: percent on the edited facts, of the edit and of the adapter.
+        efficacy: of the edit and of the adapter, on the edited facts, in percent.
     """
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -39,17 +39,22 @@ class Adapter:
 
 
 def to_rank(editor: HorseEditor, deltas: Sequence[EditDelta], rank: int | None = None) -> Adapter:
-    """The edits' sum as factors of at most that rank, and what is lost by it.
+    """Return the sum of the edits as factors of at most that rank, and what is lost by it.
 
-    Without a rank, or with one that suffices, nothing is lost but rounding. The editor's model,
-    on which the edits must have been made, is edited for the comparison and put back.
+    Without a rank, or with one that suffices, nothing is lost but rounding. The editor's model is
+    edited for the comparison and put back.
+
+    Args:
+        editor: an editor of the model that the edits were made on, itself unedited.
+        deltas: the edits, oldest first.
+        rank: the largest rank; None is exact.
 
     Raises:
-        UsageError: the edits are for another model.
+        UsageError: the edits were made for another model.
     """
-    hp, backbone = editor.hparams, editor.backbone
+    backbone = editor.backbone
     records = [r for delta in deltas for r in delta.records]
-    evaluator = Evaluator(backbone, records, hp.batch_tokens, hp.max_length)
+    evaluator = Evaluator(backbone, backbone.prepare(records, kinds=["edit"]))
     editor.apply_chain(deltas)
     try:
         edited = evaluator.evaluate().mean("efficacy")
@@ -64,13 +69,13 @@ def to_rank(editor: HorseEditor, deltas: Sequence[EditDelta], rank: int | None =
         keys, values = factors[module]
         lost += (shift - keys.T.double() @ values.double()).square().sum().item()
         norm += shift.square().sum().item()
-    with backbone.shifted({m: keys.T @ values for m, (keys, values) in factors.items()}):
+    with backbone.weights.shifted({m: keys.T @ values for m, (keys, values) in factors.items()}):
         kept = evaluator.evaluate().mean("efficacy")
     return Adapter(factors, (lost / norm) ** 0.5, (edited, kept))
 
 
 def _exact(deltas: Sequence[EditDelta], module: str, rank: int | None):
-    """The factors that the edits have already, if all have them and they are few enough."""
+    """Return the factors that the edits have already, if all have them and they are few enough."""
     parts = ("keys", "factors")
     if not all(f"{module}.{part}" in d.tensors for d in deltas for part in parts):
         return None
@@ -79,7 +84,7 @@ def _exact(deltas: Sequence[EditDelta], module: str, rank: int | None):
 
 
 def _truncated(shift: torch.Tensor, rank: int | None):
-    """The best factors of that rank (Eckart and Young)."""
+    """Return the best factors of that rank (Eckart and Young)."""
     U, S, Vh = torch.linalg.svd(shift, full_matrices=False)
     root = S[:rank].sqrt()
     return (U[:, :rank] * root).T.float(), (root[:, None] * Vh[:rank]).float()
@@ -91,7 +96,7 @@ def save_adapter(adapter: Adapter, backbone, folder):
     Modules of a smaller rank are filled up with zeros.
 
     Raises:
-        UsageError: there is something of that name already.
+        UsageError: something of that name exists.
     """
     rank, tensors = adapter.rank, {}
     for module, (keys, factors) in adapter.factors.items():
@@ -112,7 +117,7 @@ def save_adapter(adapter: Adapter, backbone, folder):
         "fan_in_fan_out": isinstance(next(iter(backbone.modules.values())), Conv1D),
         "inference_mode": True,
     }
-    with archive.new_folder(folder) as made:
+    with new_folder(folder) as made:
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-        archive.write(made / "adapter_model.safetensors", data)
-        archive.write(made / "adapter_config.json", json.dumps(config, indent=1))
+        write(made / "adapter_model.safetensors", data)
+        write(made / "adapter_config.json", json.dumps(config, indent=1))

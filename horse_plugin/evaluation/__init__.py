@@ -1,3 +1,13 @@
-"""What an edit holds and what it costs: metrics, rows of results, reports. Imports: everything from
-errors to model.
+"""What an edit holds and what it costs, and how that is shown.
+
+    metrics      efficacy, generalization, specificity, locality, portability
+    drift        perplexity of ordinary text
+    generation   what the model writes
+    general      general ability, by lm-evaluation-harness (Table 3)
+    results      rows of results.json
+    tables       one table as Markdown, LaTeX or HTML
+    charts       pictures; nothing else imports matplotlib
+    report       one HTML file
+
+This package imports ``model`` and what stands above it.
 """

@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.errors import HorseError, UsageError, reason
+from horse_plugin.evaluation.tables import Table, number
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import quiet_transformers
 
@@ -79,10 +80,7 @@ def measure(
                 log_samples=False,
             )["results"]
     except Exception as error:  # whatever the harness and the hub raise
-        line = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise HorseError(
-            f"general: the harness failed ({type(error).__name__}: {line})."
-        ) from error
+        raise HorseError(f"general: the harness failed ({reason(error)}).") from error
     names = {name: task if isinstance(task, str) else task["task"] for name, task in wanted.items()}
     return {
         (name, metric.partition(",")[0]): 100 * value
@@ -106,13 +104,20 @@ def rows(before: dict, after: dict) -> list[dict]:
     ]
 
 
-def markdown(table: Iterable[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| task | metric | before | after | difference |", "|---|---|--:|--:|--:|"]
-    for r in table:
-        figures = f"{r['before']:.1f} | {r['after']:.1f} | {r['difference']:+.1f}"
-        lines.append(f"| {r['task']} | {r['metric']} | {figures} |")
-    return "\n".join(lines) + "\n"
+def table(rows: Iterable[dict]) -> Table:
+    """Return the rows of :func:`rows` as a table, in percent."""
+    lines = [
+        [
+            r["task"],
+            r["metric"],
+            number(r["before"]),
+            number(r["after"]),
+            f"{r['difference']:+.1f}",
+        ]
+        for r in rows
+    ]
+    names = ["task", "metric", "before", "after", "difference"]
+    return Table(names, lines, "General ability, percent")
 
 
 def _from_hub(name: str) -> str:
@@ -149,13 +154,13 @@ def _read(path: Path, reader) -> list[dict]:
         lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable as UTF-8 text ({error}).") from None
-    for number, line in enumerate(lines, 1):
+    for i, line in enumerate(lines, 1):
         try:
             prompt, choices, answer = reader(json.loads(line))
             docs.append({"prompt": prompt, "choices": choices, "answer": answer})
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"{path}, line {number}: not a question with its answers ({error!r})."
+                f"{path}, line {i}: not a question with its answers ({error!r})."
             ) from None
     if not docs:
         raise UsageError(f"{path}: holds no questions.")

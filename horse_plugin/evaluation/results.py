@@ -2,24 +2,26 @@
 
 import contextlib
 import json
+import platform
 import resource
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from horse_plugin.editing.editor import versions
 from horse_plugin.evaluation.metrics import Evaluation
-from horse_plugin.storage import archive
+from horse_plugin.storage.files import write
 
 
 def row(method: str, dataset: str, hparams, evaluation: Evaluation, edit_seconds=None) -> dict:
-    """One object of ``results.json``; figures in percent, null where none applies.
+    """Return one object of ``results.json``; figures are in percent, or None where none applies.
 
     Args:
         method: a name such as ``HORSE`` or ``unedited``.
-        dataset: what the records came from.
-        edit_seconds: what the edit took, loading and evaluation left out.
+        dataset: the name of what the records came from.
+        hparams: the settings, for the model's name and the seed.
+        edit_seconds: how long the edit took, without loading and evaluation.
     """
     return {
         "method": method,
@@ -34,8 +36,24 @@ def row(method: str, dataset: str, hparams, evaluation: Evaluation, edit_seconds
     }
 
 
+def save(path, rows: list[dict]):
+    """Write the rows as JSON."""
+    write(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("horse_plugin", "torch", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
 def peak_memory_mb() -> float:
-    """Peak memory so far: of the GPU where there is one, of the process otherwise."""
+    """Return the peak memory so far in MiB: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -48,7 +66,3 @@ def reset_peak_memory():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def save(path, rows: list[dict]):
-    archive.write(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

@@ -1,3 +1,12 @@
-"""The paper's equations on tensors: hypernetwork (Sec. 2.3), residual (Eq. 4), spread (Eq. 5, 6),
-ridge (Eq. 2). Imports: errors, distributed.
+"""The paper's equations on tensors, one file an idea; start here with the paper open.
+
+    hypernetwork   (H, ∇G) → (H̃, ∇G̃)                    Sec. 2.3
+    residual       R = c ⊙ ∇G̃, with c_i = −η Σ_j H_ij H̃_ij    Eq. 4
+    spread         R'_1 … R'_T from R_1 … R_T              Eq. 5, 6
+    ridge          ΔW = (HᵀH + e^λ I)⁻¹ Hᵀ R, and its derivatives   Eq. 2, 7
+    losses         losses per answer token               Eq. 7
+
+Rows are answer tokens and columns are features: the transpose of the paper's notation. Lists run
+over the edit modules l = 1 … T, from the lowest to the highest. This package imports
+``distributed`` and ``errors`` only.
 """

@@ -1,7 +1,7 @@
-"""The hypernetwork: (H, ∇G) to (H̃, ∇G̃), and from there to spread residuals (Sec. 2.3).
+"""The hypernetwork (H, ∇G) → (H̃, ∇G̃), and all that is trained with it (Sec. 2.3).
 
-Low-rank residual blocks in the manner of MALMEN (Tan et al. 2024), shared by the edit modules of
-one shape; scale, shift, η and λ are each module's own. Tensors only, float32 unless cast.
+Low-rank residual blocks in the manner of MALMEN (Tan et al. 2024) are shared by the edit modules of
+one shape; scale, shift, η and λ belong to each module.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,20 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from horse_plugin import distributed as parallel
-from horse_plugin.method.residual import residual, spread
+from horse_plugin.distributed import gather_rows, mean_of_rows
+from horse_plugin.method.residual import residual
+from horse_plugin.method.spread import SPREADS
 
-ROWS = 8192  # tokens that the normaliser takes in at once, in float64
+ROWS = 8192  # rows that the normaliser takes in at once, in float64
+COEFFICIENTS = ("token", "edit_only", "none")
 
 
 class Normalizer(nn.Module):
-    """Running mean and standard deviation of each feature over all rows seen (Welford, merged)."""
+    """Running mean and standard deviation of each feature over all rows so far (Welford, merged).
+
+    Args:
+        size: the number of features.
+    """
 
     def __init__(self, size: int):
         super().__init__()
@@ -25,19 +31,19 @@ class Normalizer(nn.Module):
         self.register_buffer("m2", torch.zeros(size, dtype=torch.float64))  # Σ (x − mean)²
 
     def update(self, x: torch.Tensor):
-        """Take in n×size new rows."""
+        """Take in new rows, n×size."""
         self.merge(*self.moments(x))
 
     @torch.no_grad()
     def moments(self, x: torch.Tensor) -> torch.Tensor:
-        """3×size: how many rows, their mean, and Σ (x − mean)²."""
+        """Return the number of the rows, their mean, and Σ (x − mean)², 3×size."""
         x = x.to(self.mean)
         mean = x.sum(0) / max(1, len(x))
         return torch.stack((torch.full_like(mean, len(x)), mean, (x - mean).square().sum(0)))
 
     @torch.no_grad()
     def merge(self, count: torch.Tensor, mean: torch.Tensor, m2: torch.Tensor):
-        """Take in rows of which only the moments are known; none are no rows."""
+        """Take in rows of which only the moments are known."""
         n = count[0]
         delta, total = mean - self.mean, self.count + n
         part = n / total.clamp(min=1)
@@ -51,8 +57,8 @@ class Normalizer(nn.Module):
         return (x - self.mean.to(x.dtype)) / std.to(x.dtype)
 
 
-class Block(nn.Module):
-    """y ← y + scale_l ⊙ gelu(yAB + bias) + shift_l; the identity at the start, since B = 0.
+class ResidualBlock(nn.Module):
+    """y ← y + scale_l ⊙ gelu(yAB + bias) + shift_l. It starts as the identity, since B = 0.
 
     GELU has slope 1/2 at 0. The clamp of the released code sits exactly on its kink there, and
     whether it ever trains depends on what the installed torch takes for the gradient.
@@ -71,14 +77,16 @@ class Block(nn.Module):
         return y + self.scale[module] * update + self.shift[module]
 
 
-class Blocks(nn.Module):
-    """Normaliser and residual blocks of all edit modules of one shape (d, d')."""
+class SharedBlocks(nn.Module):
+    """The normaliser and the residual blocks of all edit modules of one shape (d, d')."""
 
     def __init__(self, shape: tuple[int, int], rank: int, n_blocks: int, n_modules: int):
         super().__init__()
         self.shape = shape
         self.normalizer = Normalizer(sum(shape))
-        self.blocks = nn.ModuleList(Block(sum(shape), rank, n_modules) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(sum(shape), rank, n_modules) for _ in range(n_blocks)
+        )
 
     def forward(self, keys, grads, module: int) -> tuple[torch.Tensor, torch.Tensor]:
         y = self.normalizer(torch.cat((keys, grads), -1))
@@ -88,20 +96,24 @@ class Blocks(nn.Module):
 
 
 class HyperNetwork(nn.Module):
-    """Everything that HORSE learns, for edit modules l = 1 … T from the lowest to the highest.
+    """Everything that HORSE learns, for the edit modules l = 1 … T.
 
     Args:
         shapes: (d, d') of each edit module; modules of one shape share their blocks.
-        rank, n_blocks: of the residual blocks.
-        spread: how residuals are spread over layers, see :mod:`horse_plugin.method.residual`.
-        spread_strength: 1 is Eq. 6 as printed, 0 is no projection.
+        rank: the rank of A and B in each residual block.
+        n_blocks: the number of residual blocks.
+        spread: the name of a rule in :mod:`horse_plugin.method.spread`.
+        spread_strength: the strength s of that rule; 1 is Eq. 6 as printed, 0 is no projection.
         coefficient: ``token`` is c_i of Eq. 4. For ablation, ``none`` puts −η in its place, and
             ``edit_only`` does so in the loss of Eq. 7 alone.
 
     Attributes:
-        log_eta: log η_l (Eq. 4). NaN until :meth:`calibrate` or the caller sets it.
-        lamda: λ_l; the ridge term is e^λ, so 0 makes it 1 (Eq. 2), as it starts unless
+        log_eta: log η_l (Eq. 4). It is NaN until :meth:`calibrate_eta` or the caller sets it.
+        lamda: λ_l. The ridge term is e^λ (Eq. 2); λ starts at 0 unless
             :meth:`calibrate_ridge` or the caller sets it.
+
+    Raises:
+        ValueError: there is no spread of that name.
     """
 
     def __init__(
@@ -114,11 +126,13 @@ class HyperNetwork(nn.Module):
         coefficient: str = "token",
     ):
         super().__init__()
+        if spread not in SPREADS:
+            raise ValueError(f"no spread is called {spread!r}")
         self.shapes, self.spread = [tuple(s) for s in shapes], spread
         self.coefficient = coefficient
         self.groups = nn.ModuleDict(
             {
-                _name(shape): Blocks(shape, rank, n_blocks, self.shapes.count(shape))
+                _group_name(shape): SharedBlocks(shape, rank, n_blocks, self.shapes.count(shape))
                 for shape in dict.fromkeys(self.shapes)
             }
         )
@@ -127,30 +141,36 @@ class HyperNetwork(nn.Module):
         self.spread_strength = nn.Parameter(torch.tensor(float(spread_strength)))
 
     @property
-    def calibrated(self) -> bool:
+    def has_eta(self) -> bool:
+        """Whether η is set for every module."""
         return not self.log_eta.isnan().any()
 
     @property
-    def seen(self) -> bool:
-        """Whether the normalisers have met any data."""
+    def has_statistics(self) -> bool:
+        """Whether the normalisers have taken in any rows."""
         return all(group.normalizer.count > 0 for group in self.groups.values())
 
-    def _place(self, l: int) -> tuple[Blocks, int]:
-        """The group of module l and its position in the group."""
+    def group_of(self, l: int) -> tuple[SharedBlocks, int]:
+        """Return the shared blocks of module l, and the index of the module among their modules."""
         shape = self.shapes[l]
-        return self.groups[_name(shape)], self.shapes[:l].count(shape)
+        return self.groups[_group_name(shape)], self.shapes[:l].count(shape)
 
     def update_normalizers(self, keys: list[torch.Tensor], grads: list[torch.Tensor]):
-        """Take in a batch; modules of one shape share their statistics, as in MALMEN."""
+        """Take the rows of an edit into the normalisers; modules of one shape share theirs.
+
+        Args:
+            keys: H_1 … H_T, n×d each.
+            grads: ∇G_1 … ∇G_T, n×d' each.
+        """
         for l, (h, g) in enumerate(zip(keys, grads, strict=True)):
-            normalizer = self._place(l)[0].normalizer
+            normalizer = self.group_of(l)[0].normalizer
             found = [normalizer.moments(torch.cat(c, -1)) for c in _chunks(h, g, ROWS)]
-            for moments in parallel.gather(torch.stack(found)):
+            for moments in gather_rows(torch.stack(found)):
                 normalizer.merge(*moments)
 
     def forward(self, l: int, keys, grads) -> tuple[torch.Tensor, torch.Tensor]:
-        """(H_l, ∇G_l) → (H̃_l, ∇G̃_l): n×d and n×d'."""
-        group, module = self._place(l)
+        """Return (H̃_l, ∇G̃_l), n×d and n×d', from (H_l, ∇G_l)."""
+        group, module = self.group_of(l)
         return group(keys, grads, module)
 
     def residuals(
@@ -159,13 +179,15 @@ class HyperNetwork(nn.Module):
         grads: list[torch.Tensor],
         rows: int | None = None,
         in_loss: bool = False,
-    ):
-        """R'_1 … R'_T, each n×d' (Eq. 4, then Eq. 5 or 6), from H_l and ∇G_l of every module.
+    ) -> list[torch.Tensor]:
+        """Return R'_1 … R'_T, n×d' each: Eq. 4, then the spread (Eq. 5 or 6).
 
         Args:
-            rows: tokens in one pass of the network, for bounded memory; all by default.
-            in_loss: as the second term of Eq. 7 has them; other than in the edit where
-                ``coefficient`` says so.
+            keys: H_1 … H_T, n×d each.
+            grads: ∇G_1 … ∇G_T, n×d' each.
+            rows: the number of rows in one pass of the network, for bounded memory; None is all.
+            in_loss: whether to compute the residuals of the second term of Eq. 7, which differ
+                from those of the edit where ``coefficient`` says so.
         """
         constant = self.coefficient == "none" or (in_loss and self.coefficient == "edit_only")
         raw = [
@@ -174,7 +196,11 @@ class HyperNetwork(nn.Module):
             )
             for l in range(len(self.shapes))
         ]
-        return spread(raw, self.spread, self.spread_strength)
+        return self.spread_out(raw, keys, grads)
+
+    def spread_out(self, raw, keys, grads) -> list[torch.Tensor]:
+        """Return R'_1 … R'_T from R_1 … R_T by the network's spread."""
+        return SPREADS[self.spread](raw, keys, grads, self.spread_strength)
 
     def _residual(self, l: int, keys, grads, constant: bool) -> torch.Tensor:
         eta, (pseudo_keys, pseudo_grads) = self.log_eta[l].exp(), self(l, keys, grads)
@@ -183,19 +209,23 @@ class HyperNetwork(nn.Module):
         return residual(keys, pseudo_keys, pseudo_grads, eta)
 
     @torch.no_grad()
-    def calibrate(
+    def calibrate_eta(
         self, keys, grads, value_norms: Sequence[float], strength: float, rows: int | None = None
     ):
         """Set η_l so that the mean row norm of R'_l is ``strength`` times ``value_norms[l]``.
 
         η starts free of the model's scale this way. R'_l is proportional to η_l for every spread
-        (Eq. 6 does not see the length of R_{l−1}), so one pass is enough. A module whose gradient
-        is zero takes the mean log η of the others; if all are zero, η stays NaN. ``rows`` is as in
-        :meth:`residuals`.
+        (Eq. 6 does not depend on the length of R_{l−1}), so one pass is enough. A module whose
+        gradient is zero takes the mean log η of the others; if all are zero, η stays NaN.
+
+        Args:
+            keys, grads, rows: as in :meth:`residuals`.
+            value_norms: the mean row norm of each module's output at the answer tokens.
+            strength: the wanted ratio.
         """
         self.log_eta.zero_()
         residuals = self.residuals(keys, grads, rows)
-        norms = parallel.mean(torch.stack([r.norm(dim=-1) for r in residuals], -1))
+        norms = mean_of_rows(torch.stack([r.norm(dim=-1) for r in residuals], -1))
         log_eta = (strength * torch.as_tensor(value_norms).to(norms) / norms).log()
         moved = norms > 0
         self.log_eta.copy_(torch.where(moved, log_eta, log_eta[moved].mean()))
@@ -208,13 +238,16 @@ class HyperNetwork(nn.Module):
         values nearly 0: a ridge term below them lets single keys ask for huge weights. A typical
         key has the median feature's mean square in each of its d features, since a few features
         can be larger than all others together. Keys that are zero leave e^λ at 1.
+
+        Args:
+            keys: H_1 … H_T, n×d each.
         """
-        squares = [h.shape[1] * parallel.mean(h.square()).median() for h in keys]
+        squares = [h.shape[1] * mean_of_rows(h.square()).median() for h in keys]
         squares = torch.stack(squares).to(self.lamda)
         self.lamda.copy_(torch.where(squares > 0, (share * squares).log(), 0))
 
 
-def _name(shape: tuple[int, int]) -> str:
+def _group_name(shape: tuple[int, int]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 

@@ -1,3 +1,12 @@
-"""The language model: loading it, its edit modules, its two halves, their cached states, and the
-capture of keys and gradients. Imports: everything from errors to hparams.
+"""The language model, and all that knows how one is built; no architecture by name.
+
+    loading       the model that the hparams name: files, device, dtype
+    modules       its transformer blocks and edit modules, found by their shape
+    fingerprint   what tells it from others
+    backbone      its forward pass cut in two: trunk, and edited blocks with the head
+    weights       edit weights: adding shifts, restoring bits, gradients
+    trunk_cache   the trunk's states of prompts, kept from one call to the next
+    capture       keys and gradients of an edit (H, ∇G), in one pass (Sec. 2.1)
+
+This package imports ``hparams`` and what stands above it.
 """

@@ -1,62 +1,77 @@
-"""Keys and value gradients at the answer tokens, for all edit modules in one pass (Sec. 2.1)."""
+"""Keys and gradients at the answer tokens, for all edit modules in one pass (Sec. 2.1)."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from horse_plugin import distributed as parallel
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.errors import HALF_HINT, HorseError
+from horse_plugin.distributed import (
+    gather_answers,
+    local_indices,
+    mean_of_rows,
+    raise_on_all_ranks,
+)
+from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.model.backbone import Backbone
 
 
 @dataclass
-class Trace:
-    """What the hypernetwork sees of an edit; lists run over the edit modules, lowest first.
+class Capture:
+    """What the hypernetwork reads of an edit; lists run over the edit modules, lowest first.
+
+    Keys, gradients and norms are in ``Backbone.edit_dtype``. Rows are in the order of the prompts,
+    the tokens of one answer in sequence; of several processes each holds the rows of the prompts
+    that it runs.
 
     Attributes:
         keys: H_l, n×d, the inputs of each edit module at the n answer positions.
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
-        value_norms: the mean norm of a row of its outputs there.
-        owners: n, the index of the prompt that each row belongs to, on the CPU.
-
-    All in ``Backbone.edit_dtype``. Rows are in the order of the prompts, the tokens of
-    one answer in sequence; of several processes each holds the rows of its own prompts.
+        value_norms: the mean norm of a row of each module's outputs there.
+        prompt_of_row: n, the index of the prompt that each row belongs to, on the CPU.
+        predicted: for every prompt, the tokens that the model predicts for its answer, on the CPU.
+        seconds: how long the capture took.
     """
 
     keys: list[torch.Tensor]
     grads: list[torch.Tensor]
     value_norms: list[float]
-    owners: torch.Tensor
+    prompt_of_row: torch.Tensor
+    predicted: list[torch.Tensor]
+    seconds: float
 
 
-def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> Trace:
-    """Run the prompts through the unedited model, forward and backward.
+def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
+    """Run the prompts through the model as it is, forward and backward.
 
-    The graph starts at the lowest edit module's output: nothing below it needs a gradient. The
-    cross-entropy is summed, so that a token's gradient does not depend on its batch.
+    The graph starts at the lowest edit module's output, since nothing below it needs a gradient.
+    The cross-entropy is summed, so that a token's gradient does not depend on its batch.
 
     Raises:
-        HorseError: a key or gradient that is not finite, naming the record and the module.
+        HorseError: a key or a gradient is not finite; the message names the record and the module.
     """
-    own = parallel.own(prompts)
-    sizes = torch.tensor([len(prompts[i].answer) for i in own], dtype=torch.long)
-    owners = torch.tensor(own, dtype=torch.long).repeat_interleave(sizes)
-    starts = sizes.cumsum(0) - sizes
+    start = time.perf_counter()
+    local = local_indices(prompts)
+    sizes = torch.tensor([len(prompts[i].answer) for i in local], dtype=torch.long)
+    prompt_of_row = torch.tensor(local, dtype=torch.long).repeat_interleave(sizes)
+    first_rows = sizes.cumsum(0) - sizes
     where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
-    seen = {
-        name: _Seen(len(owners), *shape, where)
+    captured = {
+        name: _ModuleRows(len(prompt_of_row), *shape, where)
         for name, shape in zip(backbone.modules, backbone.shapes, strict=True)
     }
-    with parallel.together():
-        for batch in backbone.batches([prompts[i] for i in own], batch_tokens, "trace"):
+    predicted = [None] * len(local)
+    with raise_on_all_ranks():
+        for batch in backbone.batches([prompts[i] for i in local], "capture"):
             states = backbone.trunk(batch)
-            at = torch.cat([torch.arange(sizes[i]) + starts[i] for i in batch.index])
-            at = at.to(backbone.edit_device)
+            rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in batch.index])
+            rows = rows.to(backbone.edit_device)
             hooks = [
-                module.register_forward_hook(seen[name].hook(backbone.places(name, batch), at))
+                module.register_forward_hook(
+                    captured[name].hook(backbone.answer_positions(name, batch), rows)
+                )
                 for name, module in backbone.modules.items()
             ]
             try:
@@ -68,33 +83,40 @@ def trace(backbone: Backbone, prompts: Sequence[Prompt], batch_tokens: int) -> T
             finally:
                 for hook in hooks:
                     hook.remove()
-            for s in seen.values():
-                s.collect()
-        for name, s in seen.items():
-            for what, rows in (("keys", s.keys), ("gradient", s.grads)):
-                bad = ~rows.isfinite().all(-1).cpu()
+            for module_rows in captured.values():
+                module_rows.collect()
+            tokens = logits.detach().argmax(-1).split([len(p.answer) for p in batch.prompts])
+            for i, part in zip(batch.index, tokens, strict=True):
+                predicted[i] = part
+        for name, module_rows in captured.items():
+            for what, values in (("keys", module_rows.keys), ("gradient", module_rows.grads)):
+                bad = ~values.isfinite().all(-1).cpu()
                 if bad.any():
-                    record = owners[bad][0].item()
+                    record = prompt_of_row[bad][0].item()
                     raise HorseError(
-                        f"record {record}: the {what} at {name} is not finite. {HALF_HINT}"
+                        f"record {record}: the {what} at {name} is not finite. "
+                        f"{HALF_PRECISION_HINT}"
                     )
-    return Trace(
-        keys=[s.keys for s in seen.values()],
-        grads=[s.grads for s in seen.values()],
-        value_norms=parallel.mean(torch.stack([s.norms for s in seen.values()], -1)).tolist(),
-        owners=owners,
+    norms = torch.stack([module_rows.norms for module_rows in captured.values()], -1)
+    return Capture(
+        keys=[module_rows.keys for module_rows in captured.values()],
+        grads=[module_rows.grads for module_rows in captured.values()],
+        value_norms=mean_of_rows(norms).tolist(),
+        prompt_of_row=prompt_of_row,
+        predicted=gather_answers(prompts, predicted),
+        seconds=time.perf_counter() - start,
     )
 
 
-class _Seen:
-    """What one edit module lets through: n rows, filled batch by batch."""
+class _ModuleRows:
+    """The rows of one edit module, filled batch by batch."""
 
     def __init__(self, n: int, d: int, d_out: int, where: dict):
         self.keys, self.grads = torch.empty(n, d, **where), torch.empty(n, d_out, **where)
         self.norms = torch.empty(n, **where)
 
-    def hook(self, places: tuple[torch.Tensor, torch.Tensor], at: torch.Tensor):
-        """Fills the rows ``at`` with what a batch has at its answer positions, ``places``."""
+    def hook(self, positions: tuple[torch.Tensor, torch.Tensor], at: torch.Tensor):
+        """Return a forward hook that fills the rows ``at`` with a batch's answer positions."""
 
         def record(module, args, output):
             if output.dim() != 3:
@@ -105,7 +127,7 @@ class _Seen:
                 output = output.detach().requires_grad_()
             else:
                 output.retain_grad()
-            rows, cols = (place.to(output.device) for place in places)
+            rows, cols = (position.to(output.device) for position in positions)
             values = output[rows, cols].detach().to(self.norms)
             self.keys[at] = args[0][rows, cols].detach().to(self.keys)
             self.norms[at] = values.norm(dim=-1)

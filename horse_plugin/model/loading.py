@@ -5,17 +5,17 @@ import contextlib
 import torch
 import transformers
 
-from horse_plugin import distributed as parallel
+from horse_plugin import distributed
 from horse_plugin.assets import DEFAULT_MODEL
 from horse_plugin.assets.default_model import resolve
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, first_line
 
 
 def load_model(hparams):
-    """The hparams' model and its tokenizer, in the dtype and on the device they ask for.
+    """Return the hparams' model and its tokenizer, in the dtype and on the device they ask for.
 
     Raises:
-        UsageError: no such model or device, or a model that lacks weights.
+        UsageError: there is no such model or device, or the model lacks weights.
     """
     name = resolve(hparams.model_name)
     device = resolve_device(hparams.device)
@@ -45,15 +45,16 @@ def load_model(hparams):
 
 
 def random_model(config: str, hparams):
-    """A model of that config with random weights, to time, and the tokenizer that the hparams
-    name, or else the default model's.
+    """Return a model of that config with random weights, to time, and a tokenizer.
+
+    The tokenizer is the one that the hparams name, or else the default model's.
 
     Args:
         config: a folder or a JSON file with a Hugging Face config. A vocabulary smaller than the
             tokenizer's is enlarged to it.
 
     Raises:
-        UsageError: no such config or device.
+        UsageError: there is no such config or device.
     """
     device = resolve_device(hparams.device)
     with quiet_transformers():
@@ -73,16 +74,19 @@ def _load(auto_class, name: str, key: str, **kwargs):
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # whatever transformers and its file formats raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{key}: {name!r} not loaded: {reason}") from None
+        raise UsageError(f"{key}: {name!r} not loaded: {first_line(error)}") from None
 
 
 def resolve_device(device) -> torch.device:
-    """What EasyEdit takes for a device: 0, "0", "cuda:0", "cpu", "auto"; None is the best one.
+    """Return the device of a name that EasyEdit takes: 0, "0", "cuda:0", "cpu", "auto".
 
-    Of several processes each has a GPU of its own, whichever was named.
+    None is the best device there is. Of several processes each has its own GPU, whichever was
+    named.
+
+    Raises:
+        UsageError: there is no such device.
     """
-    parallel.start()
+    distributed.initialize()
     if device in (None, "", "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = f"cuda:{device}" if str(device).isdigit() else str(device)
@@ -94,13 +98,13 @@ def resolve_device(device) -> torch.device:
         raise UsageError("device: 'meta' holds no weights; try 0, cuda:0 or cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: no CUDA GPU here; leave `device` out or set it to cpu.")
-    if device.type == "cuda" and parallel.size() > 1:
+    if device.type == "cuda" and distributed.world_size() > 1:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def _dtype(hparams, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it faster than fp32, unless the hparams say otherwise."""
+    """Return bf16 where the hardware multiplies it faster than fp32, or what the hparams say."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if hparams.dtype:
         return named[hparams.dtype]
@@ -113,6 +117,12 @@ def _dtype(hparams, device: torch.device) -> torch.dtype:
 def _cpu_has_bf16() -> bool:
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def pad_with_eos(tokenizer, side: str = "left"):
+    """Have the tokenizer pad with its EOS token on one side, as EasyEdit does; returns it."""
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, side
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -9,7 +9,11 @@ from horse_plugin.errors import UsageError
 
 
 def find_blocks(model) -> tuple[str, nn.ModuleList]:
-    """The transformer blocks and their name: the longest list of modules of one class."""
+    """Return the transformer blocks and their name: the longest list of modules of one class.
+
+    Raises:
+        UsageError: the model has no such list.
+    """
     lists = [
         (name, m)
         for name, m in model.named_modules()
@@ -23,11 +27,14 @@ def find_blocks(model) -> tuple[str, nn.ModuleList]:
 
 
 def find_edit_modules(model, inner_params: Sequence[str]) -> dict[str, nn.Module]:
-    """Name → edit module, in the order in which the model holds, and runs, them.
+    """Return name → edit module, in the order in which the model holds and runs them.
 
     Args:
-        inner_params: their names, with or without ``.weight``. Empty, they are the second MLP
-            projection of the last six blocks (Sec. 2.1).
+        inner_params: their names, with or without ``.weight``. If empty, they are the second MLP
+            projections of the last six blocks (Sec. 2.1).
+
+    Raises:
+        UsageError: a name is given twice, is missing in the model, or names no linear map.
     """
     names = [n.removesuffix(".weight") for n in inner_params] or _second_projections(model)
     if len(set(names)) < len(names):
@@ -36,9 +43,11 @@ def find_edit_modules(model, inner_params: Sequence[str]) -> dict[str, nn.Module
     return {n: modules[n] for n, _ in model.named_modules() if n in modules}
 
 
-def last_mlp(model) -> str | None:
-    """Name of the last block's MLP: the part of it that holds its second projection, if the block
-    has a part for that."""
+def find_last_mlp(model) -> str | None:
+    """Return the name of the last block's MLP: its part that holds the second projection.
+
+    A block that has no part for it gives None.
+    """
     prefix, blocks = find_blocks(model)
     block = f"{prefix}.{len(blocks) - 1}"
     try:
@@ -49,7 +58,7 @@ def last_mlp(model) -> str | None:
 
 
 def block_index(name: str, prefix: str) -> int:
-    """Which of the blocks called ``prefix`` the module lies in."""
+    """Return the index of the block, of those called ``prefix``, that the module lies in."""
     head, _, rest = name.partition(f"{prefix}.")
     index = rest.partition(".")[0]
     if head or not index.isdigit():
@@ -58,20 +67,20 @@ def block_index(name: str, prefix: str) -> int:
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(d, d'): width of a linear map's input and of its output."""
+    """Return (d, d'), the widths of a linear map's input and of its output."""
     shape = tuple(module.weight.shape)
     return shape if isinstance(module, Conv1D) else shape[::-1]
 
 
 def _second_projections(model) -> list[str]:
-    """That of each of the last six blocks."""
+    """Return the second MLP projection of each of the last six blocks."""
     prefix, blocks = find_blocks(model)
     names = [f"{prefix}.{i}" for i in range(max(0, len(blocks) - 6), len(blocks))]
     return [f"{block}.{_second_projection(model, block)}" for block in names]
 
 
 def _second_projection(model, block: str) -> str:
-    """In a block, the last linear map outside attention that leads back to the model's width."""
+    """Return a block's last linear map outside attention that leads back to the model's width."""
     width = model.get_input_embeddings().weight.shape[1]
     linear = [
         name

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 
 import torch
 
-from horse_plugin.storage.archive import check_writable
+from horse_plugin.storage.files import check_writable
 
 
-class TrunkStore:
+class TrunkCache:
     """The hidden states of prompts, L×d each, found by their token ids.
 
-    They are dropped once one of the weights that made them has been written to. A file loses its
-    name as soon as it is mapped: its room on the disk is free again when the states are dropped or
-    the process ends, however it ends.
+    All are dropped once one of the weights that made them has been written to. A file loses its
+    name as soon as it is mapped, so that its room on the disk is free again when the states are
+    dropped or the process ends, however it ends.
 
     Args:
-        weights: those of the trunk.
-        memory_gb: room in the memory of the device that computes the states.
-        disk_gb: room in files, used after that.
-        folder: where the files lie; the system's folder for temporary files by default.
+        weights: the trunk's parameters.
+        memory_gb: room in the memory of the device that computes the states, in 10⁹ bytes.
+        disk_gb: room in files, used after that, in 10⁹ bytes.
+        folder: the folder of the files; None is the system's folder for temporary files.
 
     Attributes:
         full: whether there is no room left.
@@ -48,12 +48,12 @@ class TrunkStore:
             self._forget()
 
     def missing(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Those of the prompts whose states are not kept."""
+        """Return the prompts whose states are not kept."""
         self._drop_stale()
         return [p for p in prompts if p not in self._kept]
 
     def get(self, prompts: Sequence[tuple[int, ...]]) -> list[torch.Tensor | None]:
-        """The states of each prompt, on the device that computed them; None if not kept."""
+        """Return each prompt's states, on the device that computed them, or None if not kept."""
         self._drop_stale()
         found = (self._kept.get(p) for p in prompts)
         return [None if s is None else s.to(self._device) for s in found]
@@ -71,7 +71,7 @@ class TrunkStore:
             self._kept[prompt] = part.view(s.shape).copy_(s)
 
     def _allocate(self, n: int, like: torch.Tensor) -> torch.Tensor | None:
-        """n numbers in memory, else in a file of their own, else nowhere."""
+        """Return room for n numbers in memory, else in a file, else None."""
         n_bytes = n * like.element_size()
         where = next((w for w in self._room if self._room[w] >= n_bytes), None)
         if where is None:
@@ -92,7 +92,7 @@ class TrunkStore:
 
 
 def _reserve(handle: int, n_bytes: int):
-    """Make the file that long, on the disk: a full one is an error here, no crash later."""
+    """Take the room on the disk now: a full disk is an error here, and no crash later."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, n_bytes)
         return

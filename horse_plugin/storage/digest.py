@@ -1,14 +1,16 @@
-"""A digest of a weight's bits, computed where the weight is: no weight leaves its device.
+"""Digests: of text, of JSON values, of named tensors, and of a weight's bits where the weight lies.
 
-The bits are words of 32; in blocks, they are multiplied by 64-bit factors and summed modulo 2⁶⁴
-(multilinear hashing), twice; the sums of all blocks then go through SHA-256. One word that changes
-always changes the digest. Whatever else changes by accident, which knows nothing of the factors,
-goes unnoticed with a probability of 2⁻⁶⁶. Integers have no rounding, so that a GPU and a CPU agree.
-The factors are no secret: who wants two weights of one digest can make them. It is no signature.
+No weight leaves its device for its digest. The bits are words of 32; in blocks, they are multiplied
+by 64-bit factors and summed modulo 2⁶⁴ (multilinear hashing), twice; the sums of all blocks then go
+through SHA-256. One changed word always changes the digest. Any other accidental change, which
+knows nothing of the factors, goes unnoticed with a probability of 2⁻⁶⁶. Integers have no rounding,
+so that a GPU and a CPU agree. The factors are public, so that two weights of one digest can be made
+on purpose: the digest is no signature.
 """
 
 import functools
 import hashlib
+import json
 
 import torch
 
@@ -17,12 +19,33 @@ AT_ONCE = {"cpu": 4 * BLOCK}  # words that are multiplied at once: what its cach
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32)}
 
 
+def text_digest(text: str | bytes, length: int = 12) -> str:
+    """Return the first hex digits of the text's SHA-256."""
+    data = text.encode() if isinstance(text, str) else text
+    return hashlib.sha256(data).hexdigest()[:length]
+
+
+def json_digest(value, length: int = 12) -> str:
+    """Return the digest of a plain JSON value, whatever the order of its keys."""
+    return text_digest(json.dumps(value, sort_keys=True), length)
+
+
+def tensors_digest(tensors: dict[str, torch.Tensor], about: dict) -> str:
+    """Return the SHA-256 of named tensors, on the CPU, and of their JSON description."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        found.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        found.update(t.contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 @torch.no_grad()
-def digest(weight: torch.Tensor, dtype: torch.dtype | None = None) -> str:
-    """The weight's dtype and a digest of its bits and shape, as ``bfloat16:0123…``.
+def weight_digest(weight: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """Return the weight's dtype and a digest of its bits and shape, as ``bfloat16:0123…``.
 
     Args:
-        dtype: round the weight to it first.
+        dtype: the dtype to round the weight to first; None is its own.
     """
     dtype = dtype or weight.dtype
     factors, sums = _factors(weight.device), []
@@ -39,13 +62,13 @@ def digest(weight: torch.Tensor, dtype: torch.dtype | None = None) -> str:
 
 
 def matches(weight: torch.Tensor, wanted) -> bool:
-    """Whether the weight, rounded to the dtype that a digest names, has that digest."""
+    """Return whether the weight, rounded to the dtype that a digest names, has that digest."""
     dtype = DTYPES.get(str(wanted).partition(":")[0])
-    return dtype is not None and digest(weight, dtype) == wanted
+    return dtype is not None and weight_digest(weight, dtype) == wanted
 
 
 @functools.cache
 def _factors(device: torch.device) -> torch.Tensor:
-    """Two odd 64-bit numbers for each word of a block, the same everywhere, 2×BLOCK."""
+    """Return two odd 64-bit numbers for each word of a block, 2×BLOCK, the same everywhere."""
     data = bytearray(hashlib.shake_256(b"HORSE").digest(2 * BLOCK * 8))
     return (torch.frombuffer(data, dtype=torch.int64).view(2, BLOCK) | 1).to(device)

@@ -1,1 +1,8 @@
-"""Training the hypernetwork (Eq. 7). Imports: everything from errors to editing."""
+"""Training the hypernetwork (Eq. 7).
+
+    objective    the losses of the edited model, and their gradient in the network's parameters
+    trainer      HORSETrainer: steps, validations, the best archive
+    checkpoint   what a run saves, and what a resumed run reads again
+
+This package imports ``editing`` and what stands above it.
+"""

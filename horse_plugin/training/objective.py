@@ -1,73 +1,114 @@
-"""Eq. 7: the losses of the edited model, and their gradient in the hypernetwork's parameters."""
+"""Eq. 7: the losses of the edited model, and their gradient in the hypernetwork's parameters.
+
+One step reads from top to bottom in :meth:`Objective.backward`: residuals, Eq. 2, the edited
+model's losses and their gradient g at the edited weights, and the surrogate
+Σ_l ⟨H_l (HᵀH + e^λ I)⁻¹ g_l, R'_l⟩ whose gradient is that of the losses.
+"""
 
 import torch
-import torch.nn.functional as F
 
-from horse_plugin import distributed as parallel
-from horse_plugin.data.prompts import Prompt, batches
-from horse_plugin.errors import HALF_HINT, HorseError, UsageError
+from horse_plugin.data.prompts import Batch, PreparedEdits, batches
+from horse_plugin.distributed import (
+    local_indices,
+    raise_on_all_ranks,
+    sum_over_ranks,
+    world_size,
+)
+from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
+from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
+from horse_plugin.method.losses import LOSSES, cross_entropy
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.capture import Trace
+from horse_plugin.model.capture import Capture
 
-KINDS = ("edit", "rephrase", "unrelated")
+TRAINED_ON = ("edit", "rephrase", "unrelated")  # the kinds of prompts with a loss of their own
+UNRELATED = TRAINED_ON.index("unrelated")
 
 
 class Objective:
-    """The first term of Eq. 7 on one step's prompts, and its gradient at the edited weights.
+    """Eq. 7 on the prompts of one training step.
 
     Args:
-        backbone: the model, unedited while this object is made.
-        prompts: for each of ``KINDS``, its prompts; a kind may be empty.
-        hparams: ``edit_coef``, ``gen_coef``, ``loc_coef``, ``loc_loss``, ``batch_tokens``.
+        backbone: the model, unedited.
+        edits: the step's records, with prompts of the kinds in ``TRAINED_ON``; a record may lack
+            rephrased or unrelated ones.
+        hparams: ``edit_coef``, ``gen_coef`` and ``loc_coef`` are the weights of the losses on the
+            three kinds, ``loc_loss`` is the loss on unrelated prompts.
+
+    Raises:
+        UsageError: no prompt would teach the edit.
     """
 
-    def __init__(self, backbone: Backbone, prompts: dict[str, list[Prompt]], hparams):
+    def __init__(self, backbone: Backbone, edits: PreparedEdits, hparams: HORSEHyperParams):
         self.backbone = backbone
-        self.coefs = dict(
-            zip(KINDS, (hparams.edit_coef, hparams.gen_coef, hparams.loc_coef), strict=True)
-        )
-        used = {k: prompts[k] if self.coefs[k] else [] for k in KINDS}
-        if not (used["edit"] or used["rephrase"]):
+        weights = hparams.edit_coef, hparams.gen_coef, hparams.loc_coef
+        self.coefs = dict(zip(TRAINED_ON, weights, strict=True))
+        prompts = {k: edits.flat(k) if self.coefs[k] else [] for k in TRAINED_ON}
+        if not (prompts["edit"] or prompts["rephrase"]):
             raise UsageError(
                 "nothing would teach the edit: edit_coef is 0 (as in MALMEN), and so is gen_coef, "
                 "or these records have no rephrased prompts."
             )
-        self.n_tokens = {k: sum(len(p.answer) for p in used[k]) for k in KINDS}
-        own = [(k, i) for k in KINDS for i in parallel.own(used[k])]
-        self.kind_of = torch.tensor([KINDS.index(k) for k, _ in own], dtype=torch.long)
-        self.record_of = [i for _, i in own]
-        mine = [used[k][i] for k, i in own]
-        self.batches = list(batches(mine, hparams.batch_tokens, backbone.device))
-        self.reference = self._reference() if hparams.loc_loss == "kl" else None
+        self.n_tokens = {k: sum(len(p.answer) for p in prompts[k]) for k in TRAINED_ON}
+        local = [(k, i) for k in TRAINED_ON for i in local_indices(prompts[k])]
+        self.kind_of = torch.tensor([TRAINED_ON.index(k) for k, _ in local], dtype=torch.long)
+        self.prompt_of = [i for _, i in local]
+        local_prompts = [prompts[k][i] for k, i in local]
+        self.batches = list(batches(local_prompts, backbone.batch_tokens, backbone.device))
+        self.unrelated_loss = LOSSES[hparams.loc_loss]
+        self.reference = self._reference() if self.unrelated_loss.needs_reference else None
 
-    def _kinds(self, batch) -> torch.Tensor:
-        """The kind of prompt that each answer token of the batch belongs to."""
-        return self.kind_of[list(batch.index)].to(batch.rows.device)[batch.rows]
+    def backward(self, network: HyperNetwork, captured: Capture) -> dict[str, float | None]:
+        """Leave the gradient of the losses, through the whole edit, in the network's parameters.
 
-    @torch.no_grad()
-    def _reference(self) -> list[torch.Tensor]:
-        """Log-probabilities of the unedited model at the unrelated prompts, batch by batch."""
-        unrelated = KINDS.index("unrelated")
-        return [
-            self.backbone.logits(b)
-            .to(self.backbone.edit_dtype)
-            .log_softmax(-1)[self._kinds(b) == unrelated]
-            for b in self.batches
-        ]
+        The edit is differentiated by hand where it is linear: with g = ∂L/∂W at the edited
+        weights, ∂L/∂R = H(HᵀH + e^λI)⁻¹g and ∂L/∂λ = −e^λ⟨(HᵀH + e^λI)⁻¹g, ΔW⟩ (Eq. 7). Autograd
+        carries them from R to η, the spread and the network.
 
-    def gradients(self) -> tuple[dict[str, float | None], list[torch.Tensor]]:
-        """Mean loss per answer token of each kind, None without prompts, and g_l = ∂L/∂W_l, d×d'.
+        Args:
+            captured: keys and gradients of the step's edit prompts on the unedited model.
 
-        L is the sum of the three means, weighted by the coefficients.
+        Returns:
+            The mean loss per answer token of each kind in nats, None for a kind without prompts.
         """
-        totals = torch.zeros(len(KINDS), dtype=self.backbone.edit_dtype)
-        found = []  # looked at after the loop, so that the device never waits for us
-        scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in KINDS]
+        keys, grads, lamdas = captured.keys, captured.grads, network.lamda.detach()
+        ridges = [Ridge(h, lamda.exp()) for h, lamda in zip(keys, lamdas, strict=True)]
+        with torch.no_grad():
+            residuals = network.residuals(keys, grads)  # Eq. 4 and 6
+            shifts = [ridge.shift(r) for ridge, r in zip(ridges, residuals, strict=True)]  # Eq. 2
+        del residuals
+        with self.backbone.weights.shifted(dict(zip(self.backbone.modules, shifts, strict=True))):
+            losses, weight_grads = self.weight_gradients()
+        # Made only now, so that their graph takes no memory while the model's own does.
+        residuals = network.residuals(keys, grads, in_loss=True)
+        surrogate = sum(
+            (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda / world_size()
+            for ridge, g, r, shift, lamda in zip(
+                ridges, weight_grads, residuals, shifts, network.lamda, strict=True
+            )
+        )
+        surrogate.backward()
+        for p in network.parameters():
+            if p.grad is not None:
+                p.grad = sum_over_ranks(p.grad)
+        return losses
+
+    def weight_gradients(self) -> tuple[dict[str, float | None], list[torch.Tensor]]:
+        """Return the losses of the model as it is now, and g_1 … g_T = ∂L/∂W_l, d×d' each.
+
+        L is the sum of the three mean losses, weighted by the coefficients.
+
+        Raises:
+            HorseError: a loss or a gradient is not finite; the message names the record or the
+                module.
+        """
+        totals = torch.zeros(len(TRAINED_ON), dtype=self.backbone.edit_dtype)
+        found = []  # read after the loop, so that the device never waits for the host
+        scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in TRAINED_ON]
         scale = torch.tensor(scale, dtype=totals.dtype)
-        weight_gradients = self.backbone.weight_gradients()
-        with parallel.together(), weight_gradients as (grads, collect), torch.enable_grad():
+        gradients = self.backbone.weights.gradients(self.backbone.edit_device)
+        with raise_on_all_ranks(), gradients as (grads, collect), torch.enable_grad():
             for i, batch in enumerate(self.batches):
                 losses, kinds = self._token_losses(i, batch), self._kinds(batch)
                 (losses * scale.to(losses.device)[kinds]).sum().backward()
@@ -76,89 +117,57 @@ class Objective:
             for (losses, kinds), batch in zip(found, self.batches, strict=True):
                 self._check(losses, batch)
                 totals.index_add_(0, kinds.cpu(), losses.cpu())
-        totals = parallel.total(totals)
-        grads = {name: parallel.total(grad) for name, grad in grads.items()}
+        totals = sum_over_ranks(totals)
+        grads = {name: sum_over_ranks(grad) for name, grad in grads.items()}
         for name, grad in grads.items():
             if not grad.isfinite().all():
-                raise HorseError(f"{name}: the gradient of the loss is not finite. {HALF_HINT}")
+                raise HorseError(
+                    f"{name}: the gradient of the loss is not finite. {HALF_PRECISION_HINT}"
+                )
         means = {
             k: totals[i].item() / self.n_tokens[k] if self.n_tokens[k] else None
-            for i, k in enumerate(KINDS)
+            for i, k in enumerate(TRAINED_ON)
         }
         return means, list(grads.values())
 
-    def _check(self, losses: torch.Tensor, batch):
+    def _kinds(self, batch: Batch) -> torch.Tensor:
+        """Return the kind of prompt, as an index, of each of the batch's n answer tokens."""
+        return self.kind_of[list(batch.index)].to(batch.rows.device)[batch.rows]
+
+    @torch.no_grad()
+    def _reference(self) -> list[torch.Tensor | None]:
+        """Return, for each batch, the unedited model's log-probabilities at unrelated prompts."""
+        reference = []
+        for batch in self.batches:
+            if not self._has_unrelated(batch):
+                reference.append(None)
+                continue
+            logits = self.backbone.logits(batch)[self._kinds(batch) == UNRELATED]
+            reference.append(logits.to(self.backbone.edit_dtype).log_softmax(-1))
+        return reference
+
+    def _has_unrelated(self, batch: Batch) -> bool:
+        return bool((self.kind_of[list(batch.index)] == UNRELATED).any())
+
+    def _token_losses(self, i: int, batch: Batch) -> torch.Tensor:
+        """Return the loss of each of the n answer tokens of the i-th batch."""
+        logits, dtype = self.backbone.logits(batch), self.backbone.edit_dtype
+        labels = batch.labels.to(logits.device)
+        losses = cross_entropy(logits, labels, None, dtype)
+        if self.unrelated_loss.compute is cross_entropy or not self._has_unrelated(batch):
+            return losses
+        unrelated = (self._kinds(batch) == UNRELATED).to(logits.device)
+        reference = self.reference[i] if self.reference else None
+        kept = self.unrelated_loss.compute(logits[unrelated], labels[unrelated], reference, dtype)
+        return losses.masked_scatter(unrelated, kept)
+
+    def _check(self, losses: torch.Tensor, batch: Batch):
         """Name the first prompt of the batch whose loss is not finite."""
         bad = ~losses.isfinite().cpu()
         if bad.any():
-            place = batch.index[batch.rows.cpu()[bad][0]]
-            record, kind = self.record_of[place], KINDS[self.kind_of[place]]
+            index = batch.index[batch.rows.cpu()[bad][0]]
+            record, kind = self.prompt_of[index], TRAINED_ON[self.kind_of[index]]
             raise HorseError(
-                f"record {record}: the loss on its {kind} prompt is not finite. {HALF_HINT}"
+                f"record {record}: the loss on its {kind} prompt is not finite. "
+                f"{HALF_PRECISION_HINT}"
             )
-
-    def _token_losses(self, i: int, batch) -> torch.Tensor:
-        logits, dtype = self.backbone.logits(batch), self.backbone.edit_dtype
-        losses = CrossEntropy.apply(logits, batch.labels.to(logits.device), dtype)
-        if self.reference is None:
-            return losses
-        unrelated = (self._kinds(batch) == KINDS.index("unrelated")).to(logits.device)
-        log_p = logits[unrelated].to(dtype).log_softmax(-1)
-        kl = F.kl_div(log_p, self.reference[i], log_target=True, reduction="none").sum(-1)
-        return losses.masked_scatter(unrelated, kl)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """−log p of each label, from logits of any precision and computed in ``dtype``.
-
-    torch's own keeps several n×vocabulary tensors for the backward pass, which is most of the
-    memory of a training step; this one turns the only one it keeps into the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype):
-        log_p = logits.log_softmax(-1, dtype=dtype)
-        ctx.save_for_backward(log_p, labels)
-        ctx.dtype = logits.dtype
-        return -log_p.gather(1, labels[:, None])[:, 0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: torch.Tensor):
-        gradient, labels = ctx.saved_tensors
-        gradient.exp_()
-        gradient.scatter_add_(1, labels[:, None], -torch.ones_like(grad)[:, None])
-        return gradient.mul_(grad[:, None]).to(ctx.dtype), None, None
-
-
-def backward(network: HyperNetwork, traced: Trace, shifts_to_gradients) -> dict[str, float]:
-    """Leave in the network's parameters the gradient of the loss through the whole edit.
-
-    The edit is differentiated by hand where it is linear: with g = ∂L/∂W at the edited weights,
-    ∂L/∂R = H(HᵀH + e^λI)⁻¹g and ∂L/∂λ = −e^λ⟨(HᵀH + e^λI)⁻¹g, ΔW⟩ (Eq. 7); autograd takes them
-    from R to η, the spread and the network.
-
-    Args:
-        shifts_to_gradients: maps ΔW_1 … ΔW_T to (losses, g_1 … g_T) of the model edited so.
-    """
-    ridges = [
-        Ridge(h, lamda.exp()) for h, lamda in zip(traced.keys, network.lamda.detach(), strict=True)
-    ]
-    with torch.no_grad():
-        residuals = network.residuals(traced.keys, traced.grads)
-        shifts = [ridge.shift(r) for ridge, r in zip(ridges, residuals, strict=True)]
-    del residuals
-    losses, weight_grads = shifts_to_gradients(shifts)
-    # Made only now, so that their graph does not take memory while the model's own does.
-    residuals = network.residuals(traced.keys, traced.grads, in_loss=True)
-    surrogate = sum(
-        (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda / parallel.size()
-        for ridge, g, r, shift, lamda in zip(
-            ridges, weight_grads, residuals, shifts, network.lamda, strict=True
-        )
-    )
-    surrogate.backward()
-    for p in network.parameters():
-        if p.grad is not None:
-            p.grad = parallel.total(p.grad)
-    return losses

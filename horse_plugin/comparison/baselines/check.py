@@ -8,14 +8,14 @@ from horse_plugin.easyedit.patches import ReadDevice, compute_rewrite_or_rephras
 from horse_plugin.evaluation.metrics import Evaluation, mean
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.loading import pad_with_eos
 
-KINDS = {"efficacy": "edit", "generalization": "equivalent", "specificity": "unrelated"}
+QUERIES = {"efficacy": "edit", "generalization": "equivalent", "specificity": "unrelated"}
 
 
-def easyedits(backbone: Backbone, hparams: HORSEHyperParams, records: Sequence[EditRecord]):
-    """The records' :class:`~horse_plugin.evaluation.metrics.Evaluation` as EasyEdit computes it."""
-    tokenizer = deepcopy(backbone.tokenizer)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"  # as it sets them
+def easyedit_figures(backbone: Backbone, hparams: HORSEHyperParams, records: Sequence[EditRecord]):
+    """Return the records' figures as EasyEdit computes them."""
+    tokenizer = pad_with_eos(deepcopy(backbone.tokenizer))
     device = str(backbone.device)
 
     def share(query) -> float:
@@ -28,13 +28,13 @@ def easyedits(backbone: Backbone, hparams: HORSEHyperParams, records: Sequence[E
         queries = (record.edit,) if kind == "edit" else getattr(record, kind)
         return mean(share(q) for q in queries)
 
-    return Evaluation([{name: figure(r, kind) for name, kind in KINDS.items()} for r in records])
+    return Evaluation([{name: figure(r, kind) for name, kind in QUERIES.items()} for r in records])
 
 
 def both(backbone, hparams, records, ours: Evaluation) -> dict:
-    """For a row of ``results.json``: means over the first records, EasyEdit's and ours, percent."""
-    theirs = easyedits(backbone, hparams, records)
+    """Return means over the first records, EasyEdit's and ours, in percent, for a row."""
+    theirs = easyedit_figures(backbone, hparams, records)
     ours = Evaluation(ours.records[: len(records)])
     found = {"easyedit": theirs, "ours": ours}
-    means = {name: {n: e.mean(n) for n in KINDS} for name, e in found.items()}
+    means = {name: {n: e.mean(n) for n in QUERIES} for name, e in found.items()}
     return {"records": len(records), **means}

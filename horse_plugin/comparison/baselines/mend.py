@@ -5,29 +5,34 @@ up the gradients of ``accumulate_bs`` batches of ``batch_size`` records before i
 is the YAML's, or the next smaller one that divides a step's records, and the former fits it.
 """
 
+import contextlib
 import json
 import random
+import sys
 import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
-from unittest import mock
 
 import torch
 
-from horse_plugin.comparison.task import Task, texts_digest
+from horse_plugin.comparison.task import Task, records_digest
 from horse_plugin.data.records import EditRecord
 from horse_plugin.easyedit.patches import EditTrainer, hparams_class
 from horse_plugin.errors import UsageError
-from horse_plugin.storage import archive
+from horse_plugin.model.loading import pad_with_eos
+from horse_plugin.storage.digest import json_digest
+from horse_plugin.storage.files import write
 
 VAL_RECORDS = 20
 
 
 class Facts(torch.utils.data.Dataset):
-    """Records in the batches that ``EditTrainer`` takes: its own data sets read two layouts of
-    file only, and a tokenizer from a folder."""
+    """Records in the batches that ``EditTrainer`` takes.
+
+    Its own data sets read two layouts of files only, and a tokenizer from a folder.
+    """
 
     def __init__(self, records: Sequence[EditRecord], tokenizer, max_length: int, device):
         self.records, self.tokenizer = records, tokenizer
@@ -49,7 +54,7 @@ class Facts(torch.utils.data.Dataset):
         return {"edit_inner": inner, "cond": cond, "loc": loc}
 
     def _tokenized(self, pairs: list[tuple[str, str]]) -> dict:
-        """Padded left, labels as wide as the longest answer, as MEND has it when it edits."""
+        """Return tokens padded left, and labels as wide as the longest answer, as MEND edits."""
         answers = [" " + answer.lstrip() for _, answer in pairs]
         texts = [prompt + answer for (prompt, _), answer in zip(pairs, answers, strict=True)]
         options = {"padding": True, "truncation": True, "max_length": self.max_length}
@@ -64,7 +69,7 @@ class Facts(torch.utils.data.Dataset):
 
 
 def trained(hparams, task: Task, within) -> dict:
-    """Have the hparams name an archive: the YAML's, or one trained once for the comparison.
+    """Let the hparams name an archive: the YAML's, or one that is trained once.
 
     Args:
         hparams: EasyEdit's for MEND; ``archive`` is set.
@@ -84,12 +89,12 @@ def trained(hparams, task: Task, within) -> dict:
     val = [r for r in task.val if r.unrelated][:VAL_RECORDS]
     if not records or not val:
         raise UsageError("MEND is trained: give training and validation records, with unrelated.")
-    n = task.hparams.n_edits
+    n = task.hparams.edits_per_step
     hparams.batch_size = next(k for k in range(hparams.batch_size, 0, -1) if n % k == 0)
-    steps = n_steps(task.hparams, len(records))
-    about = [vars(hparams), texts_digest(records), n, steps, task.seed, task.model]
-    name = archive.text_digest(json.dumps(about, sort_keys=True, default=str))
-    folder = task.folder / "archives" / f"MEND-{name}"
+    steps = task.hparams.n_steps(len(records))
+    keys = {key: str(value) for key, value in vars(hparams).items()}
+    about = json_digest([keys, records_digest(records), n, steps, task.seed, task.model])
+    folder = task.folder / "archives" / f"MEND-{about}"
     done = folder / "trained.json"
     if not done.is_file():
         start = time.perf_counter()
@@ -101,16 +106,10 @@ def trained(hparams, task: Task, within) -> dict:
             "train_seconds": time.perf_counter() - start,
             "budget": f"{steps} steps of {n} records from {len(records):,}",
         }
-        archive.write(done, json.dumps(found))
+        write(done, json.dumps(found))
     found = json.loads(done.read_text())
     hparams.archive = found.pop("archive")
     return found
-
-
-def n_steps(hparams, n_records: int) -> int:
-    """Steps of HORSE's training."""
-    steps = hparams.max_epochs * max(1, n_records // hparams.n_edits)
-    return min(steps, hparams.max_iters or steps)
 
 
 def _train(hparams, task: Task, records, val, steps: int, folder: Path) -> str:
@@ -121,7 +120,7 @@ def _train(hparams, task: Task, records, val, steps: int, folder: Path) -> str:
     config.results_dir = str(folder)
     config.archive, config.eval_only, config.debug, config.final_eval = None, False, False, False
     size = config.batch_size
-    batches = task.hparams.n_edits // size
+    batches = task.hparams.edits_per_step // size
     # EasyEdit stops before it trains on the last batch, and saves when it validates.
     config.accumulate_bs, config.val_interval = batches, steps * batches
     config.max_iters, config.max_epochs = steps * batches + 1, None
@@ -129,8 +128,7 @@ def _train(hparams, task: Task, records, val, steps: int, folder: Path) -> str:
     drawn, wanted = [], config.max_iters * size
     while len(drawn) < wanted:
         drawn += random.sample(records, len(records))
-    tokenizer = deepcopy(task.backbone.tokenizer)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    tokenizer = pad_with_eos(deepcopy(task.backbone.tokenizer))
     model = deepcopy(task.backbone.model).float().requires_grad_(True)
     sets = [
         Facts(r, tokenizer, task.hparams.max_length, task.backbone.device)
@@ -138,7 +136,8 @@ def _train(hparams, task: Task, records, val, steps: int, folder: Path) -> str:
     ]
     config.val_batch_size = min(size, len(val))
     # EasyEdit would load the model by its name; every method starts from the same weights.
-    with mock.patch(f"{EditTrainer.__mro__[1].__module__}.get_model", return_value=model):
+    base = sys.modules[EditTrainer.__mro__[1].__module__]
+    with _replaced(base, "get_model", lambda config: model):
         trainer = EditTrainer(config, *sets)
         # EasyEdit's would step the learning rates of the edit, too, and by the network's rate.
         trainer.opt = trainer.OptimizerClass(trainer.model.mend.parameters(), lr=config.lr)
@@ -147,8 +146,22 @@ def _train(hparams, task: Task, records, val, steps: int, folder: Path) -> str:
     return str(trainer.save_path)
 
 
+@contextlib.contextmanager
+def _replaced(module, name: str, value):
+    """Replace a name of a module inside a ``with``."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
 def _save(trainer):
-    """Write what EasyEdit reads again of its archive, which also holds objects: only code brings
-    these out of a pickle. It wants the model's config in its place, but uses it for a message."""
+    """Write the part of EasyEdit's archive that it reads again, without the objects in it.
+
+    Only code could bring these out of a pickle. EasyEdit wants the model's config in its place, but
+    uses it for a message only.
+    """
     state = trainer.model.state_dict() | {"model_config": None}
     torch.save({"model": state, "step": trainer.global_iter}, trainer.save_path)

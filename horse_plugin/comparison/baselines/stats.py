@@ -16,15 +16,17 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from horse_plugin.data.records import EditRecord, load_records, read_items
-from horse_plugin.errors import UsageError
+from horse_plugin.data.formats import load_records
+from horse_plugin.data.records import EditRecord
+from horse_plugin.data.sources import read_items
+from horse_plugin.errors import UsageError, first_line
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage import archive
+from horse_plugin.storage.files import write as write_file
 
 
 def stats_file(hparams, model_name: str, layer: str) -> Path:
-    """Where EasyEdit looks for the second moment of one edit module.
+    """Return where EasyEdit looks for the second moment of one edit module.
 
     Args:
         hparams: EasyEdit's, with ``stats_dir``, ``mom2_dataset``, ``mom2_dtype`` and
@@ -42,7 +44,7 @@ def second_moments(
     batch_tokens=4096,
     progress=True,
 ) -> dict[str, tuple[torch.Tensor, int]]:
-    """Σ k kᵀ and the number of keys, over all tokens of the texts.
+    """Return Σ k kᵀ and the number of keys, over all tokens of the texts.
 
     Args:
         layers: names of linear maps; their inputs are the keys.
@@ -108,7 +110,7 @@ def write(hparams, model_name: str, moments: dict):
                 "sample_size": hparams.mom2_n_samples,
             },
         )
-        archive.write(stats_file(hparams, model_name, layer), buffer.getvalue())
+        write_file(stats_file(hparams, model_name, layer), buffer.getvalue())
 
 
 def write_null_space(path, moments: dict, threshold: float):
@@ -121,7 +123,7 @@ def write_null_space(path, moments: dict, threshold: float):
     torch.save(
         torch.stack([_projection(total / n, threshold) for total, n in moments.values()]), buffer
     )
-    archive.write(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def _projection(moment: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -130,8 +132,8 @@ def _projection(moment: torch.Tensor, threshold: float) -> torch.Tensor:
     return (null @ null.T).float()
 
 
-def from_yamls(yamls: Sequence[Path], corpus, folder: Path | None = None) -> list[Path]:
-    """Prepare the statistics that YAMLs of EasyEdit's methods ask for; returns the files made.
+def statistics_of_yamls(yamls: Sequence[Path], corpus, folder: Path | None = None) -> list[Path]:
+    """Prepare the statistics that YAMLs of EasyEdit's methods ask for, and return the files made.
 
     Args:
         folder: instead of their ``stats_dir``.
@@ -157,13 +159,13 @@ def from_yamls(yamls: Sequence[Path], corpus, folder: Path | None = None) -> lis
 
 
 def modules_of(hparams) -> list[str]:
-    """The edit modules that EasyEdit's hparams name."""
+    """Return the names of the edit modules that EasyEdit's hparams name."""
     templates = getattr(hparams, "rewrite_module_tmps", None) or [hparams.rewrite_module_tmp]
     return [template.format(layer) for layer in hparams.layers for template in templates]
 
 
 def prepare(hparams, backbone: Backbone, corpus, progress=True) -> list[Path]:
-    """Compute what EasyEdit's hparams ask for and is not there yet; returns the files made.
+    """Compute what EasyEdit's hparams ask for and is not there yet, and return the files made.
 
     Args:
         hparams: EasyEdit's, or anything with their keys; ``stats_dir`` says where the files go, and
@@ -186,7 +188,7 @@ def prepare(hparams, backbone: Backbone, corpus, progress=True) -> list[Path]:
 
 
 def model_name(backbone: Backbone) -> str:
-    """The last part of the model's name or path."""
+    """Return the last part of the model's name or path."""
     return Path(str(backbone.model.config.name_or_path)).name or type(backbone.model).__name__
 
 
@@ -196,7 +198,7 @@ def _read(file: Path) -> tuple[torch.Tensor, int]:
 
 
 def read_corpus(source, size: int) -> list[str]:
-    """The first ``size`` texts of a source, or all if it holds fewer.
+    """Return the first ``size`` texts of a source, or all if it holds fewer.
 
     Args:
         source: edit records, or their file; a JSON or JSONL file of objects with a ``text``; any
@@ -226,7 +228,7 @@ def read_corpus(source, size: int) -> list[str]:
 
 
 def _of_records(records: Iterable[EditRecord]) -> list[str]:
-    """What the records say about the world as it is, none of what they want to change."""
+    """Return what the records say about the world as it is, and nothing that they change."""
     texts = []
     for r in records:
         texts += [f"{q.prompt} {q.answer}" for q in r.unrelated]
@@ -242,5 +244,6 @@ def _hub_texts(name: str, size: int) -> list[str]:
         rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
         return [row["text"] for row in rows.take(size)]
     except Exception as error:  # whatever the hub and its formats raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"corpus: {name!r} is no file, and not loaded as one: {reason}") from None
+        raise UsageError(
+            f"corpus: {name!r} is no file, and not loaded as one: {first_line(error)}"
+        ) from None

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from horse_plugin.storage import archive
+from horse_plugin.storage.digest import json_digest, text_digest
 
 # What a YAML says of the solve alone. The last of the layers is in the files' names.
 SOLVE = frozenset(
@@ -36,27 +36,27 @@ class Targets:
     def __init__(self, folder: Path, method: str, hparams, model: str, seed: int):
         kind = "PMET" if method == "PMET" else "MEMIT"
         keys = {k: v for k, v in dataclasses.asdict(hparams).items() if k not in SOLVE}
-        about = json.dumps([kind, keys, hparams.layers[-1], model, seed], sort_keys=True)
-        self.folder = folder / f"{kind}-{archive.text_digest(about)}"
+        about = json_digest([kind, keys, hparams.layers[-1], model, seed])
+        self.folder = folder / f"{kind}-{about}"
         # Filled in by EasyEdit with the layer, with PMET's block, the clamp, and the case's id.
         fields = 4 if kind == "PMET" else 3
         self.template = str(self.folder / f"{'-'.join(['{}'] * fields)}.npz")
 
     def named(self, requests: Sequence[dict]) -> list[dict]:
-        """The requests with a digest of what they ask for as their ``case_id``."""
+        """Return the requests with a digest of what they ask for as their ``case_id``."""
         names = [
-            archive.text_digest(json.dumps({k: r[k] for k in ("prompt", "subject", "target_new")}))
+            text_digest(json.dumps({k: r[k] for k in ("prompt", "subject", "target_new")}))
             for r in requests
         ]
         return [r | {"case_id": name} for r, name in zip(requests, names, strict=True)]
 
     def kept(self, requests: Sequence[dict]) -> int:
-        """Of how many of the named requests the vector is there."""
+        """Return of how many of the named requests the vector is kept."""
         there = {file.stem.rpartition("-")[2] for file in self.folder.glob("*.npz")}
         return sum(r["case_id"] in there for r in requests)
 
     def seconds(self, n: int) -> float | None:
-        """What it took to find n vectors, after the times between two files; None: not known."""
+        """Return how long n vectors take, by the times between two files, or None if unknown."""
         times = sorted(file.stat().st_mtime for file in self.folder.glob("*.npz"))
         gaps = [after - before for before, after in itertools.pairwise(times)]
         return n * statistics.median(gaps) if gaps else None

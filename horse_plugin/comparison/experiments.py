@@ -1,0 +1,143 @@
+"""The paper's Table 1, Table 2 and Fig. 2 on one's own model and data."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from horse_plugin.assets import DEFAULT_MODEL, FACTS, hparams_folder
+from horse_plugin.comparison.methods import ABLATIONS, METHODS, EasyEdit, Engine, Method, choose
+from horse_plugin.comparison.output import write_output
+from horse_plugin.comparison.plan import DataSet, Plan
+from horse_plugin.comparison.runner import held_rows, run
+from horse_plugin.errors import UsageError
+
+# `--quick`: three methods and the model itself, trained briefly.
+QUICK = {"methods": ("unedited", "FT", "MALMEN", "HORSE"), "n_edits": (50,)}
+QUICK_TRAINING = {"edits_per_step": 100, "max_iters": 10, "val_interval": 10}
+
+
+def compare(
+    out,
+    methods: Sequence[str] = (),
+    models: Sequence[str] = (),
+    datasets: Sequence[DataSet] = (),
+    n_edits: Sequence[int] = (),
+    seeds: Sequence[int] = (0,),
+    hparams_dir=None,
+    corpus: str | None = None,
+    quick: bool = False,
+    check: int = 0,
+) -> list[dict]:
+    """Measure methods side by side, and write tables and a report.
+
+    What is left out has a default: all methods, 100 edits, the default model, the shipped facts.
+
+    Args:
+        out: the folder for ``results.json`` and everything else. A run that stopped goes on from
+            it, and the tables show all that was ever measured into it.
+        methods: names from :data:`horse_plugin.comparison.methods.METHODS`.
+        models: stems of YAMLs, ``<hparams_dir>/<method>/<model>.yaml``.
+        datasets: the records to edit, and to train on.
+        n_edits: the numbers of facts to edit at once.
+        seeds: the seeds to train and edit with.
+        hparams_dir: the folder of the YAMLs; None is the shipped one.
+        corpus: text for second-moment statistics; None is the training records.
+        quick: whether to take fewer methods, fewer edits and less training.
+        check: on how many records of each cell EasyEdit's own metrics are computed too.
+
+    Returns:
+        The rows, as in ``results.json``.
+    """
+    names = methods or (QUICK["methods"] if quick else METHODS)
+    table = choose(names, METHODS)
+    if quick:
+        table = {name: _briefly_trained(method) for name, method in table.items()}
+    folder = Path(hparams_dir or hparams_folder())
+    plan = Plan(
+        table,
+        {m: folder / "HORSE" / f"{m}.yaml" for m in models or (DEFAULT_MODEL,)},
+        datasets or [shipped_facts()],
+        n_edits or (QUICK["n_edits"] if quick else (100,)),
+        folder,
+        Path(out),
+        seeds,
+        corpus,
+        check,
+    )
+    return _measured(plan, "compare")
+
+
+def _briefly_trained(method: Method) -> Method:
+    if isinstance(method, Engine):
+        return replace(method, changes=QUICK_TRAINING)
+    if isinstance(method, EasyEdit):
+        return replace(method, training=QUICK_TRAINING)
+    return method
+
+
+def ablate(
+    out,
+    hparams=None,
+    datasets: Sequence[DataSet] = (),
+    n_edits: Sequence[int] = (100,),
+    seeds: Sequence[int] = (0,),
+    archive: str | None = None,
+    rows: Sequence[str] = (),
+) -> list[dict]:
+    """Measure HORSE with one part taken out or changed at a time (Table 2).
+
+    Args:
+        out, datasets, n_edits, seeds: as in :func:`compare`.
+        hparams: the path of the YAML; None is the default model's.
+        archive: the folder of a trained archive for the full method, instead of training one.
+        rows: names from :data:`horse_plugin.comparison.methods.ABLATIONS`; none is all.
+
+    Returns:
+        The rows, as in ``results.json``.
+    """
+    yaml = Path(hparams or hparams_folder() / "HORSE" / f"{DEFAULT_MODEL}.yaml")
+    table = choose(rows or tuple(ABLATIONS), ABLATIONS)
+    if archive and "HORSE" in table:
+        table["HORSE"] = replace(table["HORSE"], archive=str(archive))
+    plan = Plan(
+        {"unedited": METHODS["unedited"]} | table,
+        {yaml.stem: yaml},
+        datasets or [shipped_facts()],
+        n_edits,
+        yaml.parent.parent,
+        Path(out),
+        seeds,
+    )
+    return _measured(plan, "ablate")
+
+
+def shipped_facts() -> DataSet:
+    """Return the facts that ship with the package."""
+    files = (FACTS / f"{name}.json" for name in ("edit", "train", "val"))
+    return replace(DataSet.load(*files), name="facts")
+
+
+def data_sets(data: Sequence[str], train: Sequence[str], val: Sequence[str]) -> list[DataSet]:
+    """Return the data sets of files to edit, with their training and validation files, if any.
+
+    Raises:
+        UsageError: there are training or validation files, but not one for each data set.
+    """
+    for name, files in (("train", train), ("val", val)):
+        if files and len(files) != len(data):
+            raise UsageError(f"--{name}: {len(files)} files for {len(data)} data sets.")
+    nothing = [None] * len(data)
+    files = zip(data, train or nothing, val or nothing, strict=True)
+    return [DataSet.load(*f) for f in files]
+
+
+def _measured(plan: Plan, kind: str) -> list[dict]:
+    """Run the plan, and write tables and report of all rows that the folder holds.
+
+    Methods may so be measured one after the other, some at fewer numbers of edits or seeds.
+    """
+    rows = run(plan)
+    order = list(METHODS | ABLATIONS).index
+    held = sorted(held_rows(plan.out), key=lambda row: order(row["method"]))
+    write_output(plan.out, held, kind)
+    return rows

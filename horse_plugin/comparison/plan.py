@@ -1,0 +1,68 @@
+"""What a comparison measures: methods × models × data sets × numbers of edits × seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from horse_plugin.comparison.methods import Method
+from horse_plugin.data.formats import load_records
+from horse_plugin.data.records import EditRecord
+from horse_plugin.errors import UsageError
+
+
+@dataclass
+class DataSet:
+    """Records to edit, and records that trained methods may train on and choose by."""
+
+    name: str
+    records: Sequence[EditRecord]
+    train: Sequence[EditRecord] = ()
+    val: Sequence[EditRecord] = ()
+
+    @classmethod
+    def load(cls, data, train=None, val=None) -> "DataSet":
+        """Return the data set of files, or of anything that ``load_records`` takes."""
+        files = (load_records(source) if source else () for source in (data, train, val))
+        return cls(Path(data).stem, *files)
+
+
+@dataclass
+class Plan:
+    """methods × models × data sets × numbers of edits × seeds.
+
+    Attributes:
+        methods: name → runner, see :mod:`horse_plugin.comparison.methods`.
+        models: name → HORSE's YAML, which says how to load the model; the other methods' are
+            ``<hparams_dir>/<method>/<name>.yaml``.
+        corpus: text for second-moment statistics; None is the training records.
+        check: on how many records EasyEdit's own metrics are computed as well.
+    """
+
+    methods: dict[str, Method]
+    models: dict[str, Path]
+    datasets: Sequence[DataSet]
+    n_edits: Sequence[int]
+    hparams_dir: Path
+    out: Path
+    seeds: Sequence[int] = (0,)
+    corpus: str | None = None
+    check: int = 0
+
+    def __post_init__(self):
+        for data in self.datasets:
+            if max(self.n_edits) > len(data.records):
+                raise UsageError(
+                    f"{data.name}: {max(self.n_edits)} edits asked for, but it holds "
+                    f"{len(data.records)} records."
+                )
+
+    def cells(self) -> list[tuple]:
+        """Return (data set, number of edits, seed, method) of every cell of one model."""
+        return [
+            (data, n, seed, name)
+            for data in self.datasets
+            for n in self.n_edits
+            for i, seed in enumerate(self.seeds)
+            for name, method in self.methods.items()
+            if i == 0 or method.seeded
+        ]

@@ -1,0 +1,122 @@
+"""What EasyEdit calls to edit with HORSE: its ``apply_algo``, and edits on top of one another."""
+
+import functools
+import shlex
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from horse_plugin.assets import FACTS
+from horse_plugin.editing.archive import ARCHIVE, check_made_for, read_network, to_edit_device
+from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.errors import UsageError
+from horse_plugin.hparams import UNTRAINED, HORSEHyperParams
+from horse_plugin.method.hypernetwork import HyperNetwork
+from horse_plugin.model.backbone import Backbone
+
+
+def apply_horse_to_model(
+    model,
+    tok,
+    requests,
+    hparams,
+    copy=False,
+    return_orig_weights=False,
+    keep_original_weight=False,
+    **kwargs,
+) -> tuple[nn.Module, dict]:
+    """Write all requests into the model in one edit; EasyEdit calls this an ``apply_algo``.
+
+    Args:
+        requests: any number of EasyEdit's requests, each with a ``prompt`` and a ``target_new``.
+        copy: whether to edit a copy, and leave ``model`` as it is.
+        return_orig_weights: whether to return the weights that the edit replaced.
+        keep_original_weight, kwargs: taken because EasyEdit passes them. Its releases disagree on
+            what the former means; the caller may put the original weights back.
+
+    Returns:
+        The edited model, and parameter name → weight before the edit.
+
+    Raises:
+        UsageError: no archive is given, or one that does not fit, or a request is malformed.
+    """
+    hparams = our_hparams(hparams)
+    model = deepcopy(model) if copy else model
+    backbone = _backbone(model, tok, hparams)
+    editor = HorseEditor.from_backbone(backbone, hparams, _network(backbone, hparams))
+    editor.edit(_prompts_and_targets(requests))
+    return model, weights_before(editor) if return_orig_weights else {}
+
+
+def _prompts_and_targets(requests) -> list[dict]:
+    return [{key: r.get(key) for key in ("prompt", "target_new")} for r in requests]
+
+
+def weights_before(editor: HorseEditor) -> dict[str, torch.Tensor]:
+    """Return parameter name → weight before all edits of the editor."""
+    return {f"{name}.weight": weight for name, weight in editor.original_weights.items()}
+
+
+def our_hparams(hparams) -> HORSEHyperParams:
+    """Return our hparams from any that name one of our methods, such as EasyEdit's for MALMEN."""
+    if isinstance(hparams, HORSEHyperParams):
+        return hparams
+    return HORSEHyperParams.from_dict(vars(hparams))
+
+
+def _network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork | None:
+    """Return the trained network that the hparams name; None if they ask for an untrained one."""
+    if hparams.archive is None:
+        raise UsageError(_how_to_train(hparams))
+    if hparams.archive == UNTRAINED:
+        return None
+    file = Path(hparams.archive, ARCHIVE)
+    written = file.stat().st_mtime_ns if file.is_file() else None
+    network, about = _read_network(hparams.archive, written, backbone.edit_dtype)
+    check_made_for(file, about, backbone)
+    if (trained := about["hparams"]["alg_name"]) != hparams.alg_name:
+        raise UsageError(f"{file}: trained as {trained}, but alg_name is {hparams.alg_name}.")
+    return to_edit_device(network, backbone)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_network(folder: str, written, dtype) -> tuple[HyperNetwork, dict]:
+    """Return the archive in the folder, read again if it was written or the dtype is another."""
+    return read_network(folder)
+
+
+def _how_to_train(hparams: HORSEHyperParams) -> str:
+    out = hparams.archive_folder
+    command = ["horse", "train", "--hparams", hparams.source or "HPARAMS.yaml"]
+    command += ["--train", FACTS / "train.json", "--val", FACTS / "val.json", "--out", out]
+    return (
+        f"archive: none given. Train one with `{shlex.join(map(str, command))}` and set "
+        f"archive: {out}; or set archive: {UNTRAINED} to edit without."
+    )
+
+
+def apply_on_top(base, model, tok, requests, hparams, **kwargs):
+    """Make one edit on top of those in ``base.horse.history``; an ``apply_algo`` as the one above.
+
+    No weights are returned, so that EasyEdit puts none back and the edit stays.
+
+    Args:
+        base: EasyEdit's ``BaseEditor``.
+    """
+    hparams = our_hparams(hparams)
+    backbone, horse = _backbone(model, tok, hparams), base.horse
+    network = _network(backbone, hparams)
+    if horse is None or horse.backbone.modules != backbone.modules or horse.changed:
+        base.horse = horse = HorseEditor.from_backbone(backbone, replace(hparams, archive=None))
+    horse.hparams, horse.network = hparams, network
+    horse.edit(_prompts_and_targets(requests))
+    return model, {}
+
+
+def _backbone(model, tok, hparams: HORSEHyperParams) -> Backbone:
+    """Return a backbone without room for trunk states: EasyEdit makes one for every edit."""
+    limits = {"batch_tokens": hparams.batch_tokens, "max_length": hparams.max_length}
+    return Backbone(model, tok, hparams.inner_params, **limits)

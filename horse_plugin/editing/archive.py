@@ -1,0 +1,115 @@
+"""The archive: a trained hypernetwork with its description, and what it was made for."""
+
+from pathlib import Path
+
+import torch
+
+from horse_plugin.errors import HorseError, UsageError, first_line
+from horse_plugin.method.hypernetwork import HyperNetwork
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.fingerprint import FINGERPRINT, describe, is_same_model
+from horse_plugin.storage.schema import check_form
+from horse_plugin.storage.tensors import load_tensors
+
+ARCHIVE = "archive.safetensors"
+# What the description of an archive or of an edit must hold.
+MADE_FOR = {"model": FINGERPRINT, "modules": [str], "hparams": {"alg_name": str}, "versions": {}}
+NETWORK = {"shapes": [list], "rank": int, "n_blocks": int, "spread": str, "coefficient": str}
+
+
+def load_network(folder, backbone: Backbone) -> tuple[HyperNetwork, dict]:
+    """Return a trained hypernetwork, ready for the backbone, and its description.
+
+    Raises:
+        UsageError: there is no archive in the folder, or one for another model or other modules.
+        HorseError: the archive is damaged.
+    """
+    network, about = read_network(folder)
+    check_made_for(Path(folder, ARCHIVE), about, backbone)
+    return to_edit_device(network, backbone), about
+
+
+def read_network(folder) -> tuple[HyperNetwork, dict]:
+    """Return a trained hypernetwork, whatever model it is for, and its description.
+
+    Raises:
+        UsageError: there is no archive in the folder.
+        HorseError: the archive is damaged.
+    """
+    path = Path(folder, ARCHIVE)
+    if not path.is_file():
+        raise UsageError(f"archive: {folder} holds no {ARCHIVE}.")
+    tensors, about = load_tensors(path)
+    if about.get("kind") != "hypernetwork":
+        raise UsageError(f"{path}: holds no hypernetwork.")
+    check_form(path, about, MADE_FOR | {"network": NETWORK})
+    return network_of(path, tensors, about["network"]), about
+
+
+def network_tensors(network: HyperNetwork) -> dict[str, torch.Tensor]:
+    """Return the network's tensors under the names that they have in a file."""
+    return {f"network.{name}": t for name, t in network.state_dict().items()}
+
+
+def network_form(network: HyperNetwork) -> dict:
+    """Return what is needed, beside the tensors, to build the network again."""
+    block = next(iter(network.groups.values())).blocks
+    return {
+        "shapes": [list(s) for s in network.shapes],
+        "rank": block[0].A.shape[1],
+        "n_blocks": len(block),
+        "spread": network.spread,
+        "coefficient": network.coefficient,
+    }
+
+
+def network_of(path, tensors: dict[str, torch.Tensor], form: dict) -> HyperNetwork:
+    """Return the network that ``form`` describes, filled with the tensors.
+
+    Nothing is allocated for a network that the tensors do not fill.
+
+    Args:
+        path: the file, for messages.
+
+    Raises:
+        HorseError: form and tensors do not fit each other.
+    """
+    tensors = {
+        n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")
+    }
+    if max(form["n_blocks"], len(form["shapes"])) > len(tensors):
+        raise HorseError(f"{path}: damaged: field 'network' asks for more than the file holds.")
+    try:
+        with torch.device("meta"):
+            network = HyperNetwork(**{n: form[n] for n in NETWORK})
+        shapes = {n: t.shape for n, t in network.state_dict().items()}
+        if shapes != {n: t.shape for n, t in tensors.items()}:
+            raise ValueError("does not have the form of the tensors")
+        network.to_empty(device="cpu").load_state_dict(tensors)
+    except Exception as error:  # of a size, a name or a type that torch does not take
+        raise HorseError(f"{path}: damaged: field 'network': {first_line(error)}.") from None
+    return network
+
+
+def to_edit_device(network: HyperNetwork, backbone: Backbone) -> HyperNetwork:
+    """Move the network to where the model's edits are decided, and into their precision."""
+    if backbone.edit_dtype is torch.float64:
+        network.double()
+    return network.to(backbone.edit_device)
+
+
+def check_made_for(path, about: dict, backbone: Backbone):
+    """Refuse what was made for another model or for other edit modules.
+
+    Raises:
+        UsageError: the message names both.
+    """
+    made, here = about["model"], backbone.fingerprint()
+    if not is_same_model(made, here):
+        raise UsageError(f"{path}: made for {describe(made)}, but this model is {describe(here)}.")
+    if about["modules"] != list(backbone.modules):
+        missing = [m for m in about["modules"] if m not in backbone.modules]
+        raise UsageError(
+            f"{path}: made for the modules {', '.join(about['modules'])}; "
+            f"inner_params names others ({'without ' + missing[0] if missing else 'more'})."
+        )

@@ -1,0 +1,112 @@
+"""From the captured keys and gradients of an edit to the tensors of its delta (Eq. 4, 6, 2)."""
+
+import math
+
+import torch
+
+from horse_plugin.distributed import gather_rows, raise_on_all_ranks
+from horse_plugin.editing.archive import to_edit_device
+from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
+from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.method.hypernetwork import HyperNetwork
+from horse_plugin.method.ridge import Ridge
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.capture import Capture
+
+
+def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
+    """Return an untrained hypernetwork: the identity, seeded, with η if ``lr`` gives it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(hparams.seed)
+        network = HyperNetwork(
+            backbone.shapes,
+            hparams.rank,
+            hparams.n_blocks,
+            hparams.spread,
+            hparams.spread_strength,
+            hparams.coefficient,
+        )
+    if hparams.lr is not None:
+        torch.nn.init.constant_(network.log_eta, math.log(hparams.lr))
+    return to_edit_device(network, backbone)
+
+
+def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParams):
+    """Take an edit into the network's normalisers; the first edit also sets η and λ.
+
+    η is set by ``strength`` unless ``lr`` gives it, λ by ``ridge`` if it is given.
+    """
+    if hparams.ridge is not None and not network.has_statistics:
+        network.calibrate_ridge(captured.keys, hparams.ridge)
+    network.update_normalizers(captured.keys, captured.grads)
+    if not network.has_eta:
+        network.calibrate_eta(
+            captured.keys,
+            captured.grads,
+            captured.value_norms,
+            hparams.strength,
+            hparams.editor_batch_size,
+        )
+
+
+@torch.no_grad()
+def edit_residuals(
+    backbone: Backbone, network: HyperNetwork, captured: Capture, hparams: HORSEHyperParams
+) -> list[torch.Tensor]:
+    """Return R'_1 … R'_T of the edit, n×d' each (Eq. 4, then Eq. 5 or 6).
+
+    Raises:
+        HorseError: a residual is not finite; the message names the record and the module.
+    """
+    residuals = network.residuals(captured.keys, captured.grads, hparams.editor_batch_size)
+    with raise_on_all_ranks():
+        for name, r in zip(backbone.modules, residuals, strict=True):
+            if (bad := ~r.isfinite().all(-1)).any():
+                record = captured.prompt_of_row[bad.cpu()][0].item()
+                raise HorseError(
+                    f"record {record}: {name}: its residual is not finite. {HALF_PRECISION_HINT}"
+                )
+    return residuals
+
+
+@torch.no_grad()
+def solve(
+    backbone: Backbone,
+    network: HyperNetwork,
+    captured: Capture,
+    residuals: list[torch.Tensor],
+    hparams: HORSEHyperParams,
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a delta: Eq. 2 for each edit module.
+
+    The ridge term is e^λ times ``edit_ridge``. Residuals that are trained under a larger ridge
+    term learn to work with keys that they share with other facts. A large edit has many such keys,
+    and holds better under a smaller one.
+
+    Raises:
+        HorseError: a system cannot be solved, or a shift is not finite; the message names the
+            module and a record.
+    """
+    tensors = {}
+    lamdas = network.lamda + math.log(hparams.edit_ridge)
+    for name, keys, r, lamda in zip(
+        backbone.modules, captured.keys, residuals, lamdas, strict=True
+    ):
+        try:
+            solved = Ridge(keys, lamda.exp()).smallest_form(r)
+        except HorseError as error:
+            record = _record_of_largest_row(captured, keys)
+            raise HorseError(f"{name}: {error} Record {record} has the largest keys.") from None
+        if not all(t.isfinite().all() for t in solved.values()):
+            record = _record_of_largest_row(captured, r)
+            raise HorseError(
+                f"{name}: the shift is not finite. {HALF_PRECISION_HINT} "
+                f"Record {record} has the largest residual."
+            )
+        tensors |= {f"{name}.{part}": t for part, t in solved.items()}
+    return tensors
+
+
+def _record_of_largest_row(captured: Capture, rows: torch.Tensor) -> int:
+    norms = gather_rows(rows.norm(dim=-1)).nan_to_num(torch.inf)
+    return gather_rows(captured.prompt_of_row)[norms.argmax().cpu()].item()

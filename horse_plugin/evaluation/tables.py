@@ -1,0 +1,134 @@
+"""One table, written as Markdown, LaTeX or HTML."""
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+Cell = str | tuple[str, str]  # a text, or a text and its mark: "best" or "second"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Return a figure as all tables print it; a missing one is a dash."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a kind of file marks the best and the second best, and escapes plain text."""
+
+    best: str
+    second: str
+    escape: Callable[[str], str]
+
+    def cell(self, cell: Cell) -> str:
+        text, mark = (cell, "") if isinstance(cell, str) else cell
+        pattern = {"": "{}", "best": self.best, "second": self.second}[mark]
+        return pattern.format(self.escape(text))
+
+
+def _latex(text: str) -> str:
+    plain = {"λ": r"$\lambda$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--", "c_i": "$c_i$"}
+    for old in "&%#":
+        text = text.replace(old, f"\\{old}")
+    for old, new in plain.items():
+        text = text.replace(old, new)
+    return text.replace("$c_i$", "\0").replace("_", r"\_").replace("\0", "$c_i$")
+
+
+MARKDOWN = Style("**{}**", "<u>{}</u>", lambda text: text.replace("|", "\\|"))
+LATEX = Style(r"\textbf{{{}}}", r"\underline{{{}}}", _latex)
+HTML = Style("<b>{}</b>", "<u>{}</u>", html.escape)
+
+
+@dataclass
+class Table:
+    """A table whose first column names the rows.
+
+    Attributes:
+        columns: the headings, of the first column too.
+        lines: the cells of each row.
+        caption: what the table shows.
+        groups: (heading, number of columns) over the columns after the first.
+        notes: sentences below the table.
+        rule_before_last: whether the last row is set apart.
+        is_text: whether the cells are text, to be aligned left.
+    """
+
+    columns: list[str]
+    lines: list[Sequence[Cell]]
+    caption: str = ""
+    groups: list[tuple[str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rule_before_last: bool = False
+    is_text: bool = False
+
+    def cells(self, style: Style) -> list[list[str]]:
+        return [[style.cell(cell) for cell in line] for line in self.lines]
+
+    def markdown(self) -> str:
+        over = ["", *(heading for heading, n in self.groups for heading in [heading] * n)]
+        over += [""] * (len(self.columns) - len(over))
+        head = [f"{g} {c}".strip() for g, c in zip(over, self.columns, strict=True)]
+        align = ["---", *(["---" if self.is_text else "--:"] * (len(head) - 1))]
+        lines = [head, align, *self.cells(MARKDOWN)]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        notes = "".join(f"- {note}\n" for note in self.notes)
+        return "\n".join(part for part in (f"{self.caption}\n", table, notes) if part.strip())
+
+    def latex(self) -> str:
+        spans, at = [], 2
+        for heading, n in self.groups:
+            spans.append((rf"\multicolumn{{{n}}}{{c}}{{{_latex(heading)}}}", at, at + n - 1))
+            at += n
+        rules = "".join(rf"\cmidrule(lr){{{a}-{b}}}" for _, a, b in spans)
+        body = [" & ".join(line) + r" \\" for line in self.cells(LATEX)]
+        if self.rule_before_last:
+            body.insert(-1, r"\midrule")
+        notes = " ".join(_latex(note) for note in self.notes)
+        return "\n".join(
+            [
+                r"\begin{table}[t]\centering\small",
+                r"\begin{tabular}{l" + "r" * (len(self.columns) - 1) + "}",
+                r"\toprule",
+                " & ".join(["", *(s for s, _, _ in spans)]) + r" \\ " + rules,
+                " & ".join(_latex(c) for c in self.columns) + r" \\",
+                r"\midrule",
+                *body,
+                r"\bottomrule",
+                r"\end{tabular}",
+                rf"\caption{{{_latex(self.caption)} {notes}}}".replace(" }", "}"),
+                r"\end{table}",
+                "",
+            ]
+        )
+
+    def html(self) -> str:
+        groups = "".join(f'<th colspan="{n}">{html.escape(g)}</th>' for g, n in self.groups)
+        groups = f"<tr><th></th>{groups}</tr>" if groups else ""
+        names = "".join(f"<th>{html.escape(c)}</th>" for c in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in self.cells(HTML)
+        )
+        kind = ' class="text"' if self.is_text else ""
+        caption = f'<p class="note">{html.escape(self.caption)}</p>' if self.caption else ""
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        return (
+            f'<div class="scroll"><table{kind}>{groups}<tr>{names}</tr>{body}</table></div>'
+            + caption
+            + (f'<ul class="note">{notes}</ul>' if notes else "")
+        )
+
+
+def figures_of(rows: list[dict], figures: Sequence[str]) -> Table:
+    """Return the figures of rows of ``results.json``, those that any row has, in percent."""
+    shown = [f for f in figures if any(r[f] is not None for r in rows)]
+    lines = [
+        [
+            r["method"],
+            f"{r['n_edits']:,}",
+            *(number(r[f]) for f in shown),
+            "" if r["edit_seconds"] is None else number(r["edit_seconds"]),
+        ]
+        for r in rows
+    ]
+    return Table(["method", "edits", *shown, "seconds"], lines, f"{rows[0]['dataset']}, percent")

@@ -1,0 +1,107 @@
+"""The weights of the edit modules: adding shifts, restoring them bit for bit, their gradients."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
+from horse_plugin.model.modules import shape_of
+from horse_plugin.storage.digest import weight_digest
+
+Tensors = dict[str, torch.Tensor]
+
+
+class EditWeights:
+    """The weights of a model's edit modules.
+
+    Args:
+        modules: name → edit module, from the lowest to the highest.
+        dtype: the precision of shifts and gradients.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], dtype: torch.dtype):
+        self.modules, self.dtype = modules, dtype
+
+    @torch.no_grad()
+    def add(self, shifts: Tensors) -> Tensors:
+        """Add shifts to the weights, and return the weights as they were.
+
+        The sum is computed in ``dtype`` and rounded once. Should anything fail half-way, every
+        weight is put back before the exception goes on.
+
+        Args:
+            shifts: module name → ΔW, d×d'.
+
+        Raises:
+            HorseError: a shift has another shape than its weight, or the sum is not finite; the
+                message names the module.
+        """
+        before = {}
+        try:
+            for name, shift in shifts.items():
+                module = self.modules[name]
+                weight = module.weight
+                before[name] = weight.detach().clone()
+                shift = shift if isinstance(module, Conv1D) else shift.T
+                if shift.shape != weight.shape:
+                    raise HorseError(
+                        f"{name}: the shift is {tuple(shift.shape)}, the weight "
+                        f"{tuple(weight.shape)}."
+                    )
+                weight.copy_(weight.to(self.dtype) + shift.to(weight.device, self.dtype))
+                if not weight.isfinite().all():
+                    raise HorseError(
+                        f"{name}: the edited weight is not finite. {HALF_PRECISION_HINT}"
+                    )
+        except BaseException:
+            self.restore(before)
+            raise
+        return before
+
+    @torch.no_grad()
+    def restore(self, weights: Tensors):
+        """Put weights that :meth:`add` returned back, bit for bit."""
+        for name, weight in weights.items():
+            self.modules[name].weight.copy_(weight)
+
+    @contextlib.contextmanager
+    def shifted(self, shifts: Tensors) -> Iterator[None]:
+        """Add the shifts for the length of a ``with``."""
+        before = self.add(shifts)
+        try:
+            yield
+        finally:
+            self.restore(before)
+
+    def digests(self) -> dict[str, str]:
+        """Return a digest of every weight as it is now, to the bit."""
+        return {name: weight_digest(module.weight) for name, module in self.modules.items()}
+
+    @contextlib.contextmanager
+    def gradients(self, device: torch.device) -> Iterator[tuple[Tensors, Callable[[], None]]]:
+        """Collect ∂L/∂W over several backward passes.
+
+        Yields:
+            name → ∂L/∂W, d×d', summed over the passes, on the device; and a function to call after
+            each backward pass. That function takes the gradients out of the model at once, so that
+            sums in half precision never lose small terms.
+        """
+        where = {"device": device, "dtype": self.dtype}
+        total = {name: torch.zeros(shape_of(m), **where) for name, m in self.modules.items()}
+
+        def collect():
+            for name, module in self.modules.items():
+                grad = module.weight.grad
+                total[name] += (grad if isinstance(module, Conv1D) else grad.T).to(**where)
+                module.weight.grad = None
+
+        weights = [m.weight.requires_grad_() for m in self.modules.values()]
+        try:
+            yield total, collect
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+                weight.grad = None

@@ -1,0 +1,138 @@
+"""Files that are written whole or not at all, and folders that one process writes at a time."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors
+
+from horse_plugin.distributed import is_main_process
+from horse_plugin.errors import HorseError, UsageError, first_line
+
+PART = ".part"  # ends the name of what is still being written
+
+
+def write(path, data: bytes | str):
+    """Write a file, which takes its final name only once it is complete.
+
+    Raises:
+        HorseError: it could not be written, as on a full disk.
+    """
+    path = Path(path)
+    data = data.encode() if isinstance(data, str) else data
+    with _writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(PART, f".{path.name}.", path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def check_writable(folder):
+    """Fail before the work, rather than after it, if the folder cannot be written to.
+
+    Raises:
+        UsageError: it is a file, or cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written to: {error.strerror or error}.") from None
+
+
+def check_empty(folder) -> Path:
+    """Return the path of a folder that does not exist yet, or holds nothing.
+
+    Raises:
+        UsageError: something of that name exists.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder}: there is something already; choose a new folder.")
+    return folder
+
+
+@contextlib.contextmanager
+def new_folder(path) -> Iterator[Path]:
+    """Yield a folder to fill, which takes its final name at the end.
+
+    Raises:
+        UsageError: something of that name exists.
+    """
+    path = check_empty(path)
+    with _writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(PART, f".{path.name}.", path.parent))
+        try:
+            yield made
+            made.chmod(0o777 & ~_umask())
+            made.replace(path)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked_folder(folder) -> Iterator[Path]:
+    """Lock a folder, made if need be, against other processes that write into it.
+
+    Of several processes that work as one, only the main one writes and holds the lock. The system
+    releases it when the process ends, however it ends. What a killed process had begun to write is
+    removed by the next one.
+
+    Raises:
+        HorseError: another process holds the folder.
+        UsageError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    if not is_main_process():
+        yield folder
+        return
+    check_writable(folder)
+    handle = os.open(folder, os.O_RDONLY)  # the folder is its own lock file
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise HorseError(
+            f"{folder}: another process is writing into it. Wait for it, or choose another folder."
+        ) from None
+    try:
+        for part in folder.glob(f".*{PART}"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        yield folder
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _writing_errors(path: Path):
+    """Turn an error of the system into one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+    except safetensors.SafetensorError as error:  # how save_pretrained meets a full disk
+        reason = first_line(error)
+    else:
+        return
+    raise HorseError(f"{path}: not written: {reason}. Is there space, and a right to write?")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,88 @@
+"""What a training run saves after each validation, and what a resumed run reads again."""
+
+from pathlib import Path
+
+import torch
+
+from horse_plugin.editing.archive import (
+    MADE_FOR,
+    NETWORK,
+    check_made_for,
+    network_of,
+    network_tensors,
+)
+from horse_plugin.errors import HorseError, UsageError, first_line
+from horse_plugin.hparams import HORSEHyperParams, canonical
+from horse_plugin.method.hypernetwork import HyperNetwork
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.storage.schema import check_form
+from horse_plugin.storage.tensors import load_tensors
+
+CHECKPOINT = "checkpoint.safetensors"
+FORM = MADE_FOR | {
+    "network": NETWORK,
+    "step": int,
+    "best": (dict, type(None)),
+    "history": [dict],
+    "data": [str],
+}
+# What a resumed run may set anew: how long it goes on, and where it runs.
+MAY_CHANGE = frozenset(
+    """max_epochs early_stop_patience device model_parallel batch_size trunk_cache_gb trunk_disk_gb
+    trunk_dir results_dir archive model_name tokenizer_name""".split()
+)
+
+
+def checkpoint_tensors(network: HyperNetwork, optimizer) -> dict[str, torch.Tensor]:
+    """Return the tensors of the network and of the optimizer's state, by name."""
+    state = optimizer.state_dict()["state"]
+    return network_tensors(network) | {
+        f"optimizer.{i}.{name}": t for i, entry in state.items() for name, t in entry.items()
+    }
+
+
+def read_checkpoint(
+    path: Path, backbone: Backbone, hparams: HORSEHyperParams, data: list[str]
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return a checkpoint's tensors and description, for a run that goes on from it.
+
+    Args:
+        data: digests of the training and of the validation records.
+
+    Raises:
+        UsageError: it is from a run on another model, on other records or with other settings.
+        HorseError: it is damaged.
+    """
+    tensors, about = load_tensors(path)
+    check_form(path, about, FORM)
+    check_made_for(path, about, backbone)
+    if about["data"] != data:
+        raise UsageError(f"{path}: was trained on other records. Give the same files.")
+    before = canonical(about["hparams"])
+    for key, value in hparams.to_dict().items():
+        if key not in MAY_CHANGE and before.get(key) != value:
+            raise UsageError(
+                f"{path}: was trained with {key}: {before.get(key)}, and the hparams now say "
+                f"{value}. Give the old value, or train into another folder."
+            )
+    return tensors, about
+
+
+def restore(path: Path, tensors, about: dict, network: HyperNetwork, optimizer):
+    """Put the state of a checkpoint into a network and its optimizer.
+
+    Raises:
+        HorseError: the checkpoint does not fit them.
+    """
+    saved = network_of(path, tensors, about["network"])
+    try:
+        network.load_state_dict(saved.state_dict())
+        state = {}
+        for name, t in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = t
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise HorseError(f"{path}: damaged: {first_line(error)}") from None

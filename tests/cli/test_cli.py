@@ -1,0 +1,314 @@
+"""The command line on a tiny model: what it writes, and one line for everything that goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from horse_plugin import HORSEHyperParams, HORSETrainer
+from horse_plugin.cli import main as cli
+from horse_plugin.editing.archive import ARCHIVE
+from horse_plugin.storage.tensors import load_tensors
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, its YAML and its facts on disk."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny.files(path)
+    return path
+
+
+@pytest.fixture
+def horse(folder, monkeypatch, capsys):
+    """Run a command line in this process: (exit code, what it printed, what it complained)."""
+
+    def call(line: str):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["horse", *line.split()])
+        with pytest.raises(SystemExit) as left:
+            cli.run()
+        printed = capsys.readouterr()
+        return left.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+def test_ctrl_c_says_how_to_go_on(horse, monkeypatch):
+    train_step = HORSETrainer.train_step
+
+    def interrupted(trainer, records):
+        os.kill(os.getpid(), signal.SIGINT)
+        return train_step(trainer, records)
+
+    line = "train --hparams tiny --train train.json --val val.json --out stopped --epochs 2"
+    with monkeypatch.context() as patch:
+        patch.setattr(HORSETrainer, "train_step", interrupted)
+        code, _, err = horse(line)
+    assert code == 1
+    says = "horse: stopped after step 1 of 4; stopped holds an archive, and --resume goes on."
+    assert says in err.splitlines()
+    assert horse(f"{line} --resume")[0] == 0
+
+
+def test_train_edit_eval(folder, horse):
+    code, out, _ = horse(
+        "train --hparams tiny --train train.json --val val.json --out a --epochs 2"
+    )
+    assert code == 0
+    assert "efficacy" in out
+    _, about = load_tensors(folder / "a" / ARCHIVE)
+    assert about["hparams"]["max_epochs"] == 2
+
+    code, out, _ = horse(
+        "edit --hparams tiny --archive a --data val.json --n-edits 5 --out e --save-model m"
+    )
+    assert code == 0
+    rows = json.loads((folder / "e" / "results.json").read_text())
+    assert [r["method"] for r in rows] == ["unedited", "HORSE"]
+    for r in rows:
+        for key in (
+            "method dataset model n_edits efficacy generalization specificity locality "
+            "edit_seconds peak_memory_mb seed versions"
+        ).split():
+            assert key in r
+        assert r["n_edits"] == 5
+    assert (rows[0]["locality"], rows[0]["edit_seconds"]) == (100.0, None)
+    assert sorted(p.name for p in (folder / "e").iterdir()) == [
+        "delta.safetensors",
+        "edit.json",
+        "results.json",
+    ]
+
+    code, _, _ = horse(
+        "eval --hparams tiny --data val.json --n-edits 5 --delta e --out r/eval.json"
+    )
+    assert code == 0
+    (row,) = json.loads((folder / "r" / "eval.json").read_text())
+    for figure in ("method", "efficacy", "generalization", "specificity", "locality"):
+        assert row[figure] == rows[1][figure]
+
+    moved = json.loads((folder / "tiny.yaml").read_text()) | {"model_name": str(folder / "m")}
+    (folder / "moved.yaml").write_text(json.dumps(moved))
+    code, _, _ = horse("eval --hparams moved --data val.json --n-edits 5 --out r/saved.json")
+    (row,) = json.loads((folder / "r" / "saved.json").read_text())
+    assert (row["method"], row["efficacy"]) == ("unedited", rows[1]["efficacy"])
+
+
+def test_compare_and_ablate_write_tables_and_go_on_where_they_stopped(folder, horse):
+    (folder / "HORSE").mkdir()
+    (folder / "HORSE" / "small.yaml").write_text((folder / "tiny.yaml").read_text())
+    facts = "--data val.json --train train.json --val val.json --n-edits 2,4"
+    line = f"compare --hparams-dir . --models small --methods unedited,HORSE {facts} --out c"
+    code, out, err = horse(line)
+    assert code == 0, err
+    assert "Report: c/report.html" in out
+    rows = json.loads((folder / "c" / "results.json").read_text())
+    assert [(r["method"], r["n_edits"]) for r in rows] == [
+        (m, n) for n in (2, 4) for m in ("unedited", "HORSE")
+    ]
+    files = sorted(p.name for p in (folder / "c").iterdir())
+    assert files == [
+        "archives",
+        "edits-model-val.svg",
+        "report.html",
+        "results.csv",
+        "results.json",
+        "table.md",
+        "table.tex",
+    ]
+    assert horse(line)[0] == 0
+    assert json.loads((folder / "c" / "results.json").read_text()) == rows
+    (archive_of,) = (folder / "c" / "archives").iterdir()
+    code, out, err = horse(
+        "ablate --hparams HORSE/small --data val.json --n-edits 4 --out b "
+        f"--archive {archive_of} --rows horse,decay"
+    )
+    assert code == 0, err
+    assert "decay, 4 edits: HORSE is trained: give training and validation records." in err
+    of = json.loads((folder / "b" / "results.json").read_text())
+    assert [r["method"] for r in of] == ["unedited", "HORSE", "decay"]
+    assert of[1]["efficacy"] == rows[3]["efficacy"]
+
+
+def test_stats_go_where_the_yaml_says(folder, horse):
+    asks = {"model_name": str(folder / "model"), "layers": [2], "stats_dir": "s"}
+    asks |= {"rewrite_module_tmp": "model.layers.{}.mlp.down_proj", "mom2_dataset": "corpus"}
+    asks |= {"mom2_dtype": "float32", "mom2_n_samples": 9}
+    (folder / "memit.yaml").write_text(json.dumps(asks))
+    code, out, err = horse("stats --hparams memit.yaml --corpus val.json")
+    assert code == 0, err
+    file = "s/model/corpus_stats/model.layers.2.mlp.down_proj_float32_mom2_9.npz"
+    assert f"Written: {file}" in out
+    assert (folder / file).is_file()
+    assert "Written" not in horse("stats --hparams memit.yaml --corpus val.json")[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("edit --hparams . --data val.json --out x", 2, "no such hparams file"),
+        ("edit --hparams tiny --data val.json --out tiny.yaml", 2, "tiny.yaml: cannot be written"),
+        (
+            "edit --hparams tiny --data val.json --out x/y --save-model model",
+            2,
+            "something already",
+        ),
+        (
+            "edit --hparams tiny --data lines.jsonl --out x",
+            2,
+            "lines.jsonl: line 2: not valid JSON",
+        ),
+        (
+            "train --hparams tiny --train val.json --val val.json --out broken",
+            2,
+            "holds an archive",
+        ),
+        ("train --hparams steps --train val.json --val val.json --out x", 2, "max_iters: must be"),
+        ("edit --hparams none --data val.json --out x", 2, "none.yaml: no such hparams file"),
+        ("edit --hparams n.yaml --data val.json --out x", 2, "horse: n.yaml: no such hparams"),
+        ("edit --hparams tiny --data none.json --out x", 2, "none.json: no such file"),
+        ("edit --hparams tiny --data bad.json --out x", 2, "bad.json: not valid JSON"),
+        ("edit --hparams tiny --data empty.json --out x", 2, "empty.json: no records"),
+        ("edit --hparams tiny --data field.json --out x", 2, "record 1: field 'target_new'"),
+        ("edit --hparams tiny --data val.json --n-edits 7 --out x", 2, "it holds 6"),
+        ("edit --hparams key --data val.json --out x", 2, "key.yaml: unknown key 'rnak'"),
+        ("edit --hparams type --data val.json --out x", 2, "type.yaml: rank: expected"),
+        ("edit --hparams tiny --data val.json --archive x --out x", 2, "holds no archive"),
+        ("edit --hparams nomodel --data val.json --out x", 2, "model_name: 'nowhere' not loaded"),
+        ("edit --hparams tiny --data val.json --archive broken --out x", 1, "damaged"),
+        ("eval --hparams tiny --data val.json --delta none", 2, "none: holds no edit"),
+        ("edit --hparams tiny --data val.json", 2, "give --out for an edit by itself, or --onto"),
+        ("edit --hparams tiny --data val.json --onto x --name ../y", 2, "not a name for an edit"),
+        ("log none", 2, "none: holds no chain of edits"),
+        ("undo none", 2, "none: holds no chain of edits"),
+        ("show none", 2, "none: holds no edit"),
+        ("export --hparams tiny --delta none --out x --rank 3", 2, "--rank is for --lora"),
+        ("compare --methods GPT --out x", 2, "'GPT' is not one of unedited"),
+        ("compare --data val.json --n-edits 3,x --out x", 2, "--n-edits: expected whole numbers"),
+        ("compare --data val.json --train a --train b --out x", 2, "2 files for 1 data sets"),
+        ("ablate --hparams tiny --data val.json --n-edits 99 --out x", 2, "99 edits asked for"),
+        ("stats --hparams tiny.yaml --corpus val.json", 2, "not a YAML that asks for statistics"),
+        (
+            "train --hparams tiny --train val.json --val val.json --out x --n-edits 7",
+            2,
+            "edits_per_step",
+        ),
+    ],
+)
+def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, says):
+    (folder / "bad.json").write_text("[{]")
+    (folder / "empty.json").write_text("[]")
+    (folder / "field.json").write_text('[{"prompt": "a", "target_new": "b"}, {"prompt": "a"}]')
+    good = json.loads((folder / "tiny.yaml").read_text())
+    (folder / "key.yaml").write_text(json.dumps(good | {"rnak": 3}))
+    (folder / "type.yaml").write_text(json.dumps(good | {"rank": "high"}))
+    (folder / "nomodel.yaml").write_text(json.dumps(good | {"model_name": "nowhere"}))
+    (folder / "steps.yaml").write_text(json.dumps(good | {"max_iters": 0}))
+    (folder / "lines.jsonl").write_text('{"prompt": "a", "target_new": "b"}\n{"prompt": ')
+    (folder / "broken").mkdir(exist_ok=True)
+    (folder / "broken" / ARCHIVE).write_bytes(b"not tensors")
+    got, _, err = horse(line)
+    assert (got, says in err) == (code, True), err
+    said = [x for x in err.splitlines() if x and not x.startswith("No archive: ")]
+    assert len(said) == 1
+    assert said[0].startswith("horse: ")
+    assert not [p for p in (folder / "x").rglob("*") if p.is_file()]
+
+
+def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
+    chain = "edit --hparams tiny --onto chain --max-rise 1e9"
+    assert horse(f"{chain} --data val.json --n-edits 3 --name towns")[0] == 0
+    assert horse(f"{chain} --data train.json --n-edits 4")[0] == 0
+    last = json.loads((folder / "chain" / "002" / "results.json").read_text())[1]
+    evaluate = "eval --hparams tiny --data train.json --n-edits 4 --delta chain --out r/chain.json"
+    assert horse(evaluate)[0] == 0
+    (row,) = json.loads((folder / "r" / "chain.json").read_text())
+    assert (row["efficacy"], row["generalization"]) == (last["efficacy"], last["generalization"])
+
+    code, out, _ = horse("log chain")
+    assert code == 0 and out.index("towns") < out.index("002") and "undone" not in out
+    code, out, _ = horse("show chain/towns")
+    assert code == 0
+    for told in ("towns", "LlamaForCausalLM", "efficacy", "down_proj", "perplexity"):
+        assert told in out
+    assert horse("export --hparams tiny --delta chain --out whole")[0] == 0
+    code, out, _ = horse("export --hparams tiny --delta chain --out lora --lora --rank 2")
+    assert code == 0 and "relative error" in out
+    assert json.loads((folder / "lora" / "adapter_config.json").read_text())["r"] == 2
+
+    assert horse("undo chain towns")[0] == 0
+    code, out, _ = horse("log chain")
+    assert "undone" in out
+    assert horse(evaluate)[0] == 0
+    assert horse("undo chain")[0] == 0
+    code, _, err = horse("undo chain")
+    assert (code, "no edit to undo; none is in force" in err) == (2, True)
+    assert "No edit is in force" in horse("show chain")[1]
+    code, _, err = horse("edit --hparams tiny --data val.json --out chain")
+    assert (code, "chain: holds a chain of edits" in err) == (2, True)
+    assert horse("log chain")[0] == 0
+
+
+def test_strict_refuses_on_the_command_line(folder, horse):
+    (folder / "twice.json").write_text(
+        json.dumps([{"prompt": "the capital is", "target_new": a} for a in ("Oslo", "Lima")])
+    )
+    code, _, err = horse("edit --hparams tiny --data twice.json --out strict --strict")
+    assert (code, "facts that contradict another one on the same prompt: 1" in err) == (2, True)
+    assert not list((folder / "strict").iterdir())
+
+
+def test_wrong_options_are_usage(horse):
+    assert horse("edit --hparams tiny")[0] == 2
+    assert horse("edit --no-such-option")[0] == 2
+    assert horse("no-such-command")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    """ train edit eval show log undo export bench compare ablate stats demo""".split(" "),
+)
+def test_help(horse, command):
+    code, out, _ = horse(f"{command} --help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_no_space_left_says_so_and_leaves_nothing(folder, horse, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = horse("edit --hparams tiny --data val.json --out full")
+    assert code == 1
+    assert "No space left on device" in err
+    assert not list((folder / "full").iterdir())
+
+
+def test_a_debug_run_shows_the_traceback(folder):
+    line = "edit --debug --hparams none --data x.json --out x"
+    run = subprocess.run(
+        [sys.executable, "-c", "from horse_plugin.cli.main import run; run()", *line.split()],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert run.returncode == 2
+    assert "Traceback" in run.stderr
+
+
+def test_importing_the_package_does_not_load_easyedit(tmp_path):
+    (tmp_path / "easyeditor.py").write_text("")  # there to be imported, should anything try
+    code = "import sys, horse_plugin; assert 'easyeditor' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_the_yaml_of_the_demo_is_found():
+    from horse_plugin.hparams import default_hparams
+
+    assert isinstance(default_hparams(), HORSEHyperParams)

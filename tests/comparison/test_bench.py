@@ -1,0 +1,60 @@
+"""`horse bench`: every stage measured, the model left alone, random weights for any config."""
+
+import json
+
+import torch
+from typer.testing import CliRunner
+
+from horse_plugin.cli.main import app
+from horse_plugin.comparison.bench import bench, weight_counts
+from horse_plugin.model.backbone import Backbone
+from tests import tiny
+
+STAGES = "tokenise trunk capture network residual and spread solve apply"
+
+
+def test_every_stage_is_measured_and_the_model_left_as_it_was():
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), trunk_cache_gb=1)
+    before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
+    records = tiny.records(20)
+    found = bench(backbone, tiny.hparams(edits_per_step=20), records)
+    assert " ".join(s["name"] for s in found["stages"]) == STAGES
+    for stage in found["stages"]:
+        assert stage["seconds"] > 0 and stage["peak_memory_mb"] > 0
+        assert stage["name"] == "tokenise" or stage["floor_seconds"] > 0
+    assert [s["name"] for s in found["others"]] == [
+        "evaluation before",
+        "evaluation after",
+        "training step",
+    ]
+    prompts = backbone.prepare(records, ["edit"]).flat()
+    assert found["n_answer_tokens"] == sum(len(p.answer) for p in prompts)
+    for name, weight in backbone.model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_floors_count_the_operations():
+    """A block of the tiny Llama: q, k, v, o of 32×(32+16+16+32), three of 32×48 in the MLP."""
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    mlp = 3 * 32 * 48
+    block = 32 * 96 + mlp
+    assert weight_counts(backbone) == {
+        "trunk": 2 * block,
+        "top": 6 * block - mlp,
+        "above": 5 * block - mlp,
+        "last": mlp,
+        "head": 400 * 32,
+    }
+
+
+def test_a_config_alone_is_enough(tmp_path):
+    config = tiny.CONFIGS["llama"]()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    out = tmp_path / "bench.json"
+    args = ["bench", "--config", str(tmp_path), "--n-edits", "12", "--out", str(out)]
+    result = CliRunner().invoke(app, args, catch_exceptions=False)
+    assert result.exit_code == 0
+    (found,) = json.loads(out.read_text())
+    assert found["n_edits"] == 12
+    assert "residual and spread" in result.output

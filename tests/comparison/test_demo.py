@@ -1,0 +1,83 @@
+"""The default model and real facts: an edit that works, on a machine without a hub."""
+
+import os
+import re
+
+import pytest
+import torch
+
+from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, load_records
+from horse_plugin.assets import FACTS
+from horse_plugin.comparison.demo import run_demo
+from horse_plugin.model.backbone import Backbone
+from tests import SHARED_DATA
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.set_num_threads(os.cpu_count())
+    return Backbone.load(settings())
+
+
+def settings(**changes):
+    return HORSEHyperParams(model_name="llama-smollm2-135m", device="cpu", **changes)
+
+
+def test_the_default_model_is_plain_and_untied(backbone):
+    model = backbone.model
+    assert model.config.model_type == "llama"
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    assert list(backbone.modules) == [f"model.layers.{i}.mlp.down_proj" for i in range(24, 30)]
+
+
+def test_it_knows_facts(backbone):
+    tok = backbone.tokenizer
+    ids = tok("The mother tongue of Danielle Darrieux is", return_tensors="pt").input_ids
+    assert tok.decode(backbone.model(ids).logits[0, -1].argmax()).strip() == "French"
+
+
+def test_fifty_facts_are_edited_at_once_and_taken_back(backbone):
+    """Untrained and without the spread; training is the demo's affair."""
+    records = load_records(FACTS / "edit.json", 50)
+    before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
+    evaluator = Evaluator(backbone, records)
+    assert evaluator.evaluate().mean("efficacy") < 40
+    hparams = settings(spread="uniform", strength=0.15)
+    editor = HorseEditor.from_backbone(backbone, hparams)
+    editor.edit(records)
+    assert evaluator.evaluate().mean("efficacy") > 90
+    editor.undo()
+    for k, v in backbone.model.state_dict().items():
+        assert torch.equal(v, before[k]), k
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
+def test_counterfact_and_zsre_are_read_whole():
+    assert len(load_records(SHARED_DATA / "counterfact-edit.json")) == 8000
+    with pytest.warns(UserWarning, match="without an answer"):
+        assert len(load_records(SHARED_DATA / "zsre_mend_train.json")) == 998
+    assert len(load_records(SHARED_DATA / "zsre_mend_eval.json")) == 500
+
+
+def test_the_embedded_facts_are_split_by_subject():
+    subjects = {}
+    for split in ("train", "val", "edit"):
+        records = load_records(FACTS / f"{split}.json")
+        subjects[split] = {r.subject for r in records}
+        assert all(r.rephrases and r.unrelated for r in records)
+    assert not subjects["train"] & subjects["val"]
+    assert not subjects["train"] & subjects["edit"]
+    assert not subjects["val"] & subjects["edit"]
+
+
+def test_the_demo_from_end_to_end(tmp_path):
+    """Few steps and few facts: the real command has more of both."""
+    hparams = settings(edits_per_step=20, max_iters=2, val_interval=2, val_edits=50, rank=16)
+    outcome = run_demo(tmp_path / "demo", hparams, n_edits=20)
+    assert [r["method"] for r in outcome.rows] == ["unedited", "HORSE, untrained", "HORSE, trained"]
+    assert len(outcome.examples) == 10
+    made = sorted(p.name for p in (tmp_path / "demo").iterdir())
+    assert made == ["archive", "edit", "report.html", "results.json"]
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert not re.search(r'(src|href)="http', page)  # nothing is fetched

@@ -1,0 +1,240 @@
+"""The comparison on a tiny model: every cell once, from the same weights, into honest tables."""
+
+import contextlib
+import json
+import shutil
+
+import pytest
+
+from horse_plugin import HorseError, HORSEHyperParams, UsageError
+from horse_plugin.comparison import experiments, methods, runner
+from horse_plugin.comparison.experiments import ablate
+from horse_plugin.comparison.methods import ABLATIONS, METHODS, Engine
+from horse_plugin.comparison.output import write_output
+from horse_plugin.comparison.plan import DataSet, Plan
+from horse_plugin.comparison.task import Edited, Task
+from horse_plugin.editing.archive import read_network
+from tests import ROOT, tiny
+
+
+@pytest.fixture(scope="module")
+def yamls(tmp_path_factory):
+    """A tiny model on disk and its YAML for HORSE and for MALMEN."""
+    path = tmp_path_factory.mktemp("compare")
+    model = path / "llama-tiny"
+    tiny.model().save_pretrained(model)
+    tiny.bpe_tokenizer().save_pretrained(model)
+    settings = {"model_name": str(model), "dtype": "fp32", "device": "cpu", "rank": 4}
+    settings |= {"edits_per_step": 6, "max_epochs": 2, "val_interval": 2}
+    for name in ("HORSE", "MALMEN"):
+        (path / name).mkdir()
+        (path / name / "tiny.yaml").write_text(json.dumps(settings | {"alg_name": name}))
+    return path
+
+
+@pytest.fixture
+def plan(yamls, tmp_path):
+    def make(table, n_edits=(4,), seeds=(0,), out=tmp_path / "out"):
+        facts = tiny.records(18)
+        data = [DataSet("facts", facts[:6], facts[6:12], facts[12:])]
+        return Plan(table, {"tiny": yamls / "HORSE/tiny.yaml"}, data, n_edits, yamls, out, seeds)
+
+    return make
+
+
+class Broken(methods.Unedited):
+    @contextlib.contextmanager
+    def __call__(self, task):
+        raise RuntimeError("no such luck\nsecond line")
+        yield
+
+
+class Counted(methods.Unedited):
+    """Does nothing, and remembers the weights and records that it was given."""
+
+    def __init__(self):
+        self.seen = []
+
+    @contextlib.contextmanager
+    def __call__(self, task):
+        self.seen.append((runner.weights_digest(task.backbone), task.records))
+        yield Edited(task.backbone, 1.5)
+
+
+def test_every_cell_is_measured_once_and_kept_as_soon_as_it_is_there(plan, tmp_path):
+    counted = Counted()
+    first = plan({"unedited": counted, "HORSE": Engine()}, (2, 4))
+    rows = runner.run(first, progress=False)
+    assert [(r["method"], r["n_edits"]) for r in rows] == [
+        ("unedited", 2),
+        ("HORSE", 2),
+        ("unedited", 4),
+        ("HORSE", 4),
+    ]
+    kept = json.loads((tmp_path / "out/results.json").read_text())
+    assert kept == rows
+    assert len(counted.seen) == 2
+    again = plan({"unedited": counted, "HORSE": Engine()}, (2, 4))
+    assert runner.run(again, progress=False) == rows
+    assert len(counted.seen) == 2  # nothing was measured a second time
+    more = plan({"unedited": counted, "HORSE": Engine(changes={"strength": 0.3})}, (2, 6))
+    rows = runner.run(more, progress=False)
+    assert len(counted.seen) == 3  # the new number of edits only
+    kept = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(kept) == 6  # cells of other plans stay; other settings replaced HORSE's at 2
+    assert [r for r in kept if (r["method"], r["n_edits"]) == ("HORSE", 2)] == [rows[1]]
+
+
+def test_what_was_measured_before_a_stop_is_there_after_it(plan, tmp_path, monkeypatch):
+    class Stop(methods.Unedited):
+        @contextlib.contextmanager
+        def __call__(self, task):
+            raise KeyboardInterrupt
+            yield
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(plan({"unedited": Counted(), "other": Stop()}), progress=False)
+    (row,) = json.loads((tmp_path / "out/results.json").read_text())
+    assert row["method"] == "unedited"
+
+
+def test_every_method_starts_from_the_same_weights_and_records(plan):
+    before, after = Counted(), Counted()
+    table = {"before": before, "HORSE": Engine(), "MALMEN": Engine("MALMEN"), "after": after}
+    rows = runner.run(plan(table), progress=False)
+    assert before.seen == after.seen
+    assert rows[0]["locality"] == rows[-1]["locality"] == 100.0
+    assert rows[1]["budget"] == rows[2]["budget"] == "2 steps of 6 records from 6"
+    assert rows[1]["train_seconds"] > 0
+    assert rows[1]["edit_seconds"] > 0
+
+
+def test_a_method_that_leaves_the_model_changed_is_named(plan):
+    class Careless(methods.Unedited):
+        @contextlib.contextmanager
+        def __call__(self, task):
+            next(iter(task.backbone.modules.values())).weight[0, 0] += 1e-3
+            yield Edited(task.backbone)
+
+    with pytest.raises(HorseError, match="careless: the model's weights are not"):
+        runner.run(plan({"careless": Careless()}), progress=False)
+
+
+def test_a_method_that_fails_keeps_its_row_and_is_tried_again(plan, tmp_path):
+    table = {"unedited": Counted(), "broken": Broken(), "HORSE": Engine()}
+    _, row, horse = runner.run(plan(table), progress=False)
+    assert row["reason"] == "RuntimeError: no such luck"
+    assert (row["efficacy"], row["edit_seconds"], row["n_edits"]) == (None, None, 4)
+    assert horse["efficacy"] is not None
+    write_output(tmp_path / "out", [row, horse])
+    for name in ("table.md", "table.tex", "report.html"):
+        assert "no such luck" in (tmp_path / "out" / name).read_text()
+    rows = runner.run(plan({"broken": Counted()}), progress=False)
+    assert "reason" not in rows[0]
+    assert len(json.loads((tmp_path / "out/results.json").read_text())) == 3
+
+
+def test_a_method_without_a_yaml_says_so(plan):
+    (row,) = runner.run(plan({"FT": METHODS["FT"]}), progress=False)
+    assert "no such hparams file, so FT cannot run" in row["reason"]
+
+
+def test_a_comment_in_a_yaml_is_no_other_setting_but_a_key_is(plan, yamls):
+    one = plan({})
+    data = one.datasets[0]
+    hparams = HORSEHyperParams.from_hparams(one.models["tiny"])
+    folders = one.hparams_dir, one.out
+    task = Task("tiny", data.name, None, hparams, data.records, data.train, data.val, *folders)
+    (yamls / "FT").mkdir()
+
+    def settings(text):
+        (yamls / "FT/tiny.yaml").write_text(text)
+        return METHODS["FT"].settings(task)
+
+    try:
+        assert settings("lr: 1e-3") == settings("# chosen\nlr: 1e-3") != settings("lr: 1e-2")
+        with pytest.raises(UsageError, match="not a readable YAML file"):
+            settings("lr: [")
+    finally:
+        shutil.rmtree(yamls / "FT")
+
+
+def test_an_archive_serves_all_numbers_of_edits_and_only_its_seed(plan, tmp_path):
+    runner.run(plan({"HORSE": Engine()}, (2, 4), seeds=(0, 1)), progress=False)
+    assert len(list((tmp_path / "out/archives").iterdir())) == 2
+
+
+def test_seeds_do_not_repeat_what_they_do_not_change(plan):
+    table = {"unedited": METHODS["unedited"], "HORSE": Engine(trained=False)}
+    rows = runner.run(plan(table, seeds=(0, 1, 2)), progress=False)
+    assert [r["method"] for r in rows] == ["unedited", "HORSE", "HORSE", "HORSE"]
+
+
+def test_more_edits_than_records_are_refused_before_anything_runs(plan):
+    with pytest.raises(UsageError, match="facts: 7 edits asked for"):
+        plan({}, (7,))
+
+
+def test_the_tables_are_of_all_that_was_measured_into_a_folder(yamls, tmp_path):
+    facts = tiny.records(18)
+    data = [DataSet("facts", facts[:6], facts[6:12], facts[12:])]
+
+    def measured(*names, seeds=(0,)):
+        experiments.compare(tmp_path, names, ["tiny"], data, (4,), seeds, hparams_dir=yamls)
+        lines = (tmp_path / "table.md").read_text().splitlines()
+        figures = lines[: lines.index("", 3)]  # the first table, before that of times
+        return [line.split(" | ")[0].strip("| ") for line in figures if line.startswith("| ")][2:]
+
+    assert measured("HORSE, untrained") == ["HORSE, untrained"]
+    assert measured("unedited") == ["unedited", "HORSE, untrained"]
+    measured("HORSE, untrained", seeds=(0, 1))
+    assert "over 2 seeds" in (tmp_path / "table.md").read_text()
+
+
+def test_a_quick_comparison_trains_every_method_as_briefly(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "_measured", lambda plan, kind: plan)
+    plan = experiments.compare(tmp_path, ["MEND", "MALMEN", "HORSE"], quick=True)
+    ((model, yaml),) = plan.models.items()
+    (data,) = plan.datasets
+    facts = data.records, data.train, data.val
+    hparams = HORSEHyperParams.from_hparams(yaml)
+    task = Task(model, data.name, None, hparams, *facts, plan.hparams_dir, tmp_path)
+    mend, *ours = (method.settings(task) for method in plan.methods.values())
+    budgets = [[about["edits_per_step"], about["max_epochs"], about["max_iters"]] for about in ours]
+    assert budgets == 2 * [mend["steps"]]
+    assert mend["steps"] != [hparams.edits_per_step, hparams.max_epochs, hparams.max_iters]
+
+
+def test_names_of_methods_are_checked():
+    assert list(methods.choose(["horse", "FT"], METHODS)) == ["FT", "HORSE"]
+    with pytest.raises(UsageError, match="'GPT' is not one of unedited; FT"):
+        methods.choose(["GPT"], METHODS)
+
+
+# ablate
+
+
+def test_ablations_each_change_what_they_say(yamls, tmp_path):
+    facts = tiny.records(18)
+    data = [DataSet("facts", facts[:6], facts[6:12], facts[12:])]
+    rows = ablate(tmp_path, yamls / "HORSE/tiny.yaml", data, (6,))
+    assert [r["method"] for r in rows] == ["unedited", *ABLATIONS]
+    assert not [r["reason"] for r in rows if r.get("reason")]
+
+    networks = [read_network(f)[0] for f in (tmp_path / "archives").iterdir()]
+    assert len(networks) == 8  # all but the untrained one
+    assert sum(n.lamda.abs().max().item() == 0 for n in networks) == 1  # λ fixed
+    assert sorted(n.coefficient for n in networks)[:2] == ["edit_only", "none"]
+    assert {n.spread for n in networks} == {"orthogonal", "uniform", "gram_schmidt", "decay"}
+
+
+def test_malmen_is_trained_on_as_many_records_in_as_many_steps_as_horse_is():
+    folder = ROOT / "hparams"
+    ours, theirs = (
+        HORSEHyperParams.from_hparams(folder / method / "llama-smollm2-135m.yaml").to_dict()
+        for method in ("HORSE", "MALMEN")
+    )
+    differing = {key for key in ours if ours[key] != theirs[key]}
+    methods_own = {"alg_name", "spread", "spread_strength", "ridge", "edit_ridge"}
+    losses_own = {"loc_loss", "loc_coef", "edit_coef", "gen_coef", "meta_lr"}
+    assert differing == methods_own | losses_own

@@ -1,0 +1,69 @@
+"""The paper's tables and Fig. 2 from rows of results.json: marks, deviations, the report."""
+
+import csv
+import re
+
+from horse_plugin.comparison import tables
+from horse_plugin.comparison.output import write_output
+
+
+def row(method, efficacy, seed=0, n=100, dataset="facts", **other):
+    made = {"method": method, "dataset": dataset, "model": "m/llama", "n_edits": n, "seed": seed}
+    figures = {"efficacy": efficacy, "generalization": efficacy, "specificity": 10.0}
+    costs = {"edit_seconds": 1.0, "train_seconds": None, "peak_memory_mb": 100.0}
+    return made | figures | {"locality": None, "versions": {"torch": "1"}} | costs | other
+
+
+def test_best_is_bold_second_underlined_and_the_unedited_model_apart():
+    rows = [row("unedited", 99.0), row("FT", 50.0), row("MEMIT", 70.04), row("HORSE", 80.0)]
+    text = tables.figures_table(rows, "m/llama", 100).markdown()
+    assert "| unedited | 99.0 | 99.0 | 10.0 | 69.3 |" in text
+    assert "| FT | 50.0 | 50.0 | **10.0** | 36.7 |" in text  # as good as the best
+    assert "| MEMIT | <u>70.0</u> | <u>70.0</u> | **10.0** | <u>50.0</u> |" in text
+    assert "| HORSE | **80.0** | **80.0** | **10.0** | **56.7** |" in text
+    assert "| Δ | +10.0 | +10.0 | +0.0 | +6.6 |" in text
+    latex = tables.figures_table(rows, "m/llama", 100).latex()
+    assert r"HORSE & \textbf{80.0} & \textbf{80.0} & \textbf{10.0} & \textbf{56.7} \\" in latex
+    assert r"MEMIT & \underline{70.0}" in latex
+    assert r"$\Delta$ & +10.0" in latex
+
+
+def test_seeds_become_mean_and_deviation_and_a_missing_figure_a_dash():
+    rows = [row("HORSE", 80.0), row("HORSE", 90.0, seed=1)]
+    rows += [row("FT", 1.0), row("FT", None, seed=1, reason="A & B_c: 5%")]
+    grid = tables.figures_table(rows, "m/llama", 100)
+    assert "85.0 ± 7.1" in grid.markdown()
+    assert "| FT | – | – |" in grid.markdown()
+    assert r"A \& B\_c: 5\%" in grid.latex()
+    assert r"$\pm$" in grid.latex()
+
+
+def test_equal_budgets_are_said_once():
+    trained = {"budget": "2 steps of 6 records from 6"}
+    rows = [row("MALMEN", 1.0, **trained), row("HORSE", 2.0, **trained)]
+    caption = tables.figures_table(rows, "m/llama", 100).caption
+    assert caption.endswith("Trained: MALMEN, HORSE (facts): 2 steps of 6 records from 6.")
+
+
+def test_what_easyedits_metrics_say_stands_in_the_caption():
+    ours = {"efficacy": 80.0, "generalization": 79.5, "specificity": 10.0}
+    theirs = {"efficacy": 80.0, "generalization": 80.0, "specificity": None}
+    check = {"records": 20, "ours": ours, "easyedit": theirs}
+    caption = tables.figures_table([row("HORSE", 80.0, check=check)], "m/llama", 100).caption
+    assert caption.endswith("on 20 of the records, are within 0.50 of these.")
+
+
+def test_csv_holds_every_row():
+    rows = [row("FT", None, reason='said "no", twice'), row("HORSE", 2.0)]
+    read = list(csv.DictReader(tables.to_csv(rows).splitlines()))
+    assert [r["method"] for r in read] == ["FT", "HORSE"]
+    assert read[0]["reason"] == 'said "no", twice'
+
+
+def test_the_report_needs_nothing_but_itself_and_shows_fig_2(tmp_path):
+    rows = [row(m, 10.0 * i, n=n) for i, m in enumerate(("unedited", "HORSE")) for n in (1, 100)]
+    write_output(tmp_path, rows)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 3  # bars at 1 and at 100 edits, and Fig. 2
+    assert not re.search(r"""(src|href) *= *["']?[^"'#]|url\((?!#)|@import|<script""", page)
+    assert (tmp_path / "edits-llama-facts.svg").read_text().startswith("<svg")

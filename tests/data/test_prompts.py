@@ -1,0 +1,133 @@
+"""Where the answer lies, whatever the tokenizer."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horse_plugin.data.prompts import FILLED, batches, tokenize
+from horse_plugin.data.records import Query
+from horse_plugin.errors import UsageError
+from horse_plugin.evaluation.metrics import predict
+from horse_plugin.model.backbone import Backbone
+from tests import tiny
+
+TOKENIZERS = {
+    "bpe": tiny.bpe_tokenizer,
+    "bpe with bos": lambda: tiny.bpe_tokenizer(bos=True),
+    "sentencepiece": tiny.sentencepiece_tokenizer,
+    "sentencepiece without bos": lambda: tiny.sentencepiece_tokenizer(bos=False),
+}
+QUERY = Query("the capital of Norway is", "Lima France")
+
+
+class Slow:
+    """A tokenizer without offsets, such as remote ones are."""
+
+    def __init__(self, fast):
+        self.fast, self.is_fast = fast, False
+        self.bos_token_id, self.eos_token_id = fast.bos_token_id, fast.eos_token_id
+
+    def __call__(self, text):
+        return self.fast(text)
+
+
+@pytest.fixture(params=sorted(TOKENIZERS))
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_answer_is_the_answer(tokenizer, slow):
+    (p,) = tokenize(Slow(tokenizer) if slow else tokenizer, [QUERY])
+    assert tokenizer.decode(p.answer).strip() == "Lima France"
+    assert tokenizer.decode(p.ids[: p.start], skip_special_tokens=True).strip() == QUERY.prompt
+    assert tuple(tokenizer("the capital of Norway is Lima France")["input_ids"]) == p.ids
+
+
+def test_bos_comes_once(tokenizer):
+    bos = tokenizer.bos_token_id
+    expected = list(tokenizer("Oslo")["input_ids"]).count(bos)
+    for prompt in (QUERY.prompt, f"<s>{QUERY.prompt}" if expected else QUERY.prompt):
+        (p,) = tokenize(tokenizer, [Query(prompt, "Lima")])
+        assert list(p.ids).count(bos) == expected
+
+
+def test_an_eos_that_the_tokenizer_appends_is_left_out():
+    tok = tiny.bpe_tokenizer()
+    plain = tokenize(tok, [QUERY])
+    from tokenizers import processors
+
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tok.eos_token_id)]
+    )
+    assert tok("Oslo")["input_ids"][-1] == tok.eos_token_id
+    for t in (tok, Slow(tok)):
+        assert tokenize(t, [QUERY]) == plain
+
+
+def test_spaces_at_the_seam_do_not_matter(tokenizer):
+    variants = [("{} ", "{}"), ("{}", " {}"), ("{}  ", "  {} "), ("{}", "{}")]
+    made = {
+        tokenize(tokenizer, [Query(a.format(QUERY.prompt), b.format(QUERY.answer))])[0]
+        for a, b in variants
+    }
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_and_batching_do_not_change_predictions(side, tokenizer):
+    """One by one and batched, with the tokenizer set to either side, the predictions agree with
+    the plain forward pass."""
+    tokenizer.padding_side, tokenizer.pad_token = side, "</s>"
+    model = tiny.model("llama")
+    queries = [
+        Query(" ".join(tiny.WORDS[: n + 1]), " ".join(tiny.WORDS[n : n + 2])) for n in range(9)
+    ]
+    want = []
+    for p in tokenize(tokenizer, queries):
+        with torch.no_grad():
+            logits = model(torch.tensor([p.ids])).logits[0]
+        want.append(logits[p.start - 1 : -1].argmax(-1).tolist())
+    for budget in (1, 30, 1000):
+        backbone = Backbone(model, tokenizer, batch_tokens=budget)
+        predicted = predict(backbone, tokenize(tokenizer, queries))
+        assert [tokens.tolist() for tokens in predicted.values()] == want
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(2, 30), st.integers(1, 9)), min_size=1, max_size=30),
+    budget=st.integers(1, 200),
+)
+@settings(deadline=None)
+def test_batches_hold_every_prompt_once_within_the_budget_and_little_padding(lengths, budget):
+    from horse_plugin.data.prompts import Prompt
+
+    made = [Prompt(tuple(range(n)), max(1, n - k)) for n, k in lengths]
+    seen = []
+    for batch in batches(made, budget):
+        assert batch.ids.numel() <= budget or len(batch.prompts) == 1
+        assert all(len(p.inputs) >= FILLED * batch.ids.shape[1] for p in batch.prompts)
+        seen += batch.index
+        at = batch.ids[batch.rows, batch.cols]
+        assert torch.equal(at + 1, batch.labels)  # ids count up, so the label is the next one
+    assert sorted(seen) == list(range(len(made)))
+
+
+def test_a_long_prompt_loses_its_beginning_but_not_bos_or_answer():
+    tok = tiny.bpe_tokenizer(bos=True)
+    (whole,) = tokenize(tok, [QUERY])
+    (cut,) = tokenize(tok, [QUERY], max_length=len(whole.ids) - 2)
+    assert len(cut.ids) == len(whole.ids) - 2
+    assert cut.ids[0] == tok.bos_token_id and cut.answer == whole.answer
+    assert cut.ids[1:] == whole.ids[3:]
+    with pytest.raises(UsageError, match="max_length=2"):
+        tokenize(tok, [QUERY], max_length=2)
+
+
+def test_what_the_tokenizer_cannot_say_is_named():
+    tok = tiny.bpe_tokenizer()
+    with pytest.raises(UsageError, match="answer"):
+        tokenize(tok, [Query("the capital", " ")])
+    with pytest.raises(UsageError, match="prompt"):
+        tokenize(tok, [Query("", "Oslo")])

@@ -1,0 +1,287 @@
+"""Edits, their deltas, and taking them back."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError
+from horse_plugin.data.prompts import batches
+from horse_plugin.editing.solve import calibrate, edit_residuals, new_network, solve
+from horse_plugin.method.hypernetwork import HyperNetwork
+from horse_plugin.model.capture import capture
+from tests import tiny
+
+
+def editor(architecture="llama", dtype=torch.float32, seed=0, **changes):
+    model = tiny.model(architecture, dtype, seed)
+    return HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams(**changes))
+
+
+def state(editor):
+    return {k: v.clone() for k, v in editor.backbone.model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@torch.no_grad()
+def answer_loss(editor):
+    """Summed cross-entropy of the new answers on the edited prompts."""
+    prompts = editor.backbone.prepare(tiny.records(), ["edit"]).flat()
+    return sum(
+        F.cross_entropy(editor.backbone.logits(batch), batch.labels, reduction="sum").item()
+        for batch in batches(prompts, 10_000)
+    )
+
+
+@pytest.mark.parametrize("architecture", sorted(tiny.CONFIGS))
+def test_an_edit_makes_the_answers_likelier_and_undo_is_bit_exact(architecture):
+    e = editor(architecture)
+    before, unlikely = state(e), answer_loss(e)
+    e.edit(tiny.records())
+    assert answer_loss(e) < unlikely
+    e.undo()
+    assert same(before, state(e))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_undo_is_bit_exact_in_half_precision_over_a_chain(dtype):
+    e = editor(dtype=dtype)
+    states = [state(e)]
+    for i in range(3):
+        e.edit(tiny.records(9)[3 * i : 3 * i + 3])
+        states.append(state(e))
+    assert len(e.history) == 3
+    for wanted in reversed(states[:-1]):
+        e.undo()
+        assert same(wanted, state(e))
+    with pytest.raises(HorseError, match="no edit"):
+        e.undo()
+
+
+def test_the_same_seed_gives_the_same_delta_bit_for_bit():
+    one, two = editor().edit(tiny.records()), editor().edit(tiny.records())
+    assert one.tensors.keys() == two.tensors.keys()
+    assert all(torch.equal(one.tensors[k], two.tensors[k]) for k in one.tensors)
+
+
+@given(
+    n=st.integers(1, 5),
+    times=st.integers(1, 3),
+    length=st.integers(1, 6),
+)
+@settings(deadline=None, max_examples=15)
+def test_duplicates_one_token_and_long_answers(n, times, length):
+    records = [
+        EditRecord(f"{tiny.WORDS[i]} is", " ".join(tiny.WORDS[i : i + length])) for i in range(n)
+    ] * times
+    e = editor()
+    before = state(e)
+    delta = e.edit(records)
+    assert all(s.isfinite().all() for s in delta.shifts.values())
+    e.undo()
+    assert same(before, state(e))
+
+
+def test_a_delta_survives_saving_and_does_the_same(tmp_path):
+    e = editor()
+    delta = e.edit(tiny.records())
+    after = state(e)
+    delta.save(tmp_path / "edit")
+    assert sorted(p.name for p in (tmp_path / "edit").iterdir()) == [
+        "delta.safetensors",
+        "edit.json",
+    ]
+    loaded = HorseEditor.load_delta(tmp_path / "edit")
+    assert loaded.records == tiny.records()
+    assert loaded.about == delta.about
+    other = editor()
+    other.apply(loaded)
+    assert same(after, state(other))
+
+
+def test_a_delta_for_another_model_is_refused_by_name(tmp_path):
+    editor("llama").edit(tiny.records()).save(tmp_path / "edit")
+    loaded = HorseEditor.load_delta(tmp_path / "edit")
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM.*GPT2LMHeadModel"):
+        editor("gpt2").apply(loaded)
+    with pytest.raises(UsageError, match="made for"):
+        editor("llama", seed=1).apply(loaded)  # same architecture, other weights
+    few = ["model.layers.7.mlp.down_proj"]
+    with pytest.raises(UsageError, match=r"model\.layers\.2\.mlp\.down_proj"):
+        editor("llama", inner_params=few).apply(loaded)
+
+
+@pytest.mark.parametrize("file", ["delta.safetensors", "edit.json"])
+def test_a_damaged_delta_does_not_load(tmp_path, file):
+    editor().edit(tiny.records(2)).save(tmp_path / "edit")
+    path = tmp_path / "edit" / file
+    whole = path.read_bytes()
+    for damage in (whole[:-7], whole[:9], b"", whole[:-60] + b"\0" + whole[-59:]):
+        path.write_bytes(damage)
+        with pytest.raises(HorseError, match="damaged"):
+            HorseEditor.load_delta(tmp_path / "edit")
+    path.unlink()
+    with pytest.raises(HorseError):
+        HorseEditor.load_delta(tmp_path / "edit")
+
+
+def test_a_failed_edit_leaves_the_model_alone(monkeypatch):
+    e = editor()
+    e.edit(tiny.records())
+    e.undo()
+    e.network = new_network(e.backbone, e.hparams)  # taken as it is from now on
+    before = state(e)
+    monkeypatch.setattr(
+        HyperNetwork, "residuals", lambda *args: [torch.full((14, 32), torch.nan)] * 6
+    )
+    with pytest.raises(
+        HorseError, match=r"record 0: .*layers\.2\.mlp\.down_proj: its residual is not finite"
+    ):
+        e.edit(tiny.records())
+    assert same(before, state(e)) and not e.history
+
+
+def test_a_saved_model_opens_in_transformers(tmp_path):
+    import transformers
+
+    e = editor()
+    e.edit(tiny.records())
+    e.save_model(tmp_path / "model")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert same(state(e), opened.state_dict())
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+
+
+def test_figures_equal_the_plain_computation():
+    e = editor("gpt2", batch_tokens=30)
+    records = tiny.records()
+    evaluator = Evaluator(e.backbone, records)
+    model, tok = e.backbone.model, e.backbone.tokenizer
+
+    @torch.no_grad()
+    def predicted(prompt, answer):
+        ids = tok(f"{prompt} {answer}", return_tensors="pt").input_ids
+        n = len(tok(prompt).input_ids)
+        return model(ids).logits[0, n - 1 : -1].argmax(-1), ids[0, n:]
+
+    def share(q):
+        guess, answer = predicted(q.prompt, q.answer)
+        return (guess == answer).double().mean().item()
+
+    def plain():
+        figures = [(share(r.edit), share(r.equivalent[0]), share(r.unrelated[0])) for r in records]
+        return figures, [
+            predicted(r.unrelated[0].prompt, r.unrelated[0].answer)[0] for r in records
+        ]
+
+    _, unrelated_before = plain()
+    e.edit(records)
+    figures, unrelated_after = plain()
+    got = evaluator.evaluate()
+    for record, (eff, gen, spe), a, b in zip(
+        got.records, figures, unrelated_before, unrelated_after, strict=True
+    ):
+        assert (record["efficacy"], record["generalization"], record["specificity"]) == (
+            eff,
+            gen,
+            spe,
+        )
+        assert record["locality"] == (a == b).double().mean().item()
+        assert record["portability"] is None
+
+
+def test_edit_json_is_readable(tmp_path):
+    editor().edit(tiny.records(2)).save(tmp_path / "edit")
+    described = json.loads((tmp_path / "edit" / "edit.json").read_text())
+    assert described["records"][0]["prompt"] == tiny.records()[0].prompt
+    assert described["model"]["architecture"] == "LlamaForCausalLM"
+    assert described["seconds"] > 0
+
+
+def test_kept_trunk_states_change_nothing_and_are_dropped_when_stale():
+    e, plain = editor(trunk_cache_gb=1), editor(trunk_cache_gb=0)
+    Evaluator(e.backbone, tiny.records())  # keeps its prompts' states
+    inputs = [p.inputs for p in e.backbone.prepare(tiny.records(), ["edit"]).flat()]
+    assert not e.backbone.trunk_cache.missing(inputs)
+    a, b = e.edit(tiny.records()), plain.edit(tiny.records())
+    for k in a.tensors:
+        torch.testing.assert_close(a.tensors[k], b.tensors[k])
+    for x in (e, plain):
+        x.undo()
+        with torch.no_grad():
+            x.backbone.model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    a, b = e.edit(tiny.records()), plain.edit(tiny.records())
+    assert e.backbone.trunk_cache.missing(inputs) == inputs
+    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_an_untrained_network_is_fitted_to_each_edit():
+    e = editor()
+    e.edit(tiny.records(1))
+    e.undo()
+    a, b = e.edit(tiny.records()), editor().edit(tiny.records())
+    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_edit_ridge_scales_the_ridge_term_of_the_edit():
+    e = editor(edit_ridge=0.25)
+    prompts = e.backbone.prepare(tiny.records(), ["edit"]).flat()
+    captured = capture(e.backbone, prompts)
+    network = new_network(e.backbone, e.hparams)
+    calibrate(network, captured, e.hparams)
+    residuals = edit_residuals(e.backbone, network, captured, e.hparams)
+    found = solve(e.backbone, network, captured, residuals, e.hparams)
+    torch.nn.init.constant_(network.lamda, math.log(0.25))
+    wanted = solve(e.backbone, network, captured, residuals, tiny.hparams())
+    torch.testing.assert_close(found, wanted)
+
+
+def test_one_token_at_one_module_is_too_little_for_an_untrained_network():
+    e = editor(inner_params=["model.layers.7.mlp.down_proj"])
+    words = [w for w in tiny.WORDS if len(e.backbone.tokenizer(f" {w}").input_ids) == 1]
+    with pytest.raises(HorseError, match="too few answer tokens"):
+        e.edit([EditRecord("the capital is", words[0])])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.layers.5.mlp.up_proj", "model.layers.6.mlp.down_proj"],
+        ["model.layers.6.mlp.down_proj", "model.layers.6.mlp.up_proj"],
+    ],
+)
+@pytest.mark.parametrize("spread", ["orthogonal", "gram_schmidt"])
+def test_edit_modules_of_different_widths_and_in_one_block(names, spread):
+    e = editor(inner_params=names, spread=spread)
+    unlikely = answer_loss(e)
+    delta = e.edit(tiny.records())
+    assert answer_loss(e) < unlikely
+    assert delta.modules == sorted(names, key=lambda n: (n.split(".")[2], "down" in n))
+
+
+def test_prompts_beyond_the_models_length_lose_their_beginning():
+    e = editor()
+    e.backbone.model.config.max_position_embeddings = 16
+    long = EditRecord(f"{tiny.words(0, 60)} is", "Oslo")
+    e.edit([long, *tiny.records()])
+    (prompt,) = e.backbone.prepare([long], ["edit"]).flat()
+    assert len(prompt.ids) == 16
+
+
+def test_saving_leaves_other_files_in_the_folder_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    delta = editor().edit(tiny.records(2))
+    delta.save(tmp_path)
+    with pytest.raises(UsageError, match="holds an edit already"):
+        delta.save(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+    with pytest.raises(UsageError, match="something already"):
+        editor().save_model(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,0 +1,113 @@
+"""An edit as other programs load it: a plain Hugging Face folder, and a PEFT LoRA adapter."""
+
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+
+from horse_plugin import HorseEditor, UsageError
+from horse_plugin.editing.export import save_adapter, to_rank
+from tests import tiny
+
+IDS = torch.arange(60).reshape(4, 15) + 20
+
+
+def saved_editor(tmp_path, architecture):
+    """An editor on a model that lies on disk, as PEFT wants it."""
+    tiny.model(architecture).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    return HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams(strength=5.0))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def through_peft(tmp_path):
+    """The logits of the base model with the adapter, and with it merged."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    return logits(wrapped), logits(wrapped.merge_and_unload())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt-neox"])
+def test_an_adapter_of_full_rank_is_the_edit(tmp_path, architecture):
+    e = saved_editor(tmp_path, architecture)
+    plain = logits(e.backbone.model)
+    deltas = [e.edit(tiny.records(2)), e.edit(tiny.records(4)[2:])]
+    edited = logits(e.backbone.model)
+    e.undo(), e.undo()
+    adapter = to_rank(e, deltas)
+    assert torch.equal(logits(e.backbone.model), plain)
+    assert adapter.error < 1e-6 and adapter.efficacy[0] == adapter.efficacy[1]
+    assert adapter.rank == sum(
+        len(e.backbone.tokenizer(f" {r.target_new}").input_ids) for d in deltas for r in d.records
+    )
+    save_adapter(adapter, e.backbone, tmp_path / "adapter")
+    moved = (edited - plain).abs().max()
+    for loaded in through_peft(tmp_path):
+        assert (loaded - edited).abs().max() < 5e-3 * moved
+
+
+def test_a_smaller_rank_keeps_the_most_and_says_what_it_loses(tmp_path):
+    e = saved_editor(tmp_path, "llama")
+    plain = logits(e.backbone.model)
+    delta = e.edit(tiny.records(8))
+    edited = logits(e.backbone.model)
+    e.undo()
+    errors = {}
+    for rank in (1, 2, 4):
+        adapter = to_rank(e, [delta], rank)
+        shifts = delta.shifts.values()
+        left = sum(torch.linalg.svdvals(s)[rank:].square().sum() for s in shifts)
+        whole = sum(s.square().sum() for s in shifts)
+        assert adapter.error == pytest.approx((left / whole).sqrt().item(), rel=1e-3)
+        assert adapter.rank == rank
+        errors[rank] = adapter.error
+    assert errors[1] > errors[2] > errors[4] > 0
+    with e.backbone.weights.shifted({m: k.T @ f for m, (k, f) in adapter.factors.items()}):
+        truncated = logits(e.backbone.model)
+    save_adapter(adapter, e.backbone, tmp_path / "adapter")
+    for loaded in through_peft(tmp_path):
+        assert (loaded - truncated).abs().max() < 5e-3 * (edited - plain).abs().max()
+
+
+def test_a_dense_edit_becomes_an_adapter_by_its_singular_values(tmp_path):
+    e = saved_editor(tmp_path, "llama")
+    delta = e.edit(tiny.records(30))
+    assert set(delta.tensors) == {f"{m}.shift" for m in delta.modules}
+    edited = logits(e.backbone.model)
+    e.undo()
+    adapter = to_rank(e, [delta])
+    assert adapter.rank == 32 and adapter.error < 1e-6
+    save_adapter(adapter, e.backbone, tmp_path / "adapter")
+    torch.testing.assert_close(through_peft(tmp_path)[1], edited, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_for_another_model_is_refused(tmp_path):
+    delta = saved_editor(tmp_path, "llama").edit(tiny.records(2))
+    other = HorseEditor(tiny.model(seed=1), tiny.bpe_tokenizer(), tiny.hparams())
+    with pytest.raises(UsageError, match="made for"):
+        to_rank(other, [delta])
+
+
+def test_a_saved_model_opens_in_transformers_without_this_package(tmp_path):
+    e = saved_editor(tmp_path, "llama")
+    e.edit(tiny.records())
+    e.save_model(tmp_path / "model")
+    code = f"""if True:
+        import sys, json, torch
+        sys.modules["horse_plugin"] = None  # importing it fails
+        import transformers
+        model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r})
+        transformers.AutoTokenizer.from_pretrained({str(tmp_path / "model")!r})
+        ids = torch.arange(60).reshape(4, 15) + 20
+        print(json.dumps(model(input_ids=ids).logits.tolist()))"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    opened = torch.tensor(json.loads(run.stdout))
+    torch.testing.assert_close(opened, logits(e.backbone.model), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,77 @@
+"""Eq. 2: the ridge closed form, dual and primal, well and ill conditioned."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horse_plugin import HorseError
+from horse_plugin.method.ridge import Ridge
+from tests import oracle
+from tests.numbers import arrays, close
+
+
+@given(
+    n=st.integers(1, 14), d=st.integers(1, 14), d_out=st.integers(1, 5), seed=st.integers(0, 2**16)
+)
+@settings(deadline=None)
+def test_dual_and_primal_agree(n, d, d_out, seed):
+    h, r, g = map(torch.tensor, arrays(seed, (n, d), (n, d_out), (d, d_out)))
+    here, other = Ridge(h, 0.5), Ridge(h, 0.5)
+    other.dual = not here.dual
+    gram = h @ h.T if other.dual else h.T @ h
+    other._factor = torch.linalg.cholesky(gram + 0.5 * torch.eye(len(gram), dtype=h.dtype))
+    close(here.shift(r), other.shift(r))
+    close(here.residual_grad(g), other.residual_grad(g))
+    close(here.lamda_grad(g, here.shift(r)), other.lamda_grad(g, here.shift(r)))
+
+
+def test_few_tokens_give_factors_that_multiply_to_the_shift():
+    h, r = map(torch.tensor, arrays(0, (3, 48), (3, 32)))
+    ridge = Ridge(h, 1.0)
+    assert ridge.dual
+    form = ridge.smallest_form(r)
+    close(form["keys"].T @ form["factors"], ridge.shift(r))
+    many = Ridge(torch.randn(30, 48), 1.0).smallest_form(torch.randn(30, 32))
+    assert set(form) == {"keys", "factors"} and set(many) == {"shift"}
+
+
+def test_an_ill_conditioned_system_is_solved_in_float64_with_a_warning():
+    h = torch.ones(6, 9) * 1e4  # six equal tokens: the Gram matrix has rank one
+    with pytest.warns(UserWarning, match="float64"):
+        ridge = Ridge(h, 1e-6)
+    want = oracle.shift(h.double().numpy(), np.ones((6, 2)), np.log(1e-6))
+    close(ridge.shift(torch.ones(6, 2)), want, 1e-3)
+
+
+@pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4])
+def test_features_with_an_offset_do_not_spoil_the_solution(offset):
+    """Hidden states of language models have a few huge features."""
+    h, r = (torch.tensor(x, dtype=torch.float32) for x in arrays(0, (30, 100), (30, 4)))
+    h[:, 0] += offset
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = Ridge(h, 1.0).shift(r)
+    want = torch.tensor(oracle.shift(h.double().numpy(), r.double().numpy(), 0.0))
+    assert (got - want).norm() < 0.02 * want.norm()
+
+
+def test_keys_that_are_not_finite_are_refused():
+    with pytest.raises(HorseError, match="not finite"):
+        Ridge(torch.tensor([[1.0, float("nan")]]), 1.0)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_many_tokens_in_chunks_give_the_same_weights(monkeypatch, spoilt):
+    """Also in the float64 fallback, which the spoilt keys need."""
+    keys, r = (torch.tensor(a, dtype=torch.float32) for a in arrays(0, (40, 6), (40, 3)))
+    if spoilt:
+        keys[:, 0] *= 1e5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = Ridge(keys, 1.0).shift(r)
+        monkeypatch.setattr("horse_plugin.method.ridge.CHUNK", 7)
+        torch.testing.assert_close(Ridge(keys, 1.0).shift(r), whole)

@@ -1,0 +1,93 @@
+"""Trunk states in memory and in files: back bit for bit, within their room, gone when stale."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from horse_plugin import UsageError
+from horse_plugin.data.prompts import batches
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.trunk_cache import TrunkCache, _reserve
+from tests import tiny
+
+
+def some(n=6, dtype=torch.float32):
+    """Token ids, and states of 8 numbers a token for them."""
+    prompts = [tuple(range(i, 2 * i + 3)) for i in range(n)]
+    return prompts, [torch.randn(len(p), 8).to(dtype) for p in prompts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("memory", "disk"), [(1e-3, 0), (0, 1e-3), (1e-6, 1e-3)])
+def test_states_come_back_bit_for_bit_and_no_file_is_left(tmp_path, memory, disk, dtype):
+    store = TrunkCache([], memory, disk, tmp_path)
+    prompts, states = some(dtype=dtype)
+    for i in range(0, len(prompts), 2):
+        store.put(prompts[i : i + 2], states[i : i + 2])
+        assert not list(tmp_path.iterdir())
+    for found, wanted in zip(store.get(prompts), states, strict=True):
+        assert found.dtype is dtype
+        assert torch.equal(found, wanted)
+    assert store.get([(99,)]) == [None]
+
+
+def test_room_is_kept_to_and_comes_back():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    prompts, states = some()
+    size = [s.nbytes for s in states]
+    store = TrunkCache([weight], size[0] / 1e9, (size[1] + size[2]) / 1e9)
+    for p, s in zip(prompts, states, strict=True):
+        assert store.full == (p in prompts[4:])  # the fourth is the first without room
+        store.put([p], [s])
+    assert store.missing(prompts) == prompts[3:]
+    with torch.no_grad():
+        weight.add_(1)
+    assert store.missing(prompts) == prompts
+    assert not store.full
+    store.put(prompts[1:3], states[1:3])
+    assert store.missing(prompts) == [prompts[0], *prompts[3:]]
+
+
+def test_room_on_disk_is_taken_without_posix_fallocate(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    path = tmp_path / "states"
+    with path.open("wb") as file:
+        _reserve(file.fileno(), 3 * 2**20 + 5)
+    assert path.stat().st_size == 3 * 2**20 + 5
+
+
+def test_a_full_disk_is_said_and_lived_with(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    store = TrunkCache([], 0, 1, tmp_path)
+    prompts, states = some()
+    with pytest.warns(UserWarning, match="No space left"):
+        store.put(prompts, states)
+    assert store.full and store.missing(prompts) == prompts
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file: cannot be written to"):
+        TrunkCache([], 0, 1, tmp_path / "file")
+
+
+def test_the_model_runs_on_states_from_files_and_computes_what_is_stale(tmp_path):
+    model, tokenizer = tiny.model(), tiny.bpe_tokenizer()
+    stored = Backbone.of(
+        model, tokenizer, tiny.hparams(trunk_cache_gb=0, trunk_disk_gb=0.1, batch_tokens=60)
+    )
+    kept = Backbone.of(model, tokenizer, tiny.hparams(trunk_cache_gb=0.1, batch_tokens=60))
+    prompts = stored.prepare(tiny.records(), ["edit"]).flat()
+    stored.cache_trunk_states(prompts), kept.cache_trunk_states(prompts)
+    assert not stored.trunk_cache.missing([p.inputs for p in prompts])
+    for _ in range(2):
+        for batch in batches(prompts, 60):
+            assert torch.equal(stored.logits(batch), kept.logits(batch))
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(1.5)

@@ -1,0 +1,114 @@
+"""Eq. 7 gives *the* gradient: autograd through the whole differentiable edit says the same."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from horse_plugin.data.prompts import Prompt
+from horse_plugin.editing.editor import new_network
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.capture import capture
+from horse_plugin.training.objective import TRAINED_ON, Objective
+from tests import tiny
+
+# Llama computes its norms and rotations in float32 whatever the model's dtype; GPT-2 does not.
+TOLERANCE = {"llama": 1e-4, "gpt2": 1e-8}
+
+
+def differentiable_loss(backbone, network, captured, prompts, hparams):
+    """The loss of the edited model as one graph: plain solve, functional call, full logits."""
+    model, weights = backbone.model, {}
+    residuals = network.residuals(captured.keys, captured.grads)
+    for l, (name, module) in enumerate(backbone.modules.items()):
+        h, r = captured.keys[l], residuals[l]
+        ridge = h.T @ h + network.lamda[l].exp() * torch.eye(h.shape[1], dtype=h.dtype)
+        shift = torch.linalg.solve(ridge, h.T @ r)
+        weight = module.weight.detach()
+        weights[f"{name}.weight"] = weight + (
+            shift.T if isinstance(module, torch.nn.Linear) else shift
+        )
+    total = 0
+    coefs = (hparams.edit_coef, hparams.gen_coef, hparams.loc_coef)
+    for kind, coef in zip(TRAINED_ON, coefs, strict=True):
+        losses = []
+        for p in prompts.flat(kind):
+            ids = torch.tensor([p.inputs])
+            logits = torch.func.functional_call(model, weights, (ids,)).logits[0, p.start - 1 :]
+            if kind == "unrelated" and hparams.loc_loss == "kl":
+                with torch.no_grad():
+                    before = model(ids).logits[0, p.start - 1 :].log_softmax(-1)
+                losses.append((before.exp() * (before - logits.log_softmax(-1))).sum(-1))
+            else:
+                losses.append(F.cross_entropy(logits, torch.tensor(p.answer), reduction="none"))
+        total = total + coef * torch.cat(losses).mean()
+    return total
+
+
+def case(architecture, **changes):
+    hparams = tiny.hparams(edit_coef=0.7, gen_coef=1.3, loc_coef=0.9, batch_tokens=40, **changes)
+    model = tiny.model(architecture, torch.float64)
+    backbone = Backbone(model, tiny.bpe_tokenizer(), batch_tokens=40)
+    records = tiny.records()
+    prompts = backbone.prepare(records, TRAINED_ON)
+    network = new_network(backbone, hparams)
+    for p in network.groups.parameters():  # away from the identity
+        p.data.add_(torch.randn_like(p), alpha=0.3)
+    network.lamda.data.uniform_(-1, 1)
+    captured = capture(backbone, prompts.flat("edit"))
+    network.update_normalizers(captured.keys, captured.grads)
+    network.calibrate_eta(captured.keys, captured.grads, captured.value_norms, 0.3)
+    return hparams, backbone, network, captured, prompts
+
+
+@pytest.mark.parametrize("loc_loss", ["ce", "kl"])
+@pytest.mark.parametrize("spread", ["orthogonal", "gram_schmidt", "uniform", "decay"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_training_gradient_is_the_gradient(architecture, spread, loc_loss):
+    hparams, backbone, network, captured, prompts = case(
+        architecture, spread=spread, spread_strength=0.8, loc_loss=loc_loss
+    )
+    want_loss = differentiable_loss(backbone, network, captured, prompts, hparams)
+    names = [n for n, _ in network.named_parameters()]
+    want = torch.autograd.grad(want_loss, list(network.parameters()), allow_unused=True)
+
+    losses = Objective(backbone, prompts, hparams).backward(network, captured)
+    coefs = (hparams.edit_coef, hparams.gen_coef, hparams.loc_coef)
+    assert sum(c * losses[k] for k, c in zip(TRAINED_ON, coefs, strict=True)) == pytest.approx(
+        want_loss.item()
+    )
+    for name, p, g in zip(names, network.parameters(), want, strict=True):
+        if g is None:  # the spread's strength, where the spread has none
+            assert name == "spread_strength" and spread in ("uniform", "decay")
+            continue
+        assert g.abs().max() > 0, name
+        error = (p.grad - g).abs().max() / g.abs().max()
+        assert error < TOLERANCE[architecture], (name, error)
+
+
+def test_more_tokens_than_features_uses_the_primal_and_agrees():
+    hparams, backbone, network, _, prompts = case("llama")
+    many = [Prompt(p.ids, max(1, len(p.ids) - 9)) for p in prompts.flat("edit", "unrelated")]
+    captured = capture(backbone, many)
+    assert len(captured.keys[0]) > captured.keys[0].shape[1]
+    want = differentiable_loss(backbone, network, captured, prompts, hparams)
+    want = torch.autograd.grad(want, [network.lamda, network.log_eta])
+    Objective(backbone, prompts, hparams).backward(network, captured)
+    torch.testing.assert_close(network.lamda.grad, want[0], atol=1e-12, rtol=1e-6)
+    torch.testing.assert_close(network.log_eta.grad, want[1], atol=1e-12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("coefficient", ["token", "edit_only", "none"])
+def test_without_c_i_of_eq_4_the_residual_is_eta_times_the_gradient(coefficient):
+    hparams = tiny.hparams(coefficient=coefficient, spread="uniform", lr=0.5)
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    network = new_network(backbone, hparams)
+    captured = capture(backbone, backbone.prepare(tiny.records(), ["edit"]).flat())
+    network.update_normalizers(captured.keys, captured.grads)
+    edit = network.residuals(captured.keys, captured.grads)[0]
+    loss = network.residuals(captured.keys, captured.grads, in_loss=True)[0]
+    pseudo = network(0, captured.keys[0], captured.grads[0])[1]
+    assert torch.allclose(edit, -0.5 * pseudo) == (coefficient == "none")
+    assert torch.allclose(loss, -0.5 * pseudo) == (coefficient != "token")
+    edits = backbone.prepare(tiny.records(), TRAINED_ON)
+    Objective(backbone, edits, hparams).backward(network, captured)
+    assert network.log_eta.grad.abs().sum() > 0

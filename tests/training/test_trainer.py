@@ -1,0 +1,277 @@
+"""Training: everything moves, the same seed gives the same bits, a resumed run ends the same."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from horse_plugin import EditRecord, HorseEditor, HorseError, HORSETrainer, UsageError
+from horse_plugin.editing.archive import ARCHIVE, load_network
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.storage.tensors import load_tensors
+from horse_plugin.training.checkpoint import CHECKPOINT
+from horse_plugin.training.objective import TRAINED_ON
+from horse_plugin.training.trainer import one_prompt_a_kind
+from tests import tiny
+
+
+def trainer(out, architecture="llama", resume=False, **changes):
+    hparams = tiny.hparams(
+        **{"max_epochs": 3, "val_interval": 2, "meta_lr": 1e-3, "loc_loss": "ce"} | changes
+    )
+    hparams.trunk_cache_gb = 0.1
+    backbone = Backbone.of(tiny.model(architecture), tiny.bpe_tokenizer(), hparams)
+    data = tiny.records(18)
+    return HORSETrainer(hparams, data[:12], data[12:], out, backbone, resume, progress=False)
+
+
+def read(folder, name=ARCHIVE):
+    return (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("train_spread", [False, True])
+@pytest.mark.parametrize("loc_loss", ["ce", "kl"])
+def test_every_parameter_moves_in_the_first_steps(tmp_path, loc_loss, train_spread):
+    t = trainer(tmp_path, loc_loss=loc_loss, train_spread=train_spread)
+    t.train_step(t.batch(0))  # calibrates eta, so that its start is known
+    before = {n: p.detach().clone() for n, p in t.network.named_parameters()}
+    for _ in range(3):
+        t.train_step(t.batch(0))
+    for name, p in t.network.named_parameters():
+        moved = not torch.equal(p, before[name])
+        assert moved == (name != "spread_strength" or train_spread), name
+
+
+def test_training_lowers_the_loss(tmp_path):
+    t = trainer(tmp_path, max_epochs=20, meta_lr=3e-3)
+    t.run()
+    totals = [sum(h[k] for k in ("edit", "rephrase", "unrelated")) for h in t.history]
+    third = len(totals) // 3
+    assert sum(totals[-third:]) < sum(totals[:third])
+
+
+def test_the_same_seed_gives_the_same_archive_bit_for_bit(tmp_path):
+    for name in "ab":
+        trainer(tmp_path / name).run()
+    assert read(tmp_path / "a") == read(tmp_path / "b")
+    trainer(tmp_path / "c", seed=1).run()
+    a, _ = load_tensors(tmp_path / "a" / ARCHIVE)
+    c, _ = load_tensors(tmp_path / "c" / ARCHIVE)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_the_order_of_the_records_depends_on_seed_and_epoch(tmp_path):
+    one, two = trainer(tmp_path), trainer(tmp_path, seed=1)
+    assert one.batch(0) == trainer(tmp_path).batch(0)
+    assert one.batch(0) != two.batch(0)
+    assert one.batch(0) != one.batch(one.steps_per_epoch)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, cut, monkeypatch):
+    """Mixed lengths, several rephrasings, trunk states kept: whatever could depend on the past."""
+    records = [
+        replace(r, rephrases=tuple(f"{tiny.words(i + k, 3 * k + 2)} is" for k in range(3)))
+        for i, r in enumerate(tiny.records(18))
+    ]
+    monkeypatch.setattr(tiny, "records", lambda n: records[:n])
+    settings = {"edits_per_step": 3, "max_epochs": 2, "batch_tokens": 40, "val_interval": 2}
+    trainer(tmp_path / "whole", **settings).run()
+    stopped = trainer(tmp_path / "parts", **settings)
+    step = stopped.train_step
+
+    def dies(records):
+        if stopped.step == cut:
+            raise KeyboardInterrupt
+        return step(records)
+
+    stopped.train_step = dies
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    resume = (tmp_path / "parts" / CHECKPOINT).exists()
+    assert resume == (cut > 1)
+    trainer(tmp_path / "parts", resume=resume, **settings).run()
+    for name in (ARCHIVE, CHECKPOINT):
+        assert read(tmp_path / "whole", name) == read(tmp_path / "parts", name)
+
+
+def test_resuming_on_other_records_is_refused(tmp_path):
+    trainer(tmp_path, max_iters=2).run()
+    t = trainer(tmp_path, max_iters=2)
+    with pytest.raises(UsageError, match="was trained on other records"):
+        HORSETrainer(t.hparams, t.val_records * 2, t.val_records, tmp_path, t.backbone, True, False)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    trainer(tmp_path, max_epochs=1).run()
+    with pytest.raises(UsageError, match=r"meta_lr: 0\.001, and the hparams now say 0\.1"):
+        trainer(tmp_path, resume=True, meta_lr=0.1)
+    with pytest.warns(UserWarning, match="no checkpoint; training starts at the beginning"):
+        trainer(tmp_path / "none", resume=True)
+
+
+def test_the_best_archive_is_kept_and_edits(tmp_path):
+    t = trainer(tmp_path, max_epochs=6)
+    t.run()
+    scores = [h["validation"]["score"] for h in t.history if "validation" in h]
+    assert t.best["score"] == max(scores)
+    network, about = load_network(tmp_path, t.backbone)
+    assert about["best"] == t.best
+    assert about["hparams"]["rank"] == 4
+    hparams = tiny.hparams(archive=str(tmp_path))
+    editor = HorseEditor(tiny.model(), tiny.bpe_tokenizer(), hparams)
+    for a, b in zip(editor.network.parameters(), network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert editor.edit(tiny.records()).tensors
+
+
+def test_an_archive_for_another_model_or_other_modules_is_refused_by_name(tmp_path):
+    trainer(tmp_path).run()
+    hparams = tiny.hparams(archive=str(tmp_path))
+    with pytest.raises(UsageError, match=r"made for .*LlamaForCausalLM.*MistralForCausalLM"):
+        HorseEditor(tiny.model("mistral"), tiny.bpe_tokenizer(), hparams)
+    hparams.inner_params = ["model.layers.7.mlp.down_proj"]
+    with pytest.raises(UsageError, match=r"model\.layers\.2"):
+        HorseEditor(tiny.model(), tiny.bpe_tokenizer(), hparams)
+    hparams.archive = str(tmp_path / "none")
+    with pytest.raises(UsageError, match="holds no archive"):
+        HorseEditor(tiny.model(), tiny.bpe_tokenizer(), hparams)
+
+
+def test_damaged_archives_do_not_load(tmp_path):
+    trainer(tmp_path, max_iters=1).run()
+    path = tmp_path / ARCHIVE
+    whole = path.read_bytes()
+    for at in (3, 40, len(whole) // 2, len(whole) - 5):
+        flipped = bytearray(whole)
+        flipped[at] ^= 4
+        for damaged in (bytes(flipped), whole[:at]):
+            path.write_bytes(damaged)
+            with pytest.raises(HorseError, match="damaged"):
+                load_tensors(path)
+
+
+def test_absolute_lr_is_eta(tmp_path):
+    t = trainer(tmp_path, lr=3e-4)
+    assert torch.allclose(t.network.log_eta, torch.tensor(math.log(3e-4)))
+    t.train_step(t.batch(0))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_step(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    good = t.backbone.weights.gradients
+
+    import contextlib
+
+    @contextlib.contextmanager
+    def poisoned(device):
+        with good(device) as (total, collect):
+            yield total, lambda: (collect(), [g.fill_(torch.nan) for g in total.values()])
+
+    monkeypatch.setattr(t.backbone.weights, "gradients", poisoned)
+    with pytest.raises(HorseError, match=r"step 0: .*layers\.2\.mlp\.down_proj"):
+        t.run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_record(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    good = t.backbone.logits
+    (prompt,) = t.batch(0).of("rephrase", 4)
+
+    def poisoned(batch):
+        logits = good(batch)
+        rows = [i for i, p in enumerate(batch.prompts) if p == prompt]
+        return torch.where(torch.isin(batch.rows, torch.tensor(rows))[:, None], torch.nan, logits)
+
+    monkeypatch.setattr(t.backbone, "logits", poisoned)
+    says = r"step 0: record 4: the loss on its rephrase prompt is not finite.*bf16"
+    with pytest.raises(HorseError, match=says):
+        t.run()
+
+
+def test_too_few_records_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="edits_per_step: 13 in one step, but only 12"):
+        trainer(tmp_path, edits_per_step=13)
+
+
+def test_training_leaves_the_model_as_it_was(tmp_path):
+    t = trainer(tmp_path)
+    before = {k: v.clone() for k, v in t.backbone.model.state_dict().items()}
+    t.run()
+    for k, v in t.backbone.model.state_dict().items():
+        assert torch.equal(v, before[k])
+    assert not any(p.requires_grad or p.grad is not None for p in t.backbone.model.parameters())
+
+
+def test_edit_modules_of_different_shapes_train_together(tmp_path):
+    names = ["model.layers.5.mlp.up_proj", "model.layers.6.mlp.down_proj"]
+    t = trainer(tmp_path, inner_params=names, spread="decay")
+    t.run()
+    assert len(t.network.groups) == 2
+    network, _ = load_network(tmp_path, t.backbone)
+    assert network.shapes == t.backbone.shapes
+
+
+def test_early_stopping(tmp_path):
+    t = trainer(tmp_path, max_epochs=50, early_stop_patience=2, meta_lr=1e-9, eta_meta_lr=1e-9)
+    t.run()
+    assert t.step < t.n_steps
+
+
+def test_records_with_several_prompts_take_turns_over_the_epochs(tmp_path):
+    t = trainer(tmp_path)
+    (query,) = tiny.records()[0].unrelated
+    r = EditRecord("the capital", "Oslo", ("a is", "b is"), (query,) * 3)
+    plain = EditRecord("the capital", "Oslo")
+    edits = t.backbone.prepare([r, plain], TRAINED_ON)
+    shown = {one_prompt_a_kind(edits, epoch).flat("rephrase")[0].ids for epoch in range(4)}
+    assert len(shown) == 2
+    assert [len(one_prompt_a_kind(edits, 0).flat(kind)) for kind in TRAINED_ON] == [2, 1, 1]
+
+
+def test_records_without_rephrased_or_unrelated_prompts_train(tmp_path):
+    t = trainer(tmp_path)
+    plain = [EditRecord(r.prompt, r.target_new) for r in t.train_records[:6]]
+    losses = t.train_step(t.backbone.prepare(plain, TRAINED_ON))
+    assert losses["edit"] > 0
+    assert losses["rephrase"] is losses["unrelated"] is None
+
+
+def test_validation_may_edit_more_at_once_than_a_step(tmp_path):
+    t = trainer(tmp_path, edits_per_step=3, val_edits=6)
+    (evaluator,) = t._evaluators()
+    assert len(evaluator.edits) == 6
+
+
+def test_the_rates_sink_to_zero_when_asked_to(tmp_path):
+    t = trainer(tmp_path, decay_meta_lr=True, meta_lr=1e-3, eta_meta_lr=1e-2)
+    t.run()
+    left = 1 / t.n_steps
+    assert [g["lr"] for g in t.optimizer.param_groups] == pytest.approx([1e-3 * left, 1e-2 * left])
+    t = trainer(tmp_path)
+    t.run()
+    assert [g["lr"] for g in t.optimizer.param_groups] == [1e-3, 1e-2]
+
+
+def test_records_that_cannot_teach_the_edit_are_refused(tmp_path):
+    t = trainer(tmp_path, edit_coef=0.0)
+    t.train_step(t.batch(0))
+    plain = [replace(r, rephrases=()) for r in t.train_records[:6]]
+    with pytest.raises(UsageError, match="nothing would teach the edit"):
+        t.train_step(t.backbone.prepare(plain, TRAINED_ON))
+
+
+def test_lambda_starts_where_ridge_says_once(tmp_path):
+    plain, t = (
+        trainer(tmp_path / "plain"),
+        trainer(tmp_path / "ridge", ridge=0.5, train_lamda=False),
+    )
+    plain.train_step(plain.batch(0))
+    assert plain.network.lamda.abs().max() < 0.1
+    t.train_step(t.batch(0))
+    start = t.network.lamda.clone()
+    assert start.isfinite().all() and (start.abs() > 0.1).all()
+    t.train_step(t.batch(1))
+    assert torch.equal(t.network.lamda, start)
