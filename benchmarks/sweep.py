@@ -17,11 +17,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from horse_plugin.assets import hparams_folder
-from horse_plugin.cli.show import figure
-from horse_plugin.comparison import DEFAULT_MODEL, METHODS, DataSet, Plan, methods, run
-from horse_plugin.comparison.tables import SCORED, score
-from horse_plugin.storage import archive
+from horse_plugin.assets import DEFAULT_MODEL, hparams_folder
+from horse_plugin.comparison import methods
+from horse_plugin.comparison.methods import METHODS
+from horse_plugin.comparison.plan import DataSet, Plan
+from horse_plugin.comparison.runner import run
+from horse_plugin.comparison.tables import score
+from horse_plugin.evaluation.metrics import SCORED
+from horse_plugin.evaluation.tables import number
+from horse_plugin.storage.digest import text_digest
+from horse_plugin.storage.files import write
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,15 @@ class Variant(methods.EasyEdit):
 
     @contextlib.contextmanager
     def __call__(self, task):
-        from horse_plugin.comparison.baselines import easyedit_methods
+        from horse_plugin.comparison.baselines import methods as baselines
 
         keys = task.keys(self.name)
         if unknown := set(self.changes) - set(keys):
             raise SystemExit(f"{self.name}'s YAML has no {', '.join(sorted(unknown))}.")
         text = yaml.safe_dump(keys | self.changes)
-        path = task.folder / "variants" / f"{archive.text_digest(text)}.yaml"
-        archive.write(path, text)
-        yield easyedit_methods.run(self.name, path, task)
+        path = task.folder / "variants" / f"{text_digest(text)}.yaml"
+        write(path, text)
+        yield baselines.run(self.name, path, task)
 
 
 def changes(text: str) -> dict:
@@ -81,7 +86,7 @@ def main():
         table.add_column(name, justify="right")
     for row in rows:
         cells = [row[f] for f in (*SCORED, "locality")] + [score(row), row["edit_seconds"]]
-        table.add_row(row["method"], *map(figure, cells))
+        table.add_row(row["method"], *map(number, cells))
     console = Console()
     console.print(table)
     for row in rows:

@@ -40,10 +40,12 @@ def _is_distributed() -> bool:
 
 
 def world_size() -> int:
+    """Return the number of ranks."""
     return dist.get_world_size() if _is_distributed() else 1
 
 
 def rank() -> int:
+    """Return the number of this rank."""
     return dist.get_rank() if _is_distributed() else 0
 
 

