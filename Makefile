@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 READY = $(VENV)/.ready
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-fast check setup clean
 
 demo: setup
 	$(VENV)/bin/horse demo --out demo
@@ -11,7 +11,11 @@ demo: setup
 # On the EasyEdit that PyPI has, then on the checkout that EASYEDIT_HOME names, if it names one.
 test: setup check
 	EASYEDIT_HOME= $(VENV)/bin/python -m pytest
-	$(if $(EASYEDIT_HOME),$(VENV)/bin/python -m pytest tests/test_easyedit*.py tests/test_examples.py)
+	$(if $(EASYEDIT_HOME),$(VENV)/bin/python -m pytest -m easyedit)
+
+# Tiny models only: what to run while working.
+test-fast: setup check
+	$(VENV)/bin/python -m pytest -m "not (real_model or easyedit or kill or slow)"
 
 check: setup
 	$(VENV)/bin/ruff check .

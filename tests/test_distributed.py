@@ -17,6 +17,8 @@ from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.files import PART
 from tests import processes, tiny
 
+pytestmark = pytest.mark.slow
+
 N_EDITS = (1, 12, 60)  # fewer than the processes, than the keys are wide, and more
 TRAINED = {
     "orthogonal": {"edits_per_step": 12, "train_spread": True},

@@ -10,6 +10,8 @@ from tests import ROOT, tiny
 
 pytest.importorskip("easyeditor")
 
+pytestmark = pytest.mark.easyedit
+
 EXAMPLES = ROOT / "examples"
 
 

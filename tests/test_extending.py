@@ -1,4 +1,4 @@
-"""``docs/extending.md`` runs as it stands: a spread, a loss, a data format and a row from outside."""
+"""``docs/extending.md`` runs as it stands: a spread, a loss, a format and a row from outside."""
 
 import re
 

@@ -35,6 +35,8 @@ from horse_plugin.storage.tensors import load_tensors, save_tensors
 from horse_plugin.training.checkpoint import CHECKPOINT
 from tests import ROOT, processes, tiny
 
+pytestmark = pytest.mark.kill
+
 FILES = (ARCHIVE, CHECKPOINT)
 PACKAGE = Path(horse_plugin.__file__).parent
 QUICK = settings(

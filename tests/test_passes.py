@@ -1,4 +1,4 @@
-"""One way through for the data: what is tokenised and what runs through the model, and how often."""
+"""One way through for the data: how often a text is tokenised and a prompt runs through."""
 
 from collections import Counter
 

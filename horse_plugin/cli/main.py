@@ -58,6 +58,22 @@ app = typer.Typer(
 )
 console = Console()
 
+
+def _print_version(asked: bool):
+    if asked:
+        console.print(f"horse-plugin {results.versions()['horse_plugin']}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def horse(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version.")
+    ] = False,
+):
+    """Hold the options that come before a command."""
+
+
 Hparams = Annotated[Path, typer.Option(help="YAML with the settings, see hparams/HORSE.")]
 Data = Annotated[str, typer.Option(help="Facts: JSON, JSONL, Parquet, or a hub data-set id.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an edit, or of a chain of them.")]

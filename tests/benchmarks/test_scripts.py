@@ -10,6 +10,8 @@ import torch
 from benchmarks import gpu, scaling
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_gpu_script_without_a_gpu_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -12,6 +12,8 @@ from horse_plugin.comparison.demo import run_demo
 from horse_plugin.model.backbone import Backbone
 from tests import SHARED_DATA
 
+pytestmark = pytest.mark.real_model
+
 
 @pytest.fixture(scope="module")
 def backbone():

@@ -36,6 +36,8 @@ from easyeditor.evaluate import compute_edit_quality
 from easyeditor.util.alg_dict import ALG_DICT
 from easyeditor.util.alg_train_dict import ALG_TRAIN_DICT
 
+pytestmark = pytest.mark.easyedit
+
 PACKAGE = Path(horse_plugin.__file__).parent
 FACTS = PACKAGE / "assets/facts"
 

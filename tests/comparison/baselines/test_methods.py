@@ -33,6 +33,8 @@ from horse_plugin.comparison.task import Task
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 
+pytestmark = pytest.mark.easyedit
+
 SHIPPED = ROOT / "hparams"
 MODEL = "llama-tiny"
 RATES = {"lr": 1e-2, "edit_lr": 0.1, "lr_lr": 1e-3}  # MEND's; a random model's gradients are small
