@@ -186,24 +186,6 @@ class HORSEHyperParams:
     def to_dict(self) -> dict:
         return asdict(self)
 
-    @property
-    def n_edits(self) -> int:
-        """The older name of ``edits_per_step``."""
-        return self.edits_per_step
-
-    @n_edits.setter
-    def n_edits(self, value: int):
-        self.edits_per_step = value
-
-    @property
-    def val_steps(self) -> int | None:
-        """The older name of ``val_records``."""
-        return self.val_records
-
-    @val_steps.setter
-    def val_steps(self, value: int | None):
-        self.val_records = value
-
     def steps_per_epoch(self, n_records: int) -> int:
         """Return the number of training steps in one pass over so many records."""
         return max(1, n_records // self.edits_per_step)
@@ -222,6 +204,14 @@ class HORSEHyperParams:
     def model(self) -> types.SimpleNamespace:
         """EasyEdit's data sets look for the tokenizer at ``config.model.name``."""
         return types.SimpleNamespace(name=resolve(self.model_name))
+
+
+def _attribute(name: str) -> property:
+    return property(lambda hp: getattr(hp, name), lambda hp, value: setattr(hp, name, value))
+
+
+for _alias, _name in ALIASES.items():  # as attributes, too
+    setattr(HORSEHyperParams, _alias, _attribute(_name))
 
 
 def default_hparams() -> HORSEHyperParams:

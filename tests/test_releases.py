@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from horse_plugin import Chain, EditDelta, HorseEditor, HORSEHyperParams, HORSETrainer
-from horse_plugin.training.checkpoint import CHECKPOINT, read_checkpoint
+from horse_plugin.training.checkpoint import CHECKPOINT, read
 from tests import ROOT, tiny
 
 RELEASE = ROOT / "tests/data_of_releases/0.1.0"
@@ -54,7 +54,7 @@ def test_a_run_of_release_0_1_can_be_resumed(hparams, tmp_path):
     hparams.archive, hparams.max_epochs = None, 2
     trainer = HORSETrainer(hparams, records[:12], records[12:], tmp_path, None, True, False)
     assert trainer.step == 3
-    _, about = read_checkpoint(tmp_path / CHECKPOINT, trainer.backbone, hparams, trainer._data)
+    _, about = read(tmp_path / CHECKPOINT, trainer.backbone, hparams, trainer._data)
     assert about["versions"]["horse_plugin"] == "0.1.0"
     trainer.run()
     assert trainer.step == 6

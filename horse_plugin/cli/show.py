@@ -91,14 +91,10 @@ def edit(delta: EditDelta, n_records: int = 10) -> list[RichTable]:
 
 def log(entries: list[dict]) -> RichTable:
     """Return the edits of a chain as a table, oldest first."""
+    states = (f"undone {e['undone']}" if e["undone"] else "in force" for e in entries)
     lines = [
-        [
-            e["name"],
-            e["made"],
-            f"{e['n_edits']:,}",
-            f"undone {e['undone']}" if e["undone"] else "in force",
-        ]
-        for e in entries
+        [e["name"], e["made"], f"{e['n_edits']:,}", state]
+        for e, state in zip(entries, states, strict=True)
     ]
     return printed(Table(["edit", "made", "facts", ""], lines, is_text=True))
 

@@ -36,7 +36,8 @@ def _read_json(path: Path) -> list:
 
 
 def _read_jsonl(path: Path) -> list:
-    lines = enumerate(_text(path).splitlines(), start=1)
+    # Not splitlines(), which also breaks at marks that JSON strings may hold.
+    lines = enumerate(_text(path).split("\n"), start=1)
     return [_parse(path, line, f"line {i}: ") for i, line in lines if line.strip()]
 
 

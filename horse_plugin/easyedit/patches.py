@@ -19,12 +19,7 @@ import torch
 import yaml
 from torch.overrides import TorchFunctionMode
 
-from horse_plugin.easyedit.apply import (
-    apply_horse_to_model,
-    apply_on_top,
-    our_hparams,
-    weights_before,
-)
+from horse_plugin.easyedit import apply
 from horse_plugin.errors import UsageError
 from horse_plugin.hparams import METHODS, HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
@@ -133,9 +128,9 @@ def _for_our_hparams(method):
             if not given.get("sequential_edit"):
                 return method(editor, *args, **kwargs)
             stack.callback(setattr, editor, "apply_algo", editor.apply_algo)
-            editor.apply_algo = functools.partial(apply_on_top, editor)
+            editor.apply_algo = functools.partial(apply.apply_on_top, editor)
             *outcome, _ = method(editor, *args, **kwargs)
-            return *outcome, weights_before(editor.horse)
+            return *outcome, apply.weights_before(editor.horse)
 
     return for_our_hparams
 
@@ -144,7 +139,7 @@ def _new_trainer(cls, config, *args, **kwargs):
     """Be ``EditTrainer.__new__``: return a ``HORSETrainer`` where the table of trainers says so."""
     name = getattr(config, "alg", None) or getattr(config, "alg_name", None)
     if ALG_TRAIN_DICT.get(name) is HORSETrainer:
-        return HORSETrainer(our_hparams(config), *args, **kwargs)
+        return HORSETrainer(apply.our_hparams(config), *args, **kwargs)
     return object.__new__(cls)
 
 
@@ -156,10 +151,10 @@ _undo = contextlib.ExitStack()
 
 def register():
     """Make our methods known to EasyEdit; a second call does nothing."""
-    if ALG_DICT.get("HORSE") is apply_horse_to_model:
+    if ALG_DICT.get("HORSE") is apply.apply_horse_to_model:
         return
     for name in METHODS:
-        _put(ALG_DICT, name, apply_horse_to_model)
+        _put(ALG_DICT, name, apply.apply_horse_to_model)
         _put(ALG_TRAIN_DICT, name, HORSETrainer)
     batchable = BatchEditor.is_batchable_method
     _set(

@@ -5,10 +5,10 @@ these: a question and some answers, of which the model takes the one it finds li
 """
 
 import contextlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from horse_plugin.data.sources import read_items
 from horse_plugin.errors import HorseError, UsageError, reason
 from horse_plugin.evaluation.tables import Table, number
 from horse_plugin.model.backbone import Backbone
@@ -107,13 +107,7 @@ def rows(before: dict, after: dict) -> list[dict]:
 def table(rows: Iterable[dict]) -> Table:
     """Return the rows of :func:`rows` as a table, in percent."""
     lines = [
-        [
-            r["task"],
-            r["metric"],
-            number(r["before"]),
-            number(r["after"]),
-            f"{r['difference']:+.1f}",
-        ]
+        [r["task"], r["metric"], *map(number, (r["before"], r["after"])), f"{r['difference']:+.1f}"]
         for r in rows
     ]
     names = ["task", "metric", "before", "after", "difference"]
@@ -149,15 +143,9 @@ def _local(name: str, data) -> dict:
 
 def _read(path: Path, reader) -> list[dict]:
     docs = []
-    try:
-        # Not splitlines(), which also breaks at marks that JSON strings may hold.
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as UTF-8 text ({error}).") from None
-    for i, line in enumerate(lines, 1):
+    for i, item in enumerate(read_items(path), 1):
         try:
-            prompt, choices, answer = reader(json.loads(line))
-            docs.append({"prompt": prompt, "choices": choices, "answer": answer})
+            docs.append(dict(zip(("prompt", "choices", "answer"), reader(item), strict=True)))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{path}, line {i}: not a question with its answers ({error!r})."

@@ -109,17 +109,11 @@ class Backbone:
     @classmethod
     def of(cls, model, tokenizer, hparams, progress: bool = False) -> "Backbone":
         """Return the backbone of a loaded model, with the settings of the hparams."""
-        return cls(
-            model,
-            tokenizer,
-            hparams.inner_params,
-            hparams.batch_tokens,
-            hparams.max_length,
-            hparams.trunk_cache_gb,
-            hparams.trunk_disk_gb,
-            hparams.trunk_dir,
-            progress,
+        names = (
+            "inner_params batch_tokens max_length trunk_cache_gb trunk_disk_gb trunk_dir".split()
         )
+        settings = {name: getattr(hparams, name) for name in names}
+        return cls(model, tokenizer, **settings, progress=progress)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

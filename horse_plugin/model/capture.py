@@ -7,13 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from horse_plugin import distributed
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.distributed import (
-    gather_answers,
-    local_indices,
-    mean_of_rows,
-    raise_on_all_ranks,
-)
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.model.backbone import Backbone
 
@@ -53,7 +48,7 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
         HorseError: a key or a gradient is not finite; the message names the record and the module.
     """
     start = time.perf_counter()
-    local = local_indices(prompts)
+    local = distributed.local_indices(prompts)
     sizes = torch.tensor([len(prompts[i].answer) for i in local], dtype=torch.long)
     prompt_of_row = torch.tensor(local, dtype=torch.long).repeat_interleave(sizes)
     first_rows = sizes.cumsum(0) - sizes
@@ -63,7 +58,7 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
         for name, shape in zip(backbone.modules, backbone.shapes, strict=True)
     }
     predicted = [None] * len(local)
-    with raise_on_all_ranks():
+    with distributed.raise_on_all_ranks():
         for batch in backbone.batches([prompts[i] for i in local], "capture"):
             states = backbone.trunk(batch)
             rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in batch.index])
@@ -101,9 +96,9 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
     return Capture(
         keys=[module_rows.keys for module_rows in captured.values()],
         grads=[module_rows.grads for module_rows in captured.values()],
-        value_norms=mean_of_rows(norms).tolist(),
+        value_norms=distributed.mean_of_rows(norms).tolist(),
         prompt_of_row=prompt_of_row,
-        predicted=gather_answers(prompts, predicted),
+        predicted=distributed.gather_answers(prompts, predicted),
         seconds=time.perf_counter() - start,
     )
 

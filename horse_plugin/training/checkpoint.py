@@ -33,7 +33,7 @@ MAY_CHANGE = frozenset(
 )
 
 
-def checkpoint_tensors(network: HyperNetwork, optimizer) -> dict[str, torch.Tensor]:
+def tensors_of(network: HyperNetwork, optimizer) -> dict[str, torch.Tensor]:
     """Return the tensors of the network and of the optimizer's state, by name."""
     state = optimizer.state_dict()["state"]
     return network_tensors(network) | {
@@ -41,7 +41,7 @@ def checkpoint_tensors(network: HyperNetwork, optimizer) -> dict[str, torch.Tens
     }
 
 
-def read_checkpoint(
+def read(
     path: Path, backbone: Backbone, hparams: HORSEHyperParams, data: list[str]
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Return a checkpoint's tensors and description, for a run that goes on from it.

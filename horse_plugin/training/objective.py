@@ -7,13 +7,8 @@ model's losses and their gradient g at the edited weights, and the surrogate
 
 import torch
 
+from horse_plugin import distributed
 from horse_plugin.data.prompts import Batch, PreparedEdits, batches
-from horse_plugin.distributed import (
-    local_indices,
-    raise_on_all_ranks,
-    sum_over_ranks,
-    world_size,
-)
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
@@ -51,7 +46,7 @@ class Objective:
                 "or these records have no rephrased prompts."
             )
         self.n_tokens = {k: sum(len(p.answer) for p in prompts[k]) for k in TRAINED_ON}
-        local = [(k, i) for k in TRAINED_ON for i in local_indices(prompts[k])]
+        local = [(k, i) for k in TRAINED_ON for i in distributed.local_indices(prompts[k])]
         self.kind_of = torch.tensor([TRAINED_ON.index(k) for k, _ in local], dtype=torch.long)
         self.prompt_of = [i for _, i in local]
         local_prompts = [prompts[k][i] for k, i in local]
@@ -82,8 +77,9 @@ class Objective:
             losses, weight_grads = self.weight_gradients()
         # Made only now, so that their graph takes no memory while the model's own does.
         residuals = network.residuals(keys, grads, in_loss=True)
+        n_ranks = distributed.world_size()
         surrogate = sum(
-            (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda / world_size()
+            (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda / n_ranks
             for ridge, g, r, shift, lamda in zip(
                 ridges, weight_grads, residuals, shifts, network.lamda, strict=True
             )
@@ -91,7 +87,7 @@ class Objective:
         surrogate.backward()
         for p in network.parameters():
             if p.grad is not None:
-                p.grad = sum_over_ranks(p.grad)
+                p.grad = distributed.sum_over_ranks(p.grad)
         return losses
 
     def weight_gradients(self) -> tuple[dict[str, float | None], list[torch.Tensor]]:
@@ -108,7 +104,7 @@ class Objective:
         scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in TRAINED_ON]
         scale = torch.tensor(scale, dtype=totals.dtype)
         gradients = self.backbone.weights.gradients(self.backbone.edit_device)
-        with raise_on_all_ranks(), gradients as (grads, collect), torch.enable_grad():
+        with distributed.raise_on_all_ranks(), gradients as (grads, collect), torch.enable_grad():
             for i, batch in enumerate(self.batches):
                 losses, kinds = self._token_losses(i, batch), self._kinds(batch)
                 (losses * scale.to(losses.device)[kinds]).sum().backward()
@@ -117,8 +113,8 @@ class Objective:
             for (losses, kinds), batch in zip(found, self.batches, strict=True):
                 self._check(losses, batch)
                 totals.index_add_(0, kinds.cpu(), losses.cpu())
-        totals = sum_over_ranks(totals)
-        grads = {name: sum_over_ranks(grad) for name, grad in grads.items()}
+        totals = distributed.sum_over_ranks(totals)
+        grads = {name: distributed.sum_over_ranks(grad) for name, grad in grads.items()}
         for name, grad in grads.items():
             if not grad.isfinite().all():
                 raise HorseError(

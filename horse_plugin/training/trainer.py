@@ -31,12 +31,7 @@ from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.tensors import save_tensors
-from horse_plugin.training.checkpoint import (
-    CHECKPOINT,
-    checkpoint_tensors,
-    read_checkpoint,
-    restore,
-)
+from horse_plugin.training import checkpoint
 from horse_plugin.training.objective import TRAINED_ON, Objective
 
 
@@ -272,7 +267,7 @@ class HORSETrainer:
         self._save(ARCHIVE, network_tensors(self.network))
 
     def _save_checkpoint(self):
-        self._save(CHECKPOINT, checkpoint_tensors(self.network, self.optimizer))
+        self._save(checkpoint.CHECKPOINT, checkpoint.tensors_of(self.network, self.optimizer))
 
     def _save(self, name: str, tensors: dict[str, torch.Tensor]):
         if not is_main_process():
@@ -293,12 +288,12 @@ class HORSETrainer:
 
     def _resume(self):
         """Go on where the checkpoint stopped; the order of the data follows from seed and step."""
-        path = self.out / CHECKPOINT
+        path = self.out / checkpoint.CHECKPOINT
         if not path.exists():
             warnings.warn(f"{path}: no checkpoint; training starts at the beginning", stacklevel=3)
             return
-        tensors, about = read_checkpoint(path, self.backbone, self.hparams, self._data)
-        restore(path, tensors, about, self.network, self.optimizer)
+        tensors, about = checkpoint.read(path, self.backbone, self.hparams, self._data)
+        checkpoint.restore(path, tensors, about, self.network, self.optimizer)
         self.step, self.best, self.history = about["step"], about["best"], about["history"]
 
 

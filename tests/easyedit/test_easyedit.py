@@ -131,7 +131,7 @@ def test_registration_is_complete_and_can_be_repeated_and_undone():
     finally:
         easyedit.register()
     for name in ("HORSE", "MALMEN"):
-        assert ALG_DICT[name] is easyedit.apply_horse_to_model
+        assert ALG_DICT[name] is apply.apply_horse_to_model
         assert ALG_TRAIN_DICT[name] is HORSETrainer
         assert BatchEditor.is_batchable_method(name)
     assert BatchEditor.is_batchable_method("MEMIT") and not BatchEditor.is_batchable_method("ROME")
@@ -261,7 +261,7 @@ def test_an_edit_uses_all_requests_and_equals_the_editors(hparams):
     (model, tok), (other, _) = tiny_pair(), tiny_pair()
     records = tiny.records(7)  # no multiple of anything
     before = weights(model)
-    edited, replaced = easyedit.apply_horse_to_model(
+    edited, replaced = apply.apply_horse_to_model(
         model, tok, requests(records), hparams, return_orig_weights=True
     )
     assert edited is model and not same(weights(model), before)
@@ -275,7 +275,7 @@ def test_an_edit_uses_all_requests_and_equals_the_editors(hparams):
 def test_a_copy_is_edited_and_the_model_left_alone(hparams):
     model, tok = tiny_pair()
     before = weights(model)
-    edited, replaced = easyedit.apply_horse_to_model(
+    edited, replaced = apply.apply_horse_to_model(
         model, tok, requests(tiny.records()), hparams, copy=True
     )
     assert edited is not model and replaced == {}
@@ -289,7 +289,7 @@ def test_another_model_or_archive_never_meets_the_last_ones_state(hparams, tmp_p
 
     def edited(archive, model):
         hparams.archive = archive
-        copy, _ = easyedit.apply_horse_to_model(model, tok, asked, hparams, copy=True)
+        copy, _ = apply.apply_horse_to_model(model, tok, asked, hparams, copy=True)
         return weights(copy)
 
     by_first, by_second = edited(first, model), edited(second, model)
@@ -316,7 +316,7 @@ def test_an_archive_is_read_once(hparams, tmp_path, monkeypatch):
     read = apply.read_network
     monkeypatch.setattr(apply, "read_network", lambda f: reads.append(f) or read(f))
     for _ in range(3):
-        easyedit.apply_horse_to_model(model, tok, requests(tiny.records()), hparams)
+        apply.apply_horse_to_model(model, tok, requests(tiny.records()), hparams)
     assert len(reads) == 1
 
 
@@ -330,19 +330,19 @@ def test_without_an_archive_the_command_that_trains_one_is_named_and_works(folde
     model, tok = tiny_pair()
     asked = requests(tiny.records())
     with pytest.raises(UsageError, match="archive: none given") as caught:
-        easyedit.apply_horse_to_model(model, tok, asked, hparams)
+        apply.apply_horse_to_model(model, tok, asked, hparams)
     program, *arguments = shlex.split(str(caught.value).split("`")[1])
     assert program == "horse"
     assert CliRunner().invoke(horse_cli.app, arguments, catch_exceptions=False).exit_code == 0
     hparams.archive = arguments[arguments.index("--out") + 1]
     assert f"set archive: {hparams.archive};" in str(caught.value)
-    easyedit.apply_horse_to_model(model, tok, asked, hparams)
+    apply.apply_horse_to_model(model, tok, asked, hparams)
 
 
 def test_a_malformed_request_is_named(hparams):
     asked = [*requests(tiny.records(2)), {"prompt": "the capital of Peru is"}]
     with pytest.raises(UsageError, match="record 2: field 'target_new' is missing"):
-        easyedit.apply_horse_to_model(*tiny_pair(), asked, hparams)
+        apply.apply_horse_to_model(*tiny_pair(), asked, hparams)
 
 
 def test_malmen_is_the_uniform_spread_and_refuses_an_archive_of_horse(hparams, folder, tmp_path):
@@ -351,7 +351,7 @@ def test_malmen_is_the_uniform_spread_and_refuses_an_archive_of_horse(hparams, f
     (model, tok), asked = tiny_pair(), requests(tiny.records())
     by = {}
     for settings in (hparams, malmen):
-        by[settings.alg_name], _ = easyedit.apply_horse_to_model(
+        by[settings.alg_name], _ = apply.apply_horse_to_model(
             model, tok, asked, settings, copy=True
         )
     first, last = (f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 7))
@@ -359,7 +359,7 @@ def test_malmen_is_the_uniform_spread_and_refuses_an_archive_of_horse(hparams, f
     assert torch.equal(a[first], b[first]) and not torch.equal(a[last], b[last])
     malmen.archive = train(hparams, tmp_path / "archive")
     with pytest.raises(UsageError, match="trained as HORSE, but alg_name is MALMEN"):
-        easyedit.apply_horse_to_model(model, tok, asked, malmen)
+        apply.apply_horse_to_model(model, tok, asked, malmen)
 
 
 # BaseEditor
@@ -382,7 +382,7 @@ def test_batch_edit_measures_and_leaves_every_weight_as_it_was(hparams):
 def test_batch_edit_over_many_requests_is_one_edit(hparams, monkeypatch):
     editor, calls = BaseEditor.from_hparams(hparams), []
     editor.apply_algo = lambda *args, **kwargs: (
-        calls.append(len(args[2])) or easyedit.apply_horse_to_model(*args, **kwargs)
+        calls.append(len(args[2])) or apply.apply_horse_to_model(*args, **kwargs)
     )
     records = tiny.records(60)
     editor.batch_edit(**columns(records), verbose=False)

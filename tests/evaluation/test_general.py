@@ -101,7 +101,7 @@ def test_before_and_after_an_edit(data, tmp_path):
 
 def test_what_does_not_fit_is_named(data):
     backbone = editor().backbone
-    with pytest.raises(UsageError, match=r"mmlu\.jsonl: not readable"):
+    with pytest.raises(UsageError, match=r"mmlu\.jsonl: no such file"):
         general.measure(backbone, ["mmlu"], data)
     with pytest.raises(UsageError, match="'piqa' is not one of mmlu, nli"):
         general.measure(backbone, ["piqa"], data)

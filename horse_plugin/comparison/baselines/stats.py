@@ -13,16 +13,18 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import yaml
-from torch import nn
 from tqdm import tqdm
 
 from horse_plugin.data.formats import load_records
+from horse_plugin.data.prompts import Prompt, batches
 from horse_plugin.data.records import EditRecord
 from horse_plugin.data.sources import read_items
 from horse_plugin.errors import UsageError, first_line
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.files import write as write_file
+
+LONGEST = 1024  # tokens of a text
 
 
 def stats_file(hparams, model_name: str, layer: str) -> Path:
@@ -38,25 +40,21 @@ def stats_file(hparams, model_name: str, layer: str) -> Path:
 
 
 def second_moments(
-    backbone: Backbone,
-    layers: Sequence[str],
-    texts: Sequence[str],
-    batch_tokens=4096,
-    progress=True,
+    backbone: Backbone, layers: Sequence[str], texts: Sequence[str], progress: bool = True
 ) -> dict[str, tuple[torch.Tensor, int]]:
     """Return Σ k kᵀ and the number of keys, over all tokens of the texts.
 
     Args:
         layers: names of linear maps; their inputs are the keys.
-        texts: as many as wanted, each cut at the model's (or 1,024 tokens') length.
+        texts: any number of texts, each cut at the model's (or 1,024 tokens') length.
 
     Returns:
         Layer → (d×d float32 sum, count).
     """
-    limit = getattr(backbone.model.config, "max_position_embeddings", 1024)
-    ids = [backbone.tokenizer(t, truncation=True, max_length=min(limit, 1024)) for t in texts]
-    ids = sorted((x["input_ids"] for x in ids if x["input_ids"]), key=len)
-    sums, count, mask = {}, 0, None
+    limit = min(backbone.max_length or LONGEST, LONGEST)
+    ids = [backbone.tokenizer(t, truncation=True, max_length=limit)["input_ids"] for t in texts]
+    prompts = [Prompt((*x, 0), 1) for x in ids if x]  # the last token is never read
+    sums, mask = {}, None
 
     def add(name):
         def hook(module, args):
@@ -65,36 +63,21 @@ def second_moments(
 
         return hook
 
+    count = sum(len(p.inputs) for p in prompts)
     hooks = [backbone.model.get_submodule(n).register_forward_pre_hook(add(n)) for n in layers]
-    bar = tqdm(total=sum(map(len, ids)), desc="statistics", unit="token", disable=not progress)
+    bar = tqdm(total=count, desc="statistics", unit="token", disable=not progress)
     try:
         with torch.no_grad(), bar:
-            for group in _groups(ids, batch_tokens):
-                lengths = torch.tensor([len(x) for x in group], device=backbone.device)
-                padded = nn.utils.rnn.pad_sequence(
-                    [torch.tensor(x) for x in group], batch_first=True
-                )
-                mask = torch.arange(padded.shape[1], device=backbone.device) < lengths[:, None]
-                # Its head would only work on what nobody reads.
-                backbone.model.base_model(input_ids=padded.to(backbone.device), use_cache=False)
-                count += int(lengths.sum())
-                bar.update(int(lengths.sum()))
+            for batch in batches(prompts, backbone.batch_tokens, backbone.device):
+                mask = torch.zeros_like(batch.ids, dtype=torch.bool)
+                mask[batch.rows, batch.cols] = True
+                # The head's output is not needed.
+                backbone.model.base_model(input_ids=batch.ids, use_cache=False)
+                bar.update(len(batch.rows))
     finally:
         for hook in hooks:
             hook.remove()
     return {name: (total.float().cpu(), count) for name, total in sums.items()}
-
-
-def _groups(ids: list[list[int]], batch_tokens: int):
-    """Sequences, sorted by length, in groups of at most ``batch_tokens`` padded tokens."""
-    group = []
-    for x in ids:
-        if group and len(x) * (len(group) + 1) > batch_tokens:
-            yield group
-            group = []
-        group.append(x)
-    if group:
-        yield group
 
 
 def write(hparams, model_name: str, moments: dict):

@@ -10,10 +10,10 @@ from tests import tiny
 
 
 def test_second_moments_equal_the_keys_of_all_tokens_one_text_at_a_time():
-    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), batch_tokens=16)
     layers = [f"model.layers.{i}.mlp.down_proj" for i in (1, 3)]
     texts = ["the capital of Norway is Oslo", "Lima", "who plays the piano in Kyoto city ?"]
-    found = stats.second_moments(backbone, layers, texts, batch_tokens=16, progress=False)
+    found = stats.second_moments(backbone, layers, texts, progress=False)
     for name in layers:
         keys = []
         hook = backbone.model.get_submodule(name).register_forward_pre_hook(
