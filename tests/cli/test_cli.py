@@ -99,6 +99,7 @@ def test_train_edit_eval(folder, horse):
     assert (row["method"], row["efficacy"]) == ("unedited", rows[1]["efficacy"])
 
 
+@pytest.mark.slow
 def test_compare_and_ablate_write_tables_and_go_on_where_they_stopped(folder, horse):
     (folder / "HORSE").mkdir()
     (folder / "HORSE" / "small.yaml").write_text((folder / "tiny.yaml").read_text())
@@ -290,6 +291,7 @@ def test_no_space_left_says_so_and_leaves_nothing(folder, horse, monkeypatch):
     assert not list((folder / "full").iterdir())
 
 
+@pytest.mark.slow
 def test_a_debug_run_shows_the_traceback(folder):
     line = "edit --debug --hparams none --data x.json --out x"
     run = subprocess.run(
@@ -302,6 +304,7 @@ def test_a_debug_run_shows_the_traceback(folder):
     assert "Traceback" in run.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_load_easyedit(tmp_path):
     (tmp_path / "easyeditor.py").write_text("")  # there to be imported, should anything try
     code = "import sys, horse_plugin; assert 'easyeditor' not in sys.modules"

@@ -214,6 +214,7 @@ def test_names_of_methods_are_checked():
 # ablate
 
 
+@pytest.mark.slow
 def test_ablations_each_change_what_they_say(yamls, tmp_path):
     facts = tiny.records(18)
     data = [DataSet("facts", facts[:6], facts[6:12], facts[12:])]

@@ -235,6 +235,7 @@ def test_of_two_processes_writing_into_one_folder_one_wins(tmp_path):
         assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_200_times_edit_evaluate_undo_leave_weights_and_memory_as_they_were():
     e = editor()
     before, records = state(e), tiny.records(2)

@@ -96,6 +96,7 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
         to_rank(other, [delta])
 
 
+@pytest.mark.slow
 def test_a_saved_model_opens_in_transformers_without_this_package(tmp_path):
     e = saved_editor(tmp_path, "llama")
     e.edit(tiny.records())

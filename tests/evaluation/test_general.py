@@ -75,6 +75,7 @@ def test_yes_is_what_the_label_says():
         assert answers == [0, 1]
 
 
+@pytest.mark.slow
 def test_before_and_after_an_edit(data, tmp_path):
     tiny.model().save_pretrained(tmp_path / "model")
     tiny.bpe_tokenizer().save_pretrained(tmp_path / "model")

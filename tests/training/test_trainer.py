@@ -43,6 +43,7 @@ def test_every_parameter_moves_in_the_first_steps(tmp_path, loc_loss, train_spre
         assert moved == (name != "spread_strength" or train_spread), name
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path):
     t = trainer(tmp_path, max_epochs=20, meta_lr=3e-3)
     t.run()
@@ -68,6 +69,7 @@ def test_the_order_of_the_records_depends_on_seed_and_epoch(tmp_path):
     assert one.batch(0) != one.batch(one.steps_per_epoch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, cut, monkeypatch):
     """Mixed lengths, several rephrasings, trunk states kept: whatever could depend on the past."""
