@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 READY = $(VENV)/.ready
+WORKERS ?= 2
+# One thread a worker: two processes of two threads each crawl on two cores.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-fast check setup clean
 
@@ -10,12 +13,12 @@ demo: setup
 
 # On the EasyEdit that PyPI has, then on the checkout that EASYEDIT_HOME names, if it names one.
 test: setup check
-	EASYEDIT_HOME= $(VENV)/bin/python -m pytest
-	$(if $(EASYEDIT_HOME),$(VENV)/bin/python -m pytest -m easyedit)
+	EASYEDIT_HOME= $(PYTEST)
+	$(if $(EASYEDIT_HOME),$(PYTEST) -m easyedit)
 
 # Tiny models only: what to run while working.
 test-fast: setup check
-	$(VENV)/bin/python -m pytest -m "not (real_model or easyedit or kill or slow)"
+	$(PYTEST) -m "not (real_model or easyedit or kill or slow)"
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from horse_plugin import HORSEHyperParams
-from horse_plugin.assets import FACTS
+from horse_plugin import FACTS, HORSEHyperParams
 
 from easyeditor import BaseEditor, CounterFactDataset
 

@@ -11,9 +11,7 @@ Without an archive the network is untrained: it edits, but harms more (see train
 import argparse
 from pathlib import Path
 
-from horse_plugin import Evaluator, HORSEHyperParams, load_records
-from horse_plugin.assets import FACTS
-from horse_plugin.model.backbone import Backbone
+from horse_plugin import FACTS, Backbone, Evaluator, HORSEHyperParams, load_records
 
 from easyeditor import BaseEditor
 

@@ -10,8 +10,7 @@ Set ``archive:`` in the YAML to the folder that this prints; the same file then 
 import argparse
 from pathlib import Path
 
-from horse_plugin import HORSEHyperParams, HORSETrainer
-from horse_plugin.assets import FACTS
+from horse_plugin import FACTS, HORSEHyperParams, HORSETrainer
 
 HPARAMS = Path(__file__).parents[1] / "hparams/HORSE"
 
@@ -20,12 +19,14 @@ if __name__ == "__main__":
     parser.add_argument("--hparams_dir", default=str(HPARAMS / "llama-smollm2-135m"))
     parser.add_argument("--train_dir", default=str(FACTS / "train.json"), help="a JSON file")
     parser.add_argument("--val_dir", default=str(FACTS / "val.json"), help="a JSON file")
-    parser.add_argument("--n_edits", default=None, type=int, help="facts in one training step")
+    parser.add_argument(
+        "--edits_per_step", "--n_edits", default=None, type=int, help="facts in one training step"
+    )
     parser.add_argument("--max_iters", default=None, type=int, help="stop after so many steps")
     args = parser.parse_args()
 
     hparams = HORSEHyperParams.from_hparams(args.hparams_dir)
-    hparams.edits_per_step = args.n_edits or hparams.edits_per_step
+    hparams.edits_per_step = args.edits_per_step or hparams.edits_per_step
     hparams.max_iters = args.max_iters or hparams.max_iters
 
     # EasyEdit's CounterFactDataset(path) and ZsreDataset(path) do as well as a path, and

@@ -87,7 +87,7 @@ class HORSEHyperParams:
     # Training (Eq. 7).
     edits_per_step: int = 500  # records edited in one training step (alias: n_edits)
     max_epochs: int = 1
-    max_iters: int | None = None  # the most steps, whatever max_epochs says
+    max_iters: int | None = None  # an upper limit on the steps of all epochs
     meta_lr: float = 1e-3  # Adam, for the network
     eta_meta_lr: float = 1e-2  # Adam, for log(eta) and lambda (and the spread, if trained)
     decay_meta_lr: bool = False  # let both rates sink linearly to 0 over the run

@@ -53,17 +53,17 @@ def train(out, die_at: int | None = None, seconds: float | None = None, resume=F
 
 
 def chain(folder, n: int, die_at: int | None = None, ready=None):
-    """Put ``n`` edits on top of those in a ledger."""
+    """Put ``n`` edits on top of those in a chain."""
     editor = HorseEditor(MODEL, TOKENIZER, tiny.hparams())
     _die(die_at, None)
     with locked_folder(folder):
-        ledger = Chain(folder)
-        editor.apply_chain(ledger.deltas())
+        chain = Chain(folder)
+        editor.apply_chain(chain.deltas())
         if ready:
             ready.set()
             time.sleep(600)  # until killed, with the folder held
         for _ in range(n):
-            ledger.add(editor.edit(tiny.records(2), ledger.new_name()))
+            chain.add(editor.edit(tiny.records(2), chain.new_name()))
 
 
 def _die(at: int | None, seconds: float | None):

@@ -159,14 +159,14 @@ def room_for(size: int):
 
 def test_a_full_disk_leaves_the_last_good_archive_edit_and_chain(tmp_path):
     trainer(tmp_path / "a", max_epochs=1).run()
-    e, ledger = editor(), Chain(tmp_path / "chain")
-    ledger.add(e.edit(tiny.records(2), "first"))
+    e, chain = editor(), Chain(tmp_path / "chain")
+    chain.add(e.edit(tiny.records(2), "first"))
     second = e.edit(tiny.records(2), "second")
     good = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for size in (0, 3000):
         for write in (
             lambda: trainer(tmp_path / "a", resume=True).run(),
-            lambda: ledger.add(second),
+            lambda: chain.add(second),
             lambda: second.save(tmp_path / "e"),
             lambda: e.save_model(tmp_path / "m"),
         ):

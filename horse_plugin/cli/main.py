@@ -120,15 +120,15 @@ def edit(
     data: Data,
     out: Annotated[Path | None, typer.Option(help="Folder for the edit, by itself.")] = None,
     onto: Annotated[Path | None, typer.Option(help="Chain of edits to put it on top of.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the edit; else a number, or OUT's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Its name; else a number, or OUT's.")] = None,
     archive: Annotated[Path | None, typer.Option(help="Trained archive; none: untrained.")] = None,
     n_edits: NEdits = None,
     save_model: Annotated[
         Path | None, typer.Option(help="Also save the edited model here.")
     ] = None,
-    strict: Annotated[bool, typer.Option(help="Refuse contradictions and the like.")] = False,
+    strict: Annotated[bool, typer.Option(help="Refuse facts with conflicts.")] = False,
     heldout: Annotated[Path | None, typer.Option(help="Text for the perplexity check.")] = None,
-    max_rise: Annotated[float, typer.Option(help="Perplexity's, in %, without a warning.")] = 20.0,
+    max_rise: Annotated[float, typer.Option(help="Its rise without a warning, in %.")] = 20.0,
 ):
     """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto."""
 
@@ -210,7 +210,7 @@ def log(folder: Folder):
 @app.command()
 def undo(
     folder: Folder,
-    name: Annotated[str | None, typer.Argument(help="Which edit; the last one.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The edit's name; else the last one.")] = None,
 ):
     """Take an edit out of a chain, the last one or any other; its files stay."""
 
@@ -226,7 +226,7 @@ def export(
     delta: Annotated[Path, typer.Option(help="An edit, or a chain of them.")],
     out: Annotated[Path, typer.Option(help="New folder for the model or the adapter.")],
     lora: Annotated[bool, typer.Option(help="A PEFT LoRA adapter, not the whole model.")] = False,
-    rank: Annotated[int | None, typer.Option(help="The adapter's; none: exact.", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="The adapter's rank; else exact.", min=1)] = None,
 ):
     """Write the edited model as a Hugging Face folder, or the edit as a PEFT LoRA adapter."""
 
@@ -284,7 +284,7 @@ def compare(
 def ablate(
     out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
     hparams: Annotated[Path | None, typer.Option(help="YAML; the default model's if none.")] = None,
-    archive: Annotated[Path | None, typer.Option(help="The full method's; none: trained.")] = None,
+    archive: Annotated[Path | None, typer.Option(help="The full method's; else trained.")] = None,
     data: Datas = None,
     train: Trains = None,
     val: Vals = None,
@@ -369,9 +369,9 @@ def bench(
     out: Annotated[Path, typer.Option(help="Where to write the figures, as JSON.")],
     hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A model's config: the same with random weights.")
+        Path | None, typer.Option(help="Config of a model, which gets random weights.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Facts; the embedded ones by default.")] = None,
+    data: Annotated[str | None, typer.Option(help="Facts; the shipped ones by default.")] = None,
     n_edits: Annotated[int, typer.Option(help="Facts edited at once.", min=1)] = 500,
 ):
     """Time and memory of every stage of an edit, beside the least this machine could take."""

@@ -1,4 +1,4 @@
-"""The whole way on real facts and a real model: train, edit 200 facts, measure, report."""
+"""The demo on real facts and a real model: train, edit 200 facts, measure, report."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -53,19 +53,19 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     rows = [results.row("unedited", "facts", hparams, evaluator.before)]
     before = continuations(backbone, [r.prompt for r in shown])
 
-    def measured_edit(name: str, editor: HorseEditor) -> EditDelta:
+    def edit_and_measure(name: str, editor: HorseEditor) -> EditDelta:
         delta = editor.edit(edits, captured=captured)
         evaluation = evaluator.evaluate()
         rows.append(results.row(name, "facts", hparams, evaluation, delta.about["seconds"]))
         return delta
 
-    measured_edit("HORSE, untrained", untrained)
+    edit_and_measure("HORSE, untrained", untrained)
     untrained.undo()
 
     train, val = FACTS / "train.json", FACTS / "val.json"
     trainer = HORSETrainer(hparams, train, val, out=out / "archive", backbone=backbone)
     hparams = replace(hparams, archive=str(trainer.run()))
-    delta = measured_edit("HORSE, trained", HorseEditor.from_backbone(backbone, hparams))
+    delta = edit_and_measure("HORSE, trained", HorseEditor.from_backbone(backbone, hparams))
     shutil.rmtree(out / "edit", ignore_errors=True)  # of an earlier demo
     delta.save(out / "edit")
     after = continuations(backbone, [r.prompt for r in shown])

@@ -2,7 +2,7 @@
 
     hook      registers HORSE as soon as EasyEdit is imported, by whomever; it loads nothing itself
     apply     what EasyEdit calls to edit
-    patches   its tables and classes learn about HORSE
+    patches   HORSE in its tables and classes
 
 This package and ``comparison/baselines`` are the only ones that import EasyEdit. It imports
 ``training`` and what stands above it.

@@ -1,4 +1,4 @@
-"""EasyEdit's tables and classes learn about HORSE; importing this module registers it.
+"""Register HORSE in EasyEdit's tables and classes; importing this module does so.
 
 Nothing of EasyEdit is copied or changed on disk. Beside the entries in its tables, two of its
 classes learn about our hparams; whatever comes with other hparams runs as before:

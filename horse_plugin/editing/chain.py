@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from horse_plugin.editing.delta import CHAIN, DELTA, EditDelta
+from horse_plugin.editing.delta import CHAIN_FILE, DELTA, EditDelta
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.storage.digest import json_digest
@@ -43,7 +43,7 @@ class Chain:
         self.folder, self.entries = Path(folder), []
         if Path(folder, DELTA).exists():
             raise UsageError(f"{folder}: holds a single edit, not a chain; choose another folder.")
-        path = self.folder / CHAIN
+        path = self.folder / CHAIN_FILE
         if path.exists():
             self.entries = _read(path)
 
@@ -54,7 +54,7 @@ class Chain:
         Raises:
             UsageError: there is none.
         """
-        if not Path(folder, CHAIN).exists():
+        if not Path(folder, CHAIN_FILE).exists():
             raise UsageError(f"{folder}: holds no chain of edits; `horse edit --onto` makes one.")
         return cls(folder)
 
@@ -75,7 +75,7 @@ class Chain:
             return f"{count:03d}"
         if not NAME.fullmatch(name):
             raise UsageError(f"{name!r}: not a name for an edit; use letters, digits, . _ and -.")
-        if (self.folder / name).exists() or name == CHAIN:
+        if (self.folder / name).exists() or name == CHAIN_FILE:
             raise UsageError(f"{self.folder}: {name} is there already; choose another name.")
         return name
 
@@ -115,7 +115,7 @@ class Chain:
 
     def _write(self, entries: list[dict]):
         text = json.dumps({"edits": entries, "sha256": _digest(entries)}, indent=1)
-        write(self.folder / CHAIN, text + "\n")
+        write(self.folder / CHAIN_FILE, text + "\n")
 
 
 def read_edits(folder) -> list[EditDelta]:
@@ -125,7 +125,7 @@ def read_edits(folder) -> list[EditDelta]:
         UsageError: the folder holds neither.
         HorseError: something is damaged.
     """
-    if Path(folder, CHAIN).exists():
+    if Path(folder, CHAIN_FILE).exists():
         return Chain(folder).deltas()
     return [EditDelta.load(folder)]
 

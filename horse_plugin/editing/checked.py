@@ -1,4 +1,4 @@
-"""One edit as a careful person makes it: look for conflicts, measure, edit, measure again."""
+"""An edit with checks: find conflicts, measure, edit, measure again."""
 
 import warnings
 from dataclasses import asdict
@@ -23,7 +23,7 @@ def checked_edit(
     heldout=None,
     max_rise: float = 20.0,
 ) -> tuple[EditDelta, list[dict]]:
-    """Edit the records, with a warning for whatever a user should know.
+    """Edit the records, and warn about conflicts and about a rise of perplexity.
 
     Args:
         records: prepared edits, edit records, or anything that

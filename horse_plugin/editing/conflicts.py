@@ -11,7 +11,7 @@ MEANINGS = {
     "duplicates": "facts given twice",
     "contradictions": "facts that contradict another one on the same prompt",
     "too_long": "prompts that are too long and lose their beginning",
-    "unanswerable": "facts that cannot be said in the tokenizer's tokens",
+    "unanswerable": "facts that the tokenizer has no tokens for",
     "known": "facts that the model knows already",
 }
 

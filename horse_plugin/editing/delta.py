@@ -1,4 +1,4 @@
-"""One edit as a thing of its own: the shifts that it adds, and the facts that it was made for."""
+"""One edit as an object: the shifts that it adds, and the facts that it was made for."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from horse_plugin.storage.schema import check_form
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 
 DELTA, EDIT = "delta.safetensors", "edit.json"
-CHAIN = "ledger.json"  # the list of a chain of edits, each in a folder below
+CHAIN_FILE = "ledger.json"  # the name is that of 0.1, so that its chains still load
 FORM = MADE_FOR | {"weights": dict, "original": dict, "edit_json": str}
 
 
@@ -109,7 +109,7 @@ def check_free(folder) -> Path:
     Raises:
         UsageError: it does hold one, which is never overwritten.
     """
-    if Path(folder, CHAIN).exists():
+    if Path(folder, CHAIN_FILE).exists():
         raise UsageError(f"{folder}: holds a chain of edits; choose another folder, or --onto.")
     if Path(folder, DELTA).exists():
         raise UsageError(f"{folder}: holds an edit already; choose another folder.")

@@ -25,7 +25,7 @@ def _choices(doc: dict) -> tuple[str, list[str], int]:
 
 
 def _yes_no(first: str, second: str, question: str, yes: Sequence):
-    """Reads two texts with a label; ``yes`` holds the labels that mean yes."""
+    """Return a reader of two texts with a label; ``yes`` holds the labels that mean yes."""
 
     def read(doc: dict) -> tuple[str, list[str], int]:
         text = f"{doc[first]}\n{doc[second]}\nQuestion: {question}\nAnswer:"
@@ -49,7 +49,7 @@ TASKS = {
 def measure(
     backbone: Backbone, tasks: Sequence[str], data=None, limit: int | None = None, batch_size=16
 ) -> dict[tuple[str, str], float]:
-    """(task, metric) → figure of the model as it is, in percent.
+    """Return (task, metric) → figure of the model as it is, in percent.
 
     Args:
         tasks: names from :data:`TASKS`; without ``data`` also any of the harness's.
@@ -91,7 +91,7 @@ def measure(
 
 
 def rows(before: dict, after: dict) -> list[dict]:
-    """One row for each task and metric, in percent."""
+    """Return one row for each task and metric, in percent."""
     return [
         {
             "task": task,
@@ -119,7 +119,7 @@ def _from_hub(name: str) -> str:
 
 
 def _local(name: str, data) -> dict:
-    """A task of the harness on the folder's file."""
+    """Return a task of the harness on the folder's file."""
     if name not in TASKS:
         raise UsageError(f"tasks: {name!r} is not one of {', '.join(TASKS)}.")
     docs = _read(Path(data, f"{name}.jsonl"), TASKS[name][1])

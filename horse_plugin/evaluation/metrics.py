@@ -118,6 +118,6 @@ class Evaluator:
 
 
 def mean(values) -> float | None:
-    """Return the mean, or None of no values."""
+    """Return the mean, or None if there are no values."""
     values = list(values)
     return sum(values) / len(values) if values else None

@@ -67,7 +67,7 @@ def page(title: str, body: str) -> str:
 
 
 def picture(drawn: str) -> str:
-    """Return an ``<svg>`` that a phone scrolls, as small labels could not be read."""
+    """Return an ``<svg>`` that scrolls on a phone instead of shrinking."""
     return f'<div class="scroll">{drawn}</div>'
 
 

@@ -1,8 +1,8 @@
-"""The language model, and all that knows how one is built; no architecture by name.
+"""The language model: the only code that depends on how models are built; none by name.
 
     loading       the model that the hparams name: files, device, dtype
     modules       its transformer blocks and edit modules, found by their shape
-    fingerprint   what tells it from others
+    fingerprint   how a model is recognised
     backbone      its forward pass cut in two: trunk, and edited blocks with the head
     weights       edit weights: adding shifts, restoring bits, gradients
     trunk_cache   the trunk's states of prompts, kept from one call to the next

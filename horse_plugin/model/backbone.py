@@ -37,7 +37,7 @@ for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_variable, "64")
 
 
-class _Left(Exception):
+class _StopForward(Exception):
     """Carries a value out of a forward pass that need not go on."""
 
     def __init__(self, value):
@@ -196,29 +196,29 @@ class Backbone:
 
     def _run_trunk(self, ids: torch.Tensor) -> torch.Tensor:
         def leave(block, args, kwargs):
-            raise _Left(args[0] if args else kwargs["hidden_states"])
+            raise _StopForward(args[0] if args else kwargs["hidden_states"])
 
         first = self.blocks[self.first_edited]
         hook = first.register_forward_pre_hook(leave, with_kwargs=True)
-        return self._left_with(hook, ids)
+        return self._run_until(hook, ids)
 
     @functools.cached_property
     def _blocks_return_tuples(self) -> bool:
         """Whether a block returns a tuple: one token through the first block tells."""
 
         def leave(block, args, output):
-            raise _Left(isinstance(output, tuple))
+            raise _StopForward(isinstance(output, tuple))
 
         hook = self.blocks[0].register_forward_hook(leave)
         with torch.no_grad():
-            return self._left_with(hook, torch.zeros(1, 1, dtype=torch.long, device=self.device))
+            return self._run_until(hook, torch.zeros(1, 1, dtype=torch.long, device=self.device))
 
-    def _left_with(self, hook, ids: torch.Tensor):
+    def _run_until(self, hook, ids: torch.Tensor):
         """Return what the hook takes out of the forward pass."""
         try:
             self._forward(ids)
-        except _Left as left:
-            return left.value
+        except _StopForward as stopped:
+            return stopped.value
         finally:
             hook.remove()
 
@@ -285,7 +285,7 @@ class Backbone:
         return contextlib.nullcontext()
 
     def answer_positions(self, name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows and columns of the n answer positions in what an edit module gets in ``top``.
+        """Return rows and columns of the n answer positions in an edit module's input in ``top``.
 
         The last block's MLP gets the answer positions only, as one row.
         """

@@ -93,7 +93,7 @@ def resolve_device(device) -> torch.device:
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise UsageError(f"device: {device!r} is none; try 0, cuda:0 or cpu.") from None
+        raise UsageError(f"device: {device!r} is not a device; try 0, cuda:0 or cpu.") from None
     if device.type == "meta":
         raise UsageError("device: 'meta' holds no weights; try 0, cuda:0 or cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -5,6 +5,7 @@
     schema    the form that a JSON description must have
     digest    digests of text, JSON values, tensors and weights
 
-A checksum tells accidents, not forgeries: whatever is read is also checked for its form, by name.
+A checksum detects accidents, not forgeries. So the form of every description is checked too, and
+the error names the field.
 This package imports ``distributed`` and ``errors`` only.
 """

@@ -237,7 +237,7 @@ class HORSETrainer:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[list]:
-        """Yield a list that a first Ctrl-C fills; a second one stops at once."""
+        """Yield a list that gets an entry at the first Ctrl-C; a second one stops at once."""
         received = []
         if threading.current_thread() is not threading.main_thread():
             yield received  # only the main thread may handle signals

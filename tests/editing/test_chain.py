@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError
-from horse_plugin.editing.chain import CHAIN, Chain, read_edits
+from horse_plugin.editing.chain import CHAIN_FILE, Chain, read_edits
 from horse_plugin.storage.digest import weight_digest
 from horse_plugin.storage.files import locked_folder
 from tests import tiny
@@ -177,10 +177,10 @@ def test_a_chain_that_fails_on_the_way_leaves_the_model_alone():
     assert same(before, state(fresh)) and not fresh.history
 
 
-def test_a_ledger_keeps_undone_edits_and_puts_the_rest_into_a_fresh_model(tmp_path):
-    e, ledger = editor(), Chain(tmp_path)
+def test_a_chain_keeps_undone_edits_and_puts_the_rest_into_a_fresh_model(tmp_path):
+    e, chain = editor(), Chain(tmp_path)
     for name in (None, "towns", None):
-        ledger.add(e.edit(tiny.records(4), ledger.new_name(name)))
+        chain.add(e.edit(tiny.records(4), chain.new_name(name)))
     assert [entry["name"] for entry in Chain(tmp_path).entries] == ["001", "towns", "003"]
     assert Chain(tmp_path).undo("towns") == "towns"
     e.undo("towns")
@@ -202,23 +202,23 @@ def test_no_name_leads_out_of_the_folder_or_onto_another_edit(tmp_path, name):
         Chain(tmp_path).new_name(name)
 
 
-def test_a_forged_ledger_cannot_point_outside(tmp_path):
-    ledger = Chain(tmp_path / "chain")
+def test_a_forged_chain_cannot_point_outside(tmp_path):
+    chain = Chain(tmp_path / "chain")
     editor().edit(tiny.records(2)).save(tmp_path / "elsewhere")
     (tmp_path / "chain").mkdir()
-    ledger._write([{"name": "../elsewhere", "made": "now", "n_edits": 2, "undone": None}])
+    chain._write([{"name": "../elsewhere", "made": "now", "n_edits": 2, "undone": None}])
     with pytest.raises(HorseError, match=r"'\.\./elsewhere' is no name"):
         read_edits(tmp_path / "chain")
 
 
-def test_a_damaged_ledger_does_not_load(tmp_path):
-    ledger = Chain(tmp_path)
-    ledger.add(editor().edit(tiny.records(2), "a"))
-    whole = (tmp_path / CHAIN).read_bytes()
+def test_a_damaged_chain_does_not_load(tmp_path):
+    chain = Chain(tmp_path)
+    chain.add(editor().edit(tiny.records(2), "a"))
+    whole = (tmp_path / CHAIN_FILE).read_bytes()
     for at in range(len(whole)):
         for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]):
-            (tmp_path / CHAIN).write_bytes(damaged)
-            with pytest.raises(HorseError, match=CHAIN):
+            (tmp_path / CHAIN_FILE).write_bytes(damaged)
+            with pytest.raises(HorseError, match=CHAIN_FILE):
                 Chain(tmp_path)
 
 

@@ -152,7 +152,7 @@ def edit(
 
 @contextlib.contextmanager
 def _as_method(spec: Method, hparams, backbone: Backbone, seed: int, log):
-    """Be what a method trains and edits in; ``log`` is a text file for what EasyEdit prints."""
+    """Set up what EasyEdit's methods need inside a ``with``; ``log`` gets what EasyEdit prints."""
     rounds = spec.rounds and backbone.model.dtype == torch.bfloat16
     with (
         torch.random.fork_rng(),

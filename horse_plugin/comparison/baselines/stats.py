@@ -211,7 +211,7 @@ def read_corpus(source, size: int) -> list[str]:
 
 
 def _of_records(records: Iterable[EditRecord]) -> list[str]:
-    """Return what the records say about the world as it is, and nothing that they change."""
+    """Return the records' true statements, without the edited ones."""
     texts = []
     for r in records:
         texts += [f"{q.prompt} {q.answer}" for q in r.unrelated]
