@@ -29,6 +29,7 @@ from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory
 from horse_plugin.hparams import default_hparams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
+from horse_plugin.training.objective import TRAINED_ON
 
 
 class Pair:
@@ -60,7 +61,8 @@ class Pair:
 
     def keep(self):
         """Keep the trunk states of all prompts, as a training run does before its first step."""
-        self.backbone.cache_trunk_states(self.backbone.prepare(self.records).flat())
+        edits = self.backbone.prepare(self.records, TRAINED_ON)
+        self.backbone.cache_trunk_states(edits.flat())
 
     def edit(self):
         editor = HorseEditor.from_backbone(self.backbone, self.hparams, self.network)

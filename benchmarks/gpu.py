@@ -120,12 +120,12 @@ def main():
     }
     for n in args.n_edits:
         some = enough(records, n)
-        pair = Pair(hparams, some, Backbone.of(model, tokenizer, hparams))
-        few = Pair(hparams, some[:32], pair.backbone)
+        pair = Pair(replace(hparams), some, Backbone.of(model, tokenizer, hparams))
+        few = Pair(replace(hparams), some[:32], pair.backbone)
         few.edit(), few.edit_reference()  # the libraries' own first-time work
         edits = {"turns": turns(pair, args.times, until)}
         # Training and evaluation belong to the first; thousands in one step are not trained on.
-        edits["bench"] = bench(pair.backbone, hparams, some, others=n <= 500)
+        edits["bench"] = bench(pair.backbone, pair.hparams, some, others=n <= 500)
         found["edits"].append(edits)
         Path(args.out).write_text(json.dumps(found, indent=1))
     print(markdown(found))

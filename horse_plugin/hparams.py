@@ -174,7 +174,7 @@ class HORSEHyperParams:
             if key in EASYEDIT_ONLY:
                 del keys[key]
             elif key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
+                near = difflib.get_close_matches(str(key), known | ALIASES.keys(), n=1)
                 hint = f" Did you mean {near[0]}?" if near else " See hparams/HORSE for the keys."
                 raise UsageError(f"unknown key {key!r}.{hint}")
         if "model_name" not in keys:

@@ -2,7 +2,7 @@
 
 Run it by hand, in an environment with the packages of VERSIONS:
 
-    python horse_plugin/facts/make.py [--out DIR]
+    python scripts/make_facts.py [--out DIR]
 
 Every fact is a row (relation, subject, answer) read from a data package. The subjects are
 divided among the three splits, and within a split into subjects that are edited and subjects that
@@ -42,6 +42,7 @@ VERSIONS = {
     "pygments": "2.21.0",
     "us": "4.0.0",
 }
+FACTS = Path(__file__).parents[1] / "horse_plugin/assets/facts"
 SEED = 0
 SIZES = {"train": 2400, "val": 300, "edit": 500}
 NEIGHBOURS = 0.18  # the share of a split's subjects that are kept unedited
@@ -931,7 +932,7 @@ def record(fact, edited, neighbours, rng):
 def main():
     """Write the three splits and print how many records each relation has."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=FACTS)
     out = parser.parse_args().out
     for package, pinned in VERSIONS.items():
         if version(package) != pinned:

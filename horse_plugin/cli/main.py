@@ -99,7 +99,6 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUT.")] = False,
 ):
     """Train a hypernetwork; the best archive by validation score stays in OUT."""
-
     settings = _hparams(hparams, edits_per_step=edits_per_step, max_epochs=epochs)
     if not resume and (out / ARCHIVE).exists():
         raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
@@ -131,7 +130,6 @@ def edit(
     max_rise: Annotated[float, typer.Option(help="Its rise without a warning, in %.")] = 20.0,
 ):
     """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto."""
-
     if (out is None) == (onto is None):
         raise UsageError("edit: give --out for an edit by itself, or --onto for a chain of edits.")
     settings = _hparams(hparams, archive=archive and str(archive))
@@ -174,15 +172,15 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Where to write results.json.")] = None,
 ):
     """Measure the model, or an edit of it, on facts."""
-
     settings, records = _hparams(hparams), load_records(data, n_edits)
     if out:
         check_writable(out.parent)
     editor, deltas = _editor(settings, delta)
     evaluator = Evaluator(editor.backbone, records)
     editor.apply_chain(deltas)
+    evaluation = evaluator.evaluate() if deltas else evaluator.before
     name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
-    rows = [results.row(name, Path(data).stem, settings, evaluator.evaluate())]
+    rows = [results.row(name, Path(data).stem, settings, evaluation)]
     if out and is_main_process():
         results.save(out, rows)
     console.print(show.figures(rows))
@@ -191,7 +189,6 @@ def evaluate(
 @app.command(name="show")
 def show_edit(folder: Folder):
     """Print what an edit is: its facts, model, settings, versions and figures."""
-
     deltas = read_edits(folder)
     for delta in deltas:
         for part in show.edit(delta):
@@ -203,7 +200,6 @@ def show_edit(folder: Folder):
 @app.command()
 def log(folder: Folder):
     """List the edits of a chain, oldest first."""
-
     console.print(show.log(Chain.at(folder).entries))
 
 
@@ -213,7 +209,6 @@ def undo(
     name: Annotated[str | None, typer.Argument(help="The edit's name; else the last one.")] = None,
 ):
     """Take an edit out of a chain, the last one or any other; its files stay."""
-
     Chain.at(folder)
     with locked_folder(folder):
         undone = Chain(folder).undo(name)
@@ -229,7 +224,6 @@ def export(
     rank: Annotated[int | None, typer.Option(help="The adapter's rank; else exact.", min=1)] = None,
 ):
     """Write the edited model as a Hugging Face folder, or the edit as a PEFT LoRA adapter."""
-
     if rank and not lora:
         raise UsageError("export: --rank is for --lora.")
     check_empty(out)
@@ -264,7 +258,6 @@ def compare(
     ] = 0,
 ):
     """Methods side by side, as the paper's Table 1. Run again, it goes on where it stopped."""
-
     rows = experiments.compare(
         out,
         _names(methods),
@@ -293,7 +286,6 @@ def ablate(
     rows: Annotated[str, typer.Option(help="Names of rows, comma-separated; all if none.")] = "",
 ):
     """What each part of HORSE brings, as the paper's Table 2."""
-
     measured = experiments.ablate(
         out,
         hparams,
@@ -313,7 +305,6 @@ def stats(
     out: Annotated[Path | None, typer.Option(help="Instead of the YAML's stats_dir.")] = None,
 ):
     """Second-moment statistics of any text, in the files that EasyEdit's MEMIT family reads."""
-
     for path in statistics_of_yamls(hparams, corpus, out):
         console.print(f"Written: {path}", soft_wrap=True)
 
@@ -333,7 +324,6 @@ def general(
     limit: Annotated[int | None, typer.Option(help="Questions a task, at most.", min=1)] = None,
 ):
     """General ability before and after an edit, as the paper's Table 3."""
-
     if (delta is None) == (model is None):
         raise UsageError("general: give --delta for an edit, or --model for an edited model.")
     check_writable(out)
@@ -356,7 +346,6 @@ def demo(
     hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
 ):
     """Train on real facts, edit 200 at once, show what happened. Needs no file of yours."""
-
     settings = _hparams(hparams) if hparams else None
     outcome = run_demo(out, settings)
     console.print(show.figures(outcome.rows))
@@ -375,7 +364,6 @@ def bench(
     n_edits: Annotated[int, typer.Option(help="Facts edited at once.", min=1)] = 500,
 ):
     """Time and memory of every stage of an edit, beside the least this machine could take."""
-
     settings = _hparams(hparams) if hparams else default_hparams()
     check_writable(out.parent)
     records = load_records(data or FACTS / "train.json", n_edits)
@@ -418,7 +406,6 @@ def _compared(out: Path, rows: list[dict]):
 
 def _editor(settings: HORSEHyperParams, delta: Path | None) -> tuple[HorseEditor, list[EditDelta]]:
     """Return an editor without a network, and the edits in the folder ``delta``."""
-
     deltas = read_edits(delta) if delta else []
     return HorseEditor.from_hparams(replace(settings, archive=None), progress=True), deltas
 
@@ -448,7 +435,6 @@ def run():
 
 def _join():
     """Join the other processes; all but the main one print nothing but their errors."""
-
     distributed.initialize()
     if not is_main_process():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115

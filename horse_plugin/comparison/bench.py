@@ -90,11 +90,10 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bo
         evaluated = backbone.prepare(records)
         backbone.cache_trunk_states(evaluated.flat())
         known = dict(zip(prompts, captured.predicted, strict=True))
-        evaluator = clock("evaluation before", lambda: Evaluator(backbone, evaluated, known))
+        evaluator = clock("evaluation before", lambda: Evaluator(backbone, evaluated, known=known))
         clock("evaluation after", evaluator.evaluate)
         trainer = HORSETrainer(hp, records, records, "unused", backbone, progress=False)
-        batch = trainer.batch(0)
-        clock("training step", lambda: trainer.train_step(batch))
+        clock("training step", lambda: trainer.train_step(evaluated))
     return {
         "model": backbone.fingerprint()["name"],
         "dtype": str(backbone.model.dtype).removeprefix("torch."),

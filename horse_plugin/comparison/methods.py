@@ -15,12 +15,16 @@ from horse_plugin.comparison.task import Edited, Task, records_digest
 from horse_plugin.editing.archive import read_network
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import UsageError
-from horse_plugin.hparams import HORSEHyperParams, canonical
+from horse_plugin.hparams import ALIASES, HORSEHyperParams, canonical
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.files import write
 from horse_plugin.training.checkpoint import CHECKPOINT
 from horse_plugin.training.trainer import HORSETrainer
+
+# Rows and archives that were measured under the older names of keys stay held.
+OLDER = {new: old for old, new in ALIASES.items() if old != "alg"}
+OF_BACKBONE = ("inner_params", "batch_tokens", "max_length")
 
 
 class Unedited:
@@ -57,7 +61,8 @@ class Engine:
         return replace(made, device=task.hparams.device, seed=task.seed, **own | self.changes)
 
     def settings(self, task: Task) -> dict:
-        about = {"trained": self.archive or self.trained, **self.hparams(task).to_dict()}
+        about = {OLDER.get(k, k): v for k, v in self.hparams(task).to_dict().items()}
+        about["trained"] = self.archive or self.trained
         if self.trained:
             about |= {"train": records_digest(task.train), "val": records_digest(task.val)}
         return about
@@ -65,7 +70,7 @@ class Engine:
     @contextlib.contextmanager
     def __call__(self, task: Task) -> Iterator[Edited]:
         hparams, backbone = self.hparams(task), task.backbone
-        if hparams.inner_params != task.hparams.inner_params:
+        if any(getattr(hparams, k) != getattr(task.hparams, k) for k in OF_BACKBONE):
             uncached = replace(hparams, trunk_cache_gb=0.0, trunk_disk_gb=0.0)
             backbone = Backbone.of(backbone.model, backbone.tokenizer, uncached)
         trained = {}

@@ -70,21 +70,11 @@ class _MeasuredModel:
 
     def measure(self, rows, data: DataSet, n: int, seed: int, name: str) -> dict:
         """Return the row of one cell: a held one, or a new one."""
-        method = self.plan.methods[name]
-        hparams = dataclasses.replace(self.hparams, seed=seed)
-        task = Task(
-            self.model,
-            data.name,
-            self.backbone,
-            hparams,
-            data.records[:n],
-            data.train,
-            data.val,
-            self.plan.hparams_dir,
-            self.plan.out,
-            seed,
-            self.plan.corpus,
-        )
+        method, hparams = self.plan.methods[name], dataclasses.replace(self.hparams, seed=seed)
+        records = data.records[:n], data.train, data.val
+        folders = self.plan.hparams_dir, self.plan.out
+        given = *records, *folders, seed, self.plan.corpus
+        task = Task(self.model, data.name, self.backbone, hparams, *given)
         try:
             about = [method.settings(task), [r.to_dict() for r in task.records]]
             settings = json_digest(about)

@@ -111,8 +111,8 @@ class Fields:
             raise UsageError(f"{self.where}: field {name!r} is missing or empty.")
         return Fields(self.item[name], f"{self.where}, {name}")
 
-    def text(self, name, default: str | None = None, required=True) -> str | None:
-        value = self.item.get(name, default)
+    def text(self, name, required=True) -> str | None:
+        value = self.item.get(name)
         if isinstance(value, Mapping):  # {"str": ..., "id": ...} in the original CounterFact
             value = value.get("str")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):

@@ -67,9 +67,10 @@ class PreparedEdits:
         """Return some of the records with their prompts."""
         if isinstance(indices, slice):
             indices = range(len(self))[indices]
-        records = [self.records[i] for i in indices]
         return PreparedEdits(
-            records, {kind: [groups[i] for i in indices] for kind, groups in self.prompts.items()}
+            [self.records[i] for i in indices],
+            {kind: [groups[i] for i in indices] for kind, groups in self.prompts.items()},
+            {k: self.errors[i] for k, i in enumerate(indices) if i in self.errors},
         )
 
     def flat(self, *kinds: str) -> list[Prompt]:

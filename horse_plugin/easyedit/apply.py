@@ -111,7 +111,7 @@ def apply_on_top(base, model, tok, requests, hparams, **kwargs):
     network = _network(backbone, hparams)
     if horse is None or horse.backbone.modules != backbone.modules or horse.changed:
         base.horse = horse = HorseEditor.from_backbone(backbone, replace(hparams, archive=None))
-    horse.hparams, horse.network = hparams, network
+    horse.backbone, horse.hparams, horse.network = backbone, hparams, network
     horse.edit(_prompts_and_targets(requests))
     return model, {}
 

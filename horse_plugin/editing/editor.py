@@ -59,7 +59,7 @@ class HorseEditor:
 
     @classmethod
     def from_backbone(cls, backbone: Backbone, hparams, network=None) -> "HorseEditor":
-        """Return an editor that uses a backbone with its cached trunk states.
+        """Return an editor that uses a backbone with its cached trunk states and its limits.
 
         Args:
             network: a trained hypernetwork; None is the one in ``hparams.archive``, if any.
@@ -102,17 +102,20 @@ class HorseEditor:
                 None captures it.
 
         Returns:
-            The delta, already applied; ``about["seconds"]`` is the time from the capture on.
+            The delta, already applied; ``about["seconds"]`` is the time it took, with the capture.
 
         Raises:
+            UsageError: a record's prompt cannot be tokenised, or ``captured`` is of other records.
             HorseError: the weights were changed from outside since this editor's last edit, or a
                 number is not finite; the message names the module and the record. The model is
                 as it was.
         """
+        start = time.perf_counter() - (captured.seconds if captured else 0.0)
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
         captured = captured or self.capture(edits)
-        start = time.perf_counter()
+        if [len(t) for t in captured.predicted] != [len(p.answer) for p in edits.flat("edit")]:
+            raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)
         residuals = edit_residuals(self.backbone, network, captured, hp)
         tensors = solve(self.backbone, network, captured, residuals, hp)
@@ -129,7 +132,7 @@ class HorseEditor:
         }
         delta = EditDelta(tensors, edits.records, about)
         self._add(delta)
-        about["seconds"] = captured.seconds + time.perf_counter() - start
+        about["seconds"] = time.perf_counter() - start
         return delta
 
     def _new_name(self) -> str:

@@ -148,7 +148,7 @@ def _read(path: Path, reader) -> list[dict]:
             docs.append(dict(zip(("prompt", "choices", "answer"), reader(item), strict=True)))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"{path}, line {i}: not a question with its answers ({error!r})."
+                f"{path}, item {i}: not a question with its answers ({error!r})."
             ) from None
     if not docs:
         raise UsageError(f"{path}: holds no questions.")

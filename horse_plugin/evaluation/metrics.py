@@ -88,7 +88,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, backbone: Backbone, records, known: dict[Prompt, torch.Tensor] | None = None
+        self, backbone: Backbone, records, *, known: dict[Prompt, torch.Tensor] | None = None
     ):
         self.backbone, self.edits = backbone, backbone.prepare(records)
         self.edits.check()

@@ -77,12 +77,11 @@ class Objective:
             losses, weight_grads = self.weight_gradients()
         # Made only now, so that their graph takes no memory while the model's own does.
         residuals = network.residuals(keys, grads, in_loss=True)
-        n_ranks = distributed.world_size()
+        lamdas = network.lamda / distributed.world_size()  # of which each rank adds its part
+        terms = zip(ridges, weight_grads, residuals, shifts, lamdas, strict=True)
         surrogate = sum(
-            (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda / n_ranks
-            for ridge, g, r, shift, lamda in zip(
-                ridges, weight_grads, residuals, shifts, network.lamda, strict=True
-            )
+            (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda
+            for ridge, g, r, shift, lamda in terms
         )
         surrogate.backward()
         for p in network.parameters():

@@ -145,8 +145,8 @@ class HORSETrainer:
                     self._stop()
         return self.out
 
-    def train_step(self, edits: PreparedEdits) -> dict[str, float | None]:
-        """Do one step of Eq. 7 on prepared records.
+    def train_step(self, records) -> dict[str, float | None]:
+        """Do one step of Eq. 7 on records, prepared or anything that ``load_records`` takes.
 
         Returns:
             The mean loss per answer token of each kind of prompts, in nats.
@@ -154,6 +154,8 @@ class HORSETrainer:
         Raises:
             HorseError: a number is not finite; the message names the record or the module.
         """
+        edits = self.backbone.prepare(records, TRAINED_ON)
+        edits.check()
         captured = capture(self.backbone, edits.flat("edit"))
         calibrate(self.network, captured, self.hparams)
         epoch = self.step // self.steps_per_epoch

@@ -200,7 +200,7 @@ def test_a_quick_comparison_trains_every_method_as_briefly(tmp_path, monkeypatch
     hparams = HORSEHyperParams.from_hparams(yaml)
     task = Task(model, data.name, None, hparams, *facts, plan.hparams_dir, tmp_path)
     mend, *ours = (method.settings(task) for method in plan.methods.values())
-    budgets = [[about["edits_per_step"], about["max_epochs"], about["max_iters"]] for about in ours]
+    budgets = [[about["n_edits"], about["max_epochs"], about["max_iters"]] for about in ours]
     assert budgets == 2 * [mend["steps"]]
     assert mend["steps"] != [hparams.edits_per_step, hparams.max_epochs, hparams.max_iters]
 
@@ -239,3 +239,13 @@ def test_malmen_is_trained_on_as_many_records_in_as_many_steps_as_horse_is():
     methods_own = {"alg_name", "spread", "spread_strength", "ridge", "edit_ridge"}
     losses_own = {"loc_loss", "loc_coef", "edit_coef", "gen_coef", "meta_lr"}
     assert differing == methods_own | losses_own
+
+
+def test_rows_and_archives_of_0_1_stay_held():
+    """What the settings are called may change, the digest that a row is held by may not."""
+    yaml = ROOT / "hparams/HORSE/llama-smollm2-135m.yaml"
+    hparams = HORSEHyperParams.from_hparams(yaml)
+    task = Task("llama-smollm2-135m", "facts", None, hparams, [], [], [], ROOT / "hparams", ROOT)
+    settings = Engine(trained=False).settings(task)
+    assert settings["n_edits"] == 125 and "edits_per_step" not in settings
+    assert settings["val_steps"] is None and "val_records" not in settings

@@ -107,5 +107,5 @@ def test_what_does_not_fit_is_named(data):
     with pytest.raises(UsageError, match="'piqa' is not one of mmlu, nli"):
         general.measure(backbone, ["piqa"], data)
     (data / "mmlu.jsonl").write_text('{"question": "a"}\n')
-    with pytest.raises(UsageError, match=r"mmlu\.jsonl, line 1: not a question"):
+    with pytest.raises(UsageError, match=r"mmlu\.jsonl, item 1: not a question"):
         general.measure(backbone, ["mmlu"], data)

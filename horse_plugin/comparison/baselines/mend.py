@@ -22,7 +22,7 @@ from horse_plugin.data.records import EditRecord
 from horse_plugin.easyedit.patches import EditTrainer, hparams_class
 from horse_plugin.errors import UsageError
 from horse_plugin.model.loading import pad_with_eos
-from horse_plugin.storage.digest import json_digest
+from horse_plugin.storage.digest import text_digest
 from horse_plugin.storage.files import write
 
 VAL_RECORDS = 20
@@ -92,8 +92,8 @@ def trained(hparams, task: Task, within) -> dict:
     n = task.hparams.edits_per_step
     hparams.batch_size = next(k for k in range(hparams.batch_size, 0, -1) if n % k == 0)
     steps = task.hparams.n_steps(len(records))
-    keys = {key: str(value) for key, value in vars(hparams).items()}
-    about = json_digest([keys, records_digest(records), n, steps, task.seed, task.model])
+    about = [vars(hparams), records_digest(records), n, steps, task.seed, task.model]
+    about = text_digest(json.dumps(about, sort_keys=True, default=str))
     folder = task.folder / "archives" / f"MEND-{about}"
     done = folder / "trained.json"
     if not done.is_file():

@@ -51,7 +51,8 @@ def second_moments(
     Returns:
         Layer → (d×d float32 sum, count).
     """
-    limit = min(backbone.max_length or LONGEST, LONGEST)
+    config = backbone.model.config.get_text_config()
+    limit = min(getattr(config, "max_position_embeddings", LONGEST), LONGEST)
     ids = [backbone.tokenizer(t, truncation=True, max_length=limit)["input_ids"] for t in texts]
     prompts = [Prompt((*x, 0), 1) for x in ids if x]  # the last token is never read
     sums, mask = {}, None
