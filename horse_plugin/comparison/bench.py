@@ -89,7 +89,7 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bo
     if others:
         evaluated = backbone.prepare(records)
         backbone.cache_trunk_states(evaluated.flat())
-        known = dict(zip(prompts, captured.predicted, strict=True))
+        known = captured.predicted
         evaluator = clock("evaluation before", lambda: Evaluator(backbone, evaluated, known=known))
         clock("evaluation after", evaluator.evaluate)
         trainer = HORSETrainer(hp, records, records, "unused", backbone, progress=False)

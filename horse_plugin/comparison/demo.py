@@ -47,8 +47,7 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     backbone.cache_trunk_states(edits.flat())
     untrained = HorseEditor.from_backbone(backbone, hparams)
     captured = untrained.capture(edits)  # serves both edits: each is one of the unedited model
-    known = dict(zip(edits.flat("edit"), captured.predicted, strict=True))
-    evaluator = Evaluator(backbone, edits, known=known)
+    evaluator = Evaluator(backbone, edits, known=captured.predicted)
     shown = edits.records[:: max(1, n_edits // N_EXAMPLES)][:N_EXAMPLES]
     rows = [results.row("unedited", "facts", hparams, evaluator.before)]
     before = continuations(backbone, [r.prompt for r in shown])

@@ -32,7 +32,8 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
     """
     check_writable(plan.out)
     if plan.check:
-        from horse_plugin.comparison.baselines import check  # noqa: F401  without EasyEdit it fails here, not in every row
+        # Without EasyEdit it fails here, and not in every row.
+        from horse_plugin.comparison.baselines import check  # noqa: F401
     rows, wanted = held_rows(plan.out), []
     total = len(plan.models) * len(plan.cells())
     with tqdm(total=total, desc="compare", unit="cell", disable=not progress) as bar:

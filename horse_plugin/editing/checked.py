@@ -61,8 +61,7 @@ def checked_edit(
 
     backbone.cache_trunk_states(edits.flat())
     captured = editor.capture(edits)  # which predicts the edit prompts' answers on its way
-    known = dict(zip(edits.flat("edit"), captured.predicted, strict=True))
-    evaluator = Evaluator(backbone, edits, known=known)
+    evaluator = Evaluator(backbone, edits, known=captured.predicted)
     conflicts |= report(known_facts(evaluator.before))
     perplexity_before = perplexity(backbone, text)
 

@@ -114,7 +114,7 @@ class HorseEditor:
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
         captured = captured or self.capture(edits)
-        if [len(t) for t in captured.predicted] != [len(p.answer) for p in edits.flat("edit")]:
+        if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
             raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)
         residuals = edit_residuals(self.backbone, network, captured, hp)

@@ -26,7 +26,7 @@ class Capture:
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
         value_norms: the mean norm of a row of each module's outputs there.
         prompt_of_row: n, the index of the prompt that each row belongs to, on the CPU.
-        predicted: for every prompt, the tokens that the model predicts for its answer, on the CPU.
+        predicted: prompt → the tokens that the model predicts for its answer, on the CPU.
         seconds: how long the capture took.
     """
 
@@ -34,7 +34,7 @@ class Capture:
     grads: list[torch.Tensor]
     value_norms: list[float]
     prompt_of_row: torch.Tensor
-    predicted: list[torch.Tensor]
+    predicted: dict[Prompt, torch.Tensor]
     seconds: float
 
 
@@ -92,13 +92,14 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
                         f"record {record}: the {what} at {name} is not finite. "
                         f"{HALF_PRECISION_HINT}"
                     )
+    answers = distributed.gather_answers(prompts, predicted)
     norms = torch.stack([module_rows.norms for module_rows in captured.values()], -1)
     return Capture(
         keys=[module_rows.keys for module_rows in captured.values()],
         grads=[module_rows.grads for module_rows in captured.values()],
         value_norms=distributed.mean_of_rows(norms).tolist(),
         prompt_of_row=prompt_of_row,
-        predicted=distributed.gather_answers(prompts, predicted),
+        predicted=dict(zip(prompts, answers, strict=True)),
         seconds=time.perf_counter() - start,
     )
 

@@ -285,3 +285,13 @@ def test_saving_leaves_other_files_in_the_folder_alone(tmp_path):
     with pytest.raises(UsageError, match="something already"):
         editor().save_model(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_capture_of_other_records_is_refused():
+    e = editor()
+    before, captured = state(e), e.capture(tiny.records(3))
+    for others in (tiny.records(2), tiny.records(4)[1:]):
+        with pytest.raises(UsageError, match="belongs to other records"):
+            e.edit(others, captured=captured)
+    assert same(before, state(e)) and not e.history
+    e.edit(tiny.records(3), captured=captured)
