@@ -23,7 +23,7 @@ from horse_plugin.method.spread import SPREADS
 # them; they are accepted, so that existing files load unchanged.
 EASYEDIT_ONLY = frozenset(
     """debug dropout train_base no_grad_layers silent log_interval eval_log_interval final_eval
-    early_stop_key eval_only save val_batch_size model_save_pt opt stats_dir""".split()
+    early_stop_key eval_only save val_batch_size model_save_pt opt""".split()
 )
 
 # Keys that have a better name now, and the names that files may still use.
@@ -32,16 +32,32 @@ ALIASES = {"alg": "alg_name", "n_edits": "edits_per_step", "val_steps": "val_rec
 # The least value of a key.
 AT_LEAST = dict.fromkeys(
     """rank n_blocks edits_per_step max_epochs max_iters val_interval val_records val_edits
-        early_stop_patience batch_size editor_batch_size batch_tokens max_length""".split(),
+        early_stop_patience batch_size editor_batch_size batch_tokens max_length preserve_tokens
+        keep_tokens""".split(),
     1,
 ) | dict.fromkeys(
-    "edit_coef gen_coef loc_coef spread_strength trunk_cache_gb trunk_disk_gb seed".split(), 0
+    """edit_coef gen_coef loc_coef keep_coef spread_strength trunk_cache_gb trunk_disk_gb
+        preserve_mix seed""".split(),
+    0,
 )
-ABOVE_0 = "strength lr ridge edit_ridge meta_lr eta_meta_lr max_grad_norm".split()
+ABOVE_0 = "strength lr ridge edit_ridge meta_lr eta_meta_lr max_grad_norm preserve_rho".split()
+AT_MOST_1 = ("preserve_mix", "preserve_rho")
 # The methods that our engine runs, and the settings that make it run them.
 METHODS = {
-    "HORSE": {"spread": "orthogonal", "loc_loss": "ce", "edit_coef": 1.0},
-    "MALMEN": {"spread": "uniform", "loc_loss": "kl", "edit_coef": 0.0},
+    "HORSE": {
+        "spread": "orthogonal",
+        "loc_loss": "ce",
+        "edit_coef": 1.0,
+        "keep_coef": 1.0,
+        "preserve": "shipped",
+    },
+    "MALMEN": {
+        "spread": "uniform",
+        "loc_loss": "kl",
+        "edit_coef": 0.0,
+        "keep_coef": 0.0,
+        "preserve": "none",
+    },
 }
 UNTRAINED = "untrained"  # as the archive: edit without one
 DTYPES = ("fp32", "bf16", "fp16")
@@ -84,6 +100,13 @@ class HORSEHyperParams:
     spread_strength: float = 1.0  # 1: Eq. 6 as printed, 0: no projection
     token: str = "ans"  # where keys and gradients are read: at the answer tokens
 
+    # What an edit leaves alone: the metric of the ridge term.
+    preserve: str | None = None  # ordinary text: shipped, model (the model writes it), a file or a
+    # hub data set; none: the paper's ridge term (MALMEN)
+    preserve_tokens: int = 16384  # of that text, and of the training records' unrelated prompts
+    preserve_mix: float = 0.5  # share of these prompts in the metric, where there are any
+    preserve_rho: float = 0.01  # share of directions that ordinary text does not use
+
     # Training (Eq. 7).
     edits_per_step: int = 500  # records edited in one training step (alias: n_edits)
     max_epochs: int = 1
@@ -97,6 +120,8 @@ class HORSEHyperParams:
     gen_coef: float = 1.0  # ... on the rephrased prompts
     loc_coef: float = 1.0  # ... on the unrelated prompts
     loc_loss: str | None = None  # ce: their true answer (HORSE); kl: what the model said (MALMEN)
+    keep_coef: float | None = None  # weight of KL(unedited || edited) on ordinary text; MALMEN 0
+    keep_tokens: int = 512  # of the preserved text in one step
     max_grad_norm: float = 1.0
     val_interval: int = 10  # steps between two validations
     val_edits: int | None = None  # records edited at once in a validation; null: edits_per_step
@@ -113,12 +138,15 @@ class HORSEHyperParams:
     trunk_disk_gb: float = 0.0  # room for more of them in memory-mapped files
     trunk_dir: str | None = None  # folder of those files; null: the system's temporary one
     results_dir: str = "./results"
+    stats_dir: str = "./stats"  # second moments are kept here, as EasyEdit's MEMIT keeps its own
 
     source: ClassVar[Path | None] = None  # the YAML it was read from
 
     def __post_init__(self):
         for f in fields(self):
             setattr(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
+        if self.preserve == "none" and self.keep_coef is None:
+            self.keep_coef = 0.0
         for key, value in METHODS.get(self.alg_name, {}).items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
@@ -141,6 +169,9 @@ class HORSEHyperParams:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UsageError(f"{key}: must be above 0, got {value}.")
+        for key in AT_MOST_1:
+            if getattr(self, key) > 1:
+                raise UsageError(f"{key}: must be at most 1, got {getattr(self, key)}.")
         if not self.edit_coef + self.gen_coef + self.loc_coef > 0:
             raise UsageError("edit_coef, gen_coef and loc_coef are all 0: nothing to train on.")
 

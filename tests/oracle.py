@@ -51,11 +51,17 @@ def gram_schmidt(residuals):
     return out
 
 
-def shift(h, r, lam):
-    """Eq. 2 in the paper's orientation: ΔW = R Hᵀ (H Hᵀ + e^λ I)⁻¹ with columns as tokens."""
+def shift(h, r, lam, metric=None):
+    """Eq. 2 in the paper's orientation: ΔW = R Hᵀ (H Hᵀ + e^λ C̄)⁻¹ with columns as tokens."""
     big_h, big_r = h.T, r.T
-    big_d = big_h.shape[0]
-    return (big_r @ big_h.T @ np.linalg.inv(big_h @ big_h.T + np.exp(lam) * np.eye(big_d))).T
+    metric = np.eye(big_h.shape[0]) if metric is None else metric
+    return (big_r @ big_h.T @ np.linalg.inv(big_h @ big_h.T + np.exp(lam) * metric)).T
+
+
+def metric(keys, rho):
+    """C̄ = (1−ρ) C/mean(diag C) + ρI from the keys of ordinary text, one a row."""
+    moment = sum(np.outer(k, k) for k in keys) / len(keys)
+    return (1 - rho) * moment / np.mean(np.diag(moment)) + rho * np.eye(keys.shape[1])
 
 
 def gelu(x):

@@ -250,8 +250,8 @@ def compare(
     hparams_dir: Annotated[Path | None, typer.Option(help="Folder of YAMLs.")] = None,
     seeds: Seeds = "0",
     corpus: Annotated[
-        str | None, typer.Option(help="Text for statistics; none: the training facts.")
-    ] = None,
+        str, typer.Option(help="Text for the baselines' statistics: file, hub id or shipped.")
+    ] = "shipped",
     quick: Annotated[bool, typer.Option(help="Three methods, 50 edits, a few minutes.")] = False,
     check: Annotated[
         int, typer.Option(help="Records on which EasyEdit's metrics are computed as well.", min=0)
@@ -301,7 +301,9 @@ def ablate(
 @app.command()
 def stats(
     hparams: Annotated[list[Path], typer.Option(help="YAML of MEMIT, PMET, …; may be repeated.")],
-    corpus: Annotated[str, typer.Option(help="File of text or facts, or a hub data-set id.")],
+    corpus: Annotated[
+        str, typer.Option(help="File of text or facts, a hub data-set id, or shipped.")
+    ] = "shipped",
     out: Annotated[Path | None, typer.Option(help="Instead of the YAML's stats_dir.")] = None,
 ):
     """Second-moment statistics of any text, in the files that EasyEdit's MEMIT family reads."""

@@ -24,7 +24,7 @@ def compare(
     n_edits: Sequence[int] = (),
     seeds: Sequence[int] = (0,),
     hparams_dir=None,
-    corpus: str | None = None,
+    corpus: str = "shipped",
     quick: bool = False,
     check: int = 0,
 ) -> list[dict]:
@@ -41,7 +41,8 @@ def compare(
         n_edits: the numbers of facts to edit at once.
         seeds: the seeds to train and edit with.
         hparams_dir: the folder of the YAMLs; None is the shipped one.
-        corpus: text for second-moment statistics; None is the training records.
+        corpus: text for the second moments of the baselines; by default the shipped text that HORSE
+            preserves.
         quick: whether to take fewer methods, fewer edits and less training.
         check: on how many records of each cell EasyEdit's own metrics are computed too.
 

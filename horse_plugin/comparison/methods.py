@@ -87,7 +87,7 @@ class Engine:
     def _archive(self, task: Task, hparams, backbone: Backbone) -> tuple[Path, dict]:
         """Return the archive's folder, and what its training took; a stopped run goes on."""
         if self.archive:
-            _, about = read_network(self.archive)
+            *_, about = read_network(self.archive)
             steps, n = about["step"], canonical(about["hparams"])["edits_per_step"]
             return Path(self.archive), {"budget": f"before, {steps} steps of {n} records"}
         if not task.train or not task.val:
@@ -128,7 +128,7 @@ class EasyEdit:
             hp = replace(task.hparams, **self.training)
             steps = [hp.edits_per_step, hp.max_epochs, hp.max_iters]
             return {"yaml": keys, "train": records_digest(task.train), "steps": steps}
-        return {"yaml": keys, "corpus": task.corpus or records_digest(task.train)}
+        return {"yaml": keys, "corpus": task.corpus}
 
     @contextlib.contextmanager
     def __call__(self, task: Task) -> Iterator[Edited]:

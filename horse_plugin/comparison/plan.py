@@ -34,7 +34,8 @@ class Plan:
         methods: name → runner, see :mod:`horse_plugin.comparison.methods`.
         models: name → HORSE's YAML, which says how to load the model; the other methods' are
             ``<hparams_dir>/<method>/<name>.yaml``.
-        corpus: text for second-moment statistics; None is the training records.
+        corpus: text for the second moments of the baselines; by default the shipped text that HORSE
+            preserves.
         check: on how many records EasyEdit's own metrics are computed as well.
     """
 
@@ -45,7 +46,7 @@ class Plan:
     hparams_dir: Path
     out: Path
     seeds: Sequence[int] = (0,)
-    corpus: str | None = None
+    corpus: str = "shipped"
     check: int = 0
 
     def __post_init__(self):

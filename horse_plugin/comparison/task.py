@@ -26,7 +26,8 @@ class Task:
         train, val: records that trained methods may train on and choose by; may be empty.
         hparams_dir: the folder of the YAMLs.
         folder: the folder for archives, statistics and logs.
-        corpus: text for second-moment statistics; None is the training records.
+        corpus: text for the second moments of the baselines; by default the shipped text that HORSE
+            preserves.
     """
 
     model: str
@@ -39,7 +40,7 @@ class Task:
     hparams_dir: Path
     folder: Path
     seed: int = 0
-    corpus: str | None = None
+    corpus: str = "shipped"
 
     def yaml(self, method: str) -> Path:
         """Return the path of a method's YAML for this model.

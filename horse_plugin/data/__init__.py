@@ -3,7 +3,8 @@
     records   EditRecord: one fact to change, and the prompts that measure the change
     sources   files and hub data sets, as plain objects
     formats   from a plain object to a record, one function a format
+    corpus    ordinary text, shipped or from a file or the hub
     prompts   records as tokens, where each answer lies, and batches
 
-This package imports ``errors`` only.
+This package imports ``errors`` and ``assets`` only.
 """

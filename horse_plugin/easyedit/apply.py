@@ -3,19 +3,25 @@
 import functools
 import shlex
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from horse_plugin.assets import FACTS
-from horse_plugin.editing.archive import ARCHIVE, check_made_for, read_network, to_edit_device
+from horse_plugin.editing.archive import (
+    ARCHIVE,
+    as_trained,
+    check_made_for,
+    read_network,
+    to_edit_device,
+)
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import UsageError
 from horse_plugin.hparams import UNTRAINED, HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.preserve import Preserve
 
 
 def apply_horse_to_model(
@@ -46,7 +52,7 @@ def apply_horse_to_model(
     hparams = our_hparams(hparams)
     model = deepcopy(model) if copy else model
     backbone = _backbone(model, tok, hparams)
-    editor = HorseEditor.from_backbone(backbone, hparams, _network(backbone, hparams))
+    editor = HorseEditor.from_backbone(backbone, *_trained(backbone, hparams))
     editor.edit(_prompts_and_targets(requests))
     return model, weights_before(editor) if return_orig_weights else {}
 
@@ -67,23 +73,28 @@ def our_hparams(hparams) -> HORSEHyperParams:
     return HORSEHyperParams.from_dict(vars(hparams))
 
 
-def _network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork | None:
-    """Return the trained network that the hparams name; None if they ask for an untrained one."""
+def _trained(
+    backbone: Backbone, hparams: HORSEHyperParams
+) -> tuple[HORSEHyperParams, HyperNetwork | None, Preserve | None]:
+    """Return the hparams of an edit, the trained network that they name, and what it preserves.
+
+    The latter two are None if the hparams ask for an untrained network.
+    """
     if hparams.archive is None:
         raise UsageError(_how_to_train(hparams))
     if hparams.archive == UNTRAINED:
-        return None
+        return hparams, None, None
     file = Path(hparams.archive, ARCHIVE)
     written = file.stat().st_mtime_ns if file.is_file() else None
-    network, about = _read_network(hparams.archive, written, backbone.edit_dtype)
+    network, preserve, about = _read_network(hparams.archive, written, backbone.edit_dtype)
     check_made_for(file, about, backbone)
     if (trained := about["hparams"]["alg_name"]) != hparams.alg_name:
         raise UsageError(f"{file}: trained as {trained}, but alg_name is {hparams.alg_name}.")
-    return to_edit_device(network, backbone)
+    return as_trained(hparams, about), to_edit_device(network, backbone), preserve
 
 
 @functools.lru_cache(maxsize=1)
-def _read_network(folder: str, written, dtype) -> tuple[HyperNetwork, dict]:
+def _read_network(folder: str, written, dtype) -> tuple[HyperNetwork, Preserve | None, dict]:
     """Return the archive in the folder, read again if it was written or the dtype is another."""
     return read_network(folder)
 
@@ -108,10 +119,10 @@ def apply_on_top(base, model, tok, requests, hparams, **kwargs):
     """
     hparams = our_hparams(hparams)
     backbone, horse = _backbone(model, tok, hparams), base.horse
-    network = _network(backbone, hparams)
+    trained = _trained(backbone, hparams)
     if horse is None or horse.backbone.modules != backbone.modules or horse.changed:
-        base.horse = horse = HorseEditor.from_backbone(backbone, replace(hparams, archive=None))
-    horse.backbone, horse.hparams, horse.network = backbone, hparams, network
+        base.horse = horse = HorseEditor.from_backbone(backbone, *trained)
+    horse.use(backbone, *trained)
     horse.edit(_prompts_and_targets(requests))
     return model, {}
 

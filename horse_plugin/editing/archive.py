@@ -1,13 +1,16 @@
 """The archive: a trained hypernetwork with its description, and what it was made for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from horse_plugin.errors import HorseError, UsageError, first_line
+from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.fingerprint import FINGERPRINT, describe, is_same_model
+from horse_plugin.model.preserve import FORM, Preserve
 from horse_plugin.storage.schema import check_form
 from horse_plugin.storage.tensors import load_tensors
 
@@ -17,20 +20,23 @@ MADE_FOR = {"model": FINGERPRINT, "modules": [str], "hparams": {"alg_name": str}
 NETWORK = {"shapes": [list], "rank": int, "n_blocks": int, "spread": str, "coefficient": str}
 
 
-def load_network(folder, backbone: Backbone) -> tuple[HyperNetwork, dict]:
-    """Return a trained hypernetwork, ready for the backbone, and its description.
+def load_network(folder, backbone: Backbone) -> tuple[HyperNetwork, Preserve | None, dict]:
+    """Return a trained hypernetwork, ready for the backbone, with its text and its description.
+
+    The text is what the ridge term of its training preserved, and edits preserve it too; None is
+    the paper's ridge term.
 
     Raises:
         UsageError: there is no archive in the folder, or one for another model or other modules.
         HorseError: the archive is damaged.
     """
-    network, about = read_network(folder)
+    network, preserve, about = read_network(folder)
     check_made_for(Path(folder, ARCHIVE), about, backbone)
-    return to_edit_device(network, backbone), about
+    return to_edit_device(network, backbone), preserve, about
 
 
-def read_network(folder) -> tuple[HyperNetwork, dict]:
-    """Return a trained hypernetwork, whatever model it is for, and its description.
+def read_network(folder) -> tuple[HyperNetwork, Preserve | None, dict]:
+    """Return a trained hypernetwork, whatever model it is for, with its text and its description.
 
     Raises:
         UsageError: there is no archive in the folder.
@@ -43,7 +49,20 @@ def read_network(folder) -> tuple[HyperNetwork, dict]:
     if about.get("kind") != "hypernetwork":
         raise UsageError(f"{path}: holds no hypernetwork.")
     check_form(path, about, MADE_FOR | {"network": NETWORK})
-    return network_of(path, tensors, about["network"]), about
+    preserve = None
+    if about.get("preserve") is not None:
+        check_form(path, about, {"preserve": FORM})
+        preserve = Preserve.from_tensors(path, tensors, about["preserve"])
+    return network_of(path, tensors, about["network"]), preserve, about
+
+
+def as_trained(hparams: HORSEHyperParams, about: dict) -> HORSEHyperParams:
+    """Return the hparams for edits with an archive: they preserve what its training preserved.
+
+    Args:
+        about: the archive's description; before 0.2 nothing was preserved.
+    """
+    return replace(hparams, preserve=about["hparams"].get("preserve", "none"))
 
 
 def network_tensors(network: HyperNetwork) -> dict[str, torch.Tensor]:

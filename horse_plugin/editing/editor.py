@@ -1,15 +1,16 @@
 """Editing: records in, one change of the weights out, and its undoing."""
 
+import contextlib
 import datetime
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from horse_plugin.editing.archive import check_made_for, load_network, network_form
+from horse_plugin.editing.archive import as_trained, check_made_for, load_network, network_form
 from horse_plugin.editing.delta import EditDelta
-from horse_plugin.editing.solve import calibrate, edit_residuals, new_network, solve
+from horse_plugin.editing.solve import Roots, calibrate, edit_residuals, new_network, solve
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation.results import versions
 from horse_plugin.hparams import UNTRAINED, HORSEHyperParams
@@ -17,6 +18,7 @@ from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, capture
 from horse_plugin.model.loading import quiet_transformers
+from horse_plugin.model.preserve import Preserve
 from horse_plugin.storage.digest import matches
 from horse_plugin.storage.files import new_folder
 
@@ -58,24 +60,43 @@ class HorseEditor:
         return cls.from_backbone(Backbone.load(hparams, progress), hparams)
 
     @classmethod
-    def from_backbone(cls, backbone: Backbone, hparams, network=None) -> "HorseEditor":
+    def from_backbone(
+        cls, backbone: Backbone, hparams, network=None, preserve=None, roots=None
+    ) -> "HorseEditor":
         """Return an editor that uses a backbone with its cached trunk states and its limits.
 
         Args:
             network: a trained hypernetwork; None is the one in ``hparams.archive``, if any.
+            preserve: what edits preserve; None is what the hparams say.
+            roots: the metric of ``preserve``, if it is known already.
         """
         editor = cls.__new__(cls)
-        editor._start(backbone, hparams, network)
+        editor._start(backbone, hparams, network, preserve, roots)
         return editor
 
-    def _start(self, backbone, hparams, network=None):
-        self.backbone, self.hparams = backbone, hparams
+    def _start(self, backbone, hparams, network=None, preserve=None, roots=None):
+        self._metric = None
         if network is None and hparams.archive not in (None, UNTRAINED):
-            network, _ = load_network(hparams.archive, backbone)
-        self.network = network
+            network, preserve, about = load_network(hparams.archive, backbone)
+            hparams = as_trained(hparams, about)
+        self.use(backbone, hparams, network, preserve, roots)
         self._edits: list[EditDelta] = []
         self._digests: dict[str, str] = {}  # of the weights as this editor left them
         self.original_weights: dict[str, torch.Tensor] = {}
+
+    def use(self, backbone: Backbone, hparams, network=None, preserve=None, roots=None):
+        """Go on with other settings or another network, on top of the edits in force.
+
+        Args:
+            backbone: one of the same model.
+            network, preserve, roots: as in :meth:`from_backbone`, but None is an untrained network.
+        """
+        settings = "preserve preserve_tokens preserve_mix preserve_rho".split()
+        metric = preserve, *(getattr(hparams, name) for name in settings)
+        if roots is None and metric == self._metric:
+            roots = self._roots
+        self.backbone, self.hparams, self.network = backbone, hparams, network
+        self._metric, self._preserve, self._roots = metric, preserve, roots
 
     @property
     def history(self) -> list[EditDelta]:
@@ -118,7 +139,7 @@ class HorseEditor:
             raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)
         residuals = edit_residuals(self.backbone, network, captured, hp)
-        tensors = solve(self.backbone, network, captured, residuals, hp)
+        tensors = solve(self.backbone, network, captured, residuals, hp, self.roots)
         about = {
             "name": name or self._new_name(),
             "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -135,6 +156,30 @@ class HorseEditor:
         about["seconds"] = time.perf_counter() - start
         return delta
 
+    @property
+    def roots(self) -> Roots:
+        """The metric of the ridge term, W with W Wᵀ = C̄⁻¹ for each edit module; None for I.
+
+        It is that of the unedited model, whatever edits are in force.
+        """
+        if self._roots is None and self.hparams.preserve == "none":
+            self._roots = [None] * len(self.backbone.modules)
+        elif self._roots is None:
+            with self._unedited():
+                self._preserve = self._preserve or Preserve.of(self.backbone, self.hparams)
+                self._roots = self._preserve.roots(self.backbone, self.hparams.stats_dir)
+        return self._roots
+
+    @contextlib.contextmanager
+    def _unedited(self) -> Iterator[None]:
+        """Put the original weights into the model for the length of a ``with``."""
+        before = {n: m.weight.detach().clone() for n, m in self.backbone.modules.items()}
+        self.backbone.weights.restore(self.original_weights)
+        try:
+            yield
+        finally:
+            self.backbone.weights.restore(before)
+
     def _new_name(self) -> str:
         names = {d.name for d in self._edits}
         numbers = (f"{i:03d}" for i in itertools.count(len(names) + 1))
@@ -147,7 +192,7 @@ class HorseEditor:
             HorseError: the edit has too few answer tokens for that.
         """
         network = new_network(self.backbone, self.hparams)
-        calibrate(network, captured, self.hparams)
+        calibrate(network, captured, self.hparams, self.roots)
         if not network.has_eta:
             raise HorseError(
                 "the residuals are all zero: too few answer tokens for an untrained network. "

@@ -1,6 +1,7 @@
 """From the captured keys and gradients of an edit to the tensors of its delta (Eq. 4, 6, 2)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -12,6 +13,8 @@ from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture
+
+Roots = Sequence[torch.Tensor | None]
 
 
 def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
@@ -31,13 +34,17 @@ def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
     return to_edit_device(network, backbone)
 
 
-def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParams):
+def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParams, roots: Roots):
     """Take an edit into the network's normalisers; the first edit also sets η and λ.
 
     η is set by ``strength`` unless ``lr`` gives it, λ by ``ridge`` if it is given.
+
+    Args:
+        roots: W with W Wᵀ = C̄⁻¹ for each edit module, or None for C̄ = I.
     """
     if hparams.ridge is not None and not network.has_statistics:
-        network.calibrate_ridge(captured.keys, hparams.ridge)
+        keys = [h if w is None else h @ w for h, w in zip(captured.keys, roots, strict=True)]
+        network.calibrate_ridge(keys, hparams.ridge)
     network.update_normalizers(captured.keys, captured.grads)
     if not network.has_eta:
         network.calibrate_eta(
@@ -76,6 +83,7 @@ def solve(
     captured: Capture,
     residuals: list[torch.Tensor],
     hparams: HORSEHyperParams,
+    roots: Roots,
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a delta: Eq. 2 for each edit module.
 
@@ -83,17 +91,20 @@ def solve(
     term learn to work with keys that they share with other facts. A large edit has many such keys,
     and holds better under a smaller one.
 
+    Args:
+        roots: as in :func:`calibrate`.
+
     Raises:
         HorseError: a system cannot be solved, or a shift is not finite; the message names the
             module and a record.
     """
     tensors = {}
     lamdas = network.lamda + math.log(hparams.edit_ridge)
-    for name, keys, r, lamda in zip(
-        backbone.modules, captured.keys, residuals, lamdas, strict=True
+    for name, keys, r, lamda, root in zip(
+        backbone.modules, captured.keys, residuals, lamdas, roots, strict=True
     ):
         try:
-            solved = Ridge(keys, lamda.exp()).smallest_form(r)
+            solved = Ridge(keys, lamda.exp(), root).smallest_form(r)
         except HorseError as error:
             record = _record_of_largest_row(captured, keys)
             raise HorseError(f"{name}: {error} Record {record} has the largest keys.") from None

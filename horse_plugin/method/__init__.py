@@ -3,7 +3,8 @@
     hypernetwork   (H, ∇G) → (H̃, ∇G̃)                    Sec. 2.3
     residual       R = c ⊙ ∇G̃, with c_i = −η Σ_j H_ij H̃_ij    Eq. 4
     spread         R'_1 … R'_T from R_1 … R_T              Eq. 5, 6
-    ridge          ΔW = (HᵀH + e^λ I)⁻¹ Hᵀ R, and its derivatives   Eq. 2, 7
+    metric         C̄ = (1−ρ) C/mean(diag C) + ρI, for Eq. 2      (I in the paper)
+    ridge          ΔW = (HᵀH + e^λ C̄)⁻¹ Hᵀ R, and its derivatives   Eq. 2, 7
     losses         losses per answer token               Eq. 7
 
 Rows are answer tokens and columns are features: the transpose of the paper's notation. Lists run

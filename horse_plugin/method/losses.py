@@ -52,6 +52,14 @@ def kl_divergence(logits, labels, reference, dtype) -> torch.Tensor:
     return F.kl_div(log_p, reference, log_target=True, reduction="none").sum(-1)
 
 
+@token_loss("ce+kl", needs_reference=True)
+def both(logits, labels, reference, dtype) -> torch.Tensor:
+    """The sum of the two: teach the label, and leave the rest as it was."""
+    return cross_entropy(logits, labels, None, dtype) + kl_divergence(
+        logits, labels, reference, dtype
+    )
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy that keeps one n×vocabulary tensor for the backward pass.
 

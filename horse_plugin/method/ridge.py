@@ -1,8 +1,11 @@
-"""The ridge closed form ΔW = (HᵀH + e^λ I)⁻¹ Hᵀ R (Eq. 2), and its derivatives (Eq. 7).
+"""The ridge closed form ΔW = (HᵀH + e^λ C̄)⁻¹ Hᵀ R (Eq. 2), and its derivatives (Eq. 7).
 
-It is solved by Cholesky, in the dual form with few tokens and in the primal form with many.
+C̄ is the metric of :mod:`horse_plugin.method.metric`; in the paper it is I. With W Wᵀ = C̄⁻¹ and
+H' = HW the system to factorise is that of the paper, H'ᵀH' + e^λ I. It is solved by Cholesky, in
+the dual form with few tokens and in the primal form with many.
 """
 
+import functools
 import warnings
 
 import torch
@@ -14,75 +17,90 @@ CHUNK = 8192  # rows of H in one product
 
 
 class Ridge:
-    """Solves with (HᵀH + μI)⁻¹ for the keys H of one edit module; the factorisation is done once.
+    """Solves with (HᵀH + μC̄)⁻¹ for the keys H of one edit module; the factorisation is done once.
 
     With fewer tokens than features the n×n dual is factorised, by the push-through identity
-    (HᵀH + μI)⁻¹Hᵀ = Hᵀ(HHᵀ + μI)⁻¹; otherwise the d×d primal. Of several processes each gives the
-    rows of H and R that it holds, and gets those of ∂L/∂R: the dual gathers H and R, the primal
-    sums HᵀH and HᵀR.
+    (HᵀH + μC̄)⁻¹Hᵀ = C̄⁻¹Hᵀ(HC̄⁻¹Hᵀ + μI)⁻¹; otherwise the d×d primal. Of several processes each
+    gives the rows of H and R that it holds, and gets those of ∂L/∂R: the dual gathers H and R, the
+    primal sums HᵀH and HᵀR.
 
     Args:
         keys: H, n×d.
         mu: μ = e^λ > 0, a number or a tensor with one element.
+        root: W, d×d upper triangular with W Wᵀ = C̄⁻¹; None is C̄ = I.
 
     Raises:
         HorseError: H is not finite, or the system stays singular in float64.
     """
 
-    def __init__(self, keys: torch.Tensor, mu):
+    def __init__(self, keys: torch.Tensor, mu, root: torch.Tensor | None = None):
         self.mu = torch.as_tensor(mu, dtype=keys.dtype, device=keys.device)
+        self.root = None if root is None else root.to(keys)
         n, self._local_rows = row_range(len(keys))
         self.dual = n < keys.shape[1]
-        self.keys = gather_rows(keys) if self.dual else keys
+        self.keys = gather_rows(keys) if self.dual else keys  # H
+        self._keys = self.keys if root is None else self.keys @ self.root  # H' = HW
         self._factor = self._cholesky()
 
     def shift(self, residual: torch.Tensor) -> torch.Tensor:
-        """Return ΔW = (HᵀH + μI)⁻¹HᵀR, d×d' (Eq. 2).
+        """Return ΔW = (HᵀH + μC̄)⁻¹HᵀR, d×d' (Eq. 2).
 
         Args:
             residual: R, n×d'.
         """
         if self.dual:
-            return self.keys.T @ self._inverse(gather_rows(residual))
-        return self._inverse(sum_over_ranks(self.keys.T @ residual))
+            return self._weighted_keys.T @ self._inverse(gather_rows(residual))
+        solution = self._inverse(sum_over_ranks(self._keys.T @ residual))
+        return solution if self.root is None else self.root @ solution
 
     def smallest_form(self, residual: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ΔW as ``{"shift": ΔW}``, or as factors if they hold fewer numbers.
 
-        The factors are ``{"keys": H, "factors": Z}``, n×d and n×d', with ΔW = HᵀZ.
+        The factors are ``{"keys": HC̄⁻¹, "factors": Z}``, n×d and n×d', with ΔW = C̄⁻¹HᵀZ.
 
         Args:
             residual: R, n×d'.
         """
         (n, d), d_out = self.keys.shape, residual.shape[1]
         if self.dual and n * (d + d_out) < d * d_out:
-            return {"keys": self.keys, "factors": self._inverse(gather_rows(residual))}
+            return {"keys": self._weighted_keys, "factors": self._inverse(gather_rows(residual))}
         return {"shift": self.shift(residual)}
 
     def residual_grad(self, weight_grad: torch.Tensor) -> torch.Tensor:
-        """Return ∂L/∂R = H(HᵀH + μI)⁻¹g, n×d' (the trace in Eq. 7).
+        """Return ∂L/∂R = H(HᵀH + μC̄)⁻¹g, n×d' (the trace in Eq. 7).
 
         Args:
             weight_grad: g = ∂L/∂W at the edited weight, d×d'.
         """
         if self.dual:
-            return self._inverse(self.keys @ weight_grad)[self._local_rows]
-        return self.keys @ self._inverse(weight_grad)
+            return self._inverse(self._weighted_keys @ weight_grad)[self._local_rows]
+        return self._keys @ self._inverse(self._in_metric(weight_grad))
 
     def lamda_grad(self, weight_grad: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Return ∂L/∂λ = −e^λ⟨(HᵀH + μI)⁻¹g, ΔW⟩ for μ = e^λ, a scalar.
+        """Return ∂L/∂λ = −e^λ⟨C̄(HᵀH + μC̄)⁻¹g, ΔW⟩ for μ = e^λ, a scalar.
 
-        In the dual, μ(HᵀH + μI)⁻¹g = g − Hᵀ(HHᵀ + μI)⁻¹Hg.
+        In the dual, μC̄(HᵀH + μC̄)⁻¹g = g − Hᵀ(HC̄⁻¹Hᵀ + μI)⁻¹HC̄⁻¹g. In the primal, it is
+        Lμ(H'ᵀH' + μI)⁻¹Wᵀg, and LᵀΔW = W⁻¹ΔW.
 
         Args:
             weight_grad: g = ∂L/∂W at the edited weight, d×d'.
             shift: ΔW, d×d'.
         """
         if self.dual:
-            scaled = weight_grad - self.keys.T @ self._inverse(self.keys @ weight_grad)
-        else:
-            scaled = self.mu * self._inverse(weight_grad)
-        return -(scaled * shift).sum()
+            y = self._inverse(self._weighted_keys @ weight_grad)
+            return -((weight_grad - self.keys.T @ y) * shift).sum()
+        if self.root is not None:
+            shift = torch.linalg.solve_triangular(self.root, shift, upper=True)
+        return -(self.mu * self._inverse(self._in_metric(weight_grad)) * shift).sum()
+
+    @functools.cached_property
+    def _weighted_keys(self) -> torch.Tensor:
+        """HC̄⁻¹ = H'Wᵀ, n×d."""
+        return self.keys if self.root is None else self._keys @ self.root.T
+
+    def _in_metric(self, weight_grad: torch.Tensor) -> torch.Tensor:
+        """Return Wᵀg, the gradient in the coordinates of H'."""
+        return weight_grad if self.root is None else self.root.T @ weight_grad
 
     def _inverse(self, right: torch.Tensor) -> torch.Tensor:
         """Return (Gram + μI)⁻¹ · right, solved in the factor's precision, in that of ``right``."""
@@ -121,7 +139,7 @@ class Ridge:
         Many tokens are taken chunk by chunk, so that the keys are never copied as a whole.
         """
         if self.dual:
-            keys = self.keys.to(dtype)
+            keys = self._keys.to(dtype)
             return keys @ keys.T
-        chunks = (c.to(dtype) for c in self.keys.split(CHUNK))
+        chunks = (c.to(dtype) for c in self._keys.split(CHUNK))
         return sum_over_ranks(sum(rows.T @ rows for rows in chunks))

@@ -6,6 +6,9 @@
     backbone      its forward pass cut in two: trunk, and edited blocks with the head
     weights       edit weights: adding shifts, restoring bits, gradients
     trunk_cache   the trunk's states of prompts, kept from one call to the next
+    sampling      ordinary text that the model writes itself
+    moments       second moments of keys, and their files
+    preserve      what an edit leaves alone, and the metric C̄ of it
     capture       keys and gradients of an edit (H, ∇G), in one pass (Sec. 2.1)
 
 This package imports ``hparams`` and what stands above it.

@@ -29,8 +29,11 @@ FORM = MADE_FOR | {
 # What a resumed run may set anew: how long it goes on, and where it runs.
 MAY_CHANGE = frozenset(
     """max_epochs early_stop_patience device model_parallel batch_size trunk_cache_gb trunk_disk_gb
-    trunk_dir results_dir archive model_name tokenizer_name""".split()
+    trunk_dir results_dir archive model_name tokenizer_name stats_dir""".split()
 )
+
+# What runs of 0.1 did, under the names of today's keys.
+OF_0_1 = {"preserve": "none", "keep_coef": 0.0}
 
 
 def tensors_of(network: HyperNetwork, optimizer) -> dict[str, torch.Tensor]:
@@ -60,9 +63,10 @@ def read(
         raise UsageError(f"{path}: was trained on other records. Give the same files.")
     before = canonical(about["hparams"])
     for key, value in hparams.to_dict().items():
-        if key not in MAY_CHANGE and before.get(key) != value:
+        was = before.get(key, OF_0_1.get(key, value))
+        if key not in MAY_CHANGE and was != value:
             raise UsageError(
-                f"{path}: was trained with {key}: {before.get(key)}, and the hparams now say "
+                f"{path}: was trained with {key}: {was}, and the hparams now say "
                 f"{value}. Give the old value, or train into another folder."
             )
     return tensors, about

@@ -2,63 +2,80 @@
 
 One step reads from top to bottom in :meth:`Objective.backward`: residuals, Eq. 2, the edited
 model's losses and their gradient g at the edited weights, and the surrogate
-Σ_l ⟨H_l (HᵀH + e^λ I)⁻¹ g_l, R'_l⟩ whose gradient is that of the losses.
+Σ_l ⟨H_l (HᵀH + e^λ C̄)⁻¹ g_l, R'_l⟩ whose gradient is that of the losses.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from horse_plugin import distributed
-from horse_plugin.data.prompts import Batch, PreparedEdits, batches
+from horse_plugin.data.prompts import Batch, PreparedEdits, Prompt, batches
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
-from horse_plugin.method.losses import LOSSES, cross_entropy
+from horse_plugin.method.losses import LOSSES
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture
 
-TRAINED_ON = ("edit", "rephrase", "unrelated")  # the kinds of prompts with a loss of their own
-UNRELATED = TRAINED_ON.index("unrelated")
+TRAINED_ON = ("edit", "rephrase", "unrelated")  # a record's prompts with a loss of their own
+ORDINARY = "ordinary"  # the kind of the pieces of ordinary text
+LOSS_ON = (*TRAINED_ON, ORDINARY)
 
 
 class Objective:
-    """Eq. 7 on the prompts of one training step.
+    """Eq. 7 on the prompts of one training step, with a term for ordinary text.
 
     Args:
         backbone: the model, unedited.
         edits: the step's records, with prompts of the kinds in ``TRAINED_ON``; a record may lack
             rephrased or unrelated ones.
-        hparams: ``edit_coef``, ``gen_coef`` and ``loc_coef`` are the weights of the losses on the
-            three kinds, ``loc_loss`` is the loss on unrelated prompts.
+        hparams: ``edit_coef``, ``gen_coef``, ``loc_coef`` and ``keep_coef`` are the weights of the
+            losses on the kinds in ``LOSS_ON``; ``loc_loss`` is the loss on unrelated prompts, and
+            KL(unedited ‖ edited) that on ordinary text.
+        ordinary: pieces of ordinary text, of which all positions count.
+        roots: W with W Wᵀ = C̄⁻¹ for each edit module, or None for C̄ = I.
 
     Raises:
         UsageError: no prompt would teach the edit.
     """
 
-    def __init__(self, backbone: Backbone, edits: PreparedEdits, hparams: HORSEHyperParams):
-        self.backbone = backbone
-        weights = hparams.edit_coef, hparams.gen_coef, hparams.loc_coef
-        self.coefs = dict(zip(TRAINED_ON, weights, strict=True))
-        prompts = {k: edits.flat(k) if self.coefs[k] else [] for k in TRAINED_ON}
+    def __init__(
+        self,
+        backbone: Backbone,
+        edits: PreparedEdits,
+        hparams: HORSEHyperParams,
+        ordinary: Sequence[Prompt] = (),
+        roots: Sequence[torch.Tensor | None] | None = None,
+    ):
+        self.backbone, self.roots = backbone, roots or [None] * len(backbone.modules)
+        weights = hparams.edit_coef, hparams.gen_coef, hparams.loc_coef, hparams.keep_coef
+        self.coefs = dict(zip(LOSS_ON, weights, strict=True))
+        prompts = {k: edits.flat(k) for k in TRAINED_ON} | {ORDINARY: list(ordinary)}
+        prompts = {k: prompts[k] if self.coefs[k] else [] for k in LOSS_ON}
         if not (prompts["edit"] or prompts["rephrase"]):
             raise UsageError(
                 "nothing would teach the edit: edit_coef is 0 (as in MALMEN), and so is gen_coef, "
                 "or these records have no rephrased prompts."
             )
-        self.n_tokens = {k: sum(len(p.answer) for p in prompts[k]) for k in TRAINED_ON}
-        local = [(k, i) for k in TRAINED_ON for i in distributed.local_indices(prompts[k])]
-        self.kind_of = torch.tensor([TRAINED_ON.index(k) for k, _ in local], dtype=torch.long)
+        self.n_tokens = {k: sum(len(p.answer) for p in prompts[k]) for k in LOSS_ON}
+        local = [(k, i) for k in LOSS_ON for i in distributed.local_indices(prompts[k])]
+        self.kind_of = torch.tensor([LOSS_ON.index(k) for k, _ in local], dtype=torch.long)
         self.prompt_of = [i for _, i in local]
         local_prompts = [prompts[k][i] for k, i in local]
         self.batches = list(batches(local_prompts, backbone.batch_tokens, backbone.device))
-        self.unrelated_loss = LOSSES[hparams.loc_loss]
-        self.reference = self._reference() if self.unrelated_loss.needs_reference else None
+        names = ("ce", "ce", hparams.loc_loss, "kl")  # of the losses on the kinds in LOSS_ON
+        self.kinds_with = {
+            name: [i for i, other in enumerate(names) if other == name] for name in names
+        }
+        self.references = [self._reference(batch) for batch in self.batches]
 
     def backward(self, network: HyperNetwork, captured: Capture) -> dict[str, float | None]:
         """Leave the gradient of the losses, through the whole edit, in the network's parameters.
 
         The edit is differentiated by hand where it is linear: with g = ∂L/∂W at the edited
-        weights, ∂L/∂R = H(HᵀH + e^λI)⁻¹g and ∂L/∂λ = −e^λ⟨(HᵀH + e^λI)⁻¹g, ΔW⟩ (Eq. 7). Autograd
+        weights, ∂L/∂R = H(HᵀH + e^λC̄)⁻¹g and ∂L/∂λ = −e^λ⟨C̄(HᵀH + e^λC̄)⁻¹g, ΔW⟩ (Eq. 7). Autograd
         carries them from R to η, the spread and the network.
 
         Args:
@@ -68,7 +85,8 @@ class Objective:
             The mean loss per answer token of each kind in nats, None for a kind without prompts.
         """
         keys, grads, lamdas = captured.keys, captured.grads, network.lamda.detach()
-        ridges = [Ridge(h, lamda.exp()) for h, lamda in zip(keys, lamdas, strict=True)]
+        terms = zip(keys, lamdas, self.roots, strict=True)
+        ridges = [Ridge(h, lamda.exp(), root) for h, lamda, root in terms]
         with torch.no_grad():
             residuals = network.residuals(keys, grads)  # Eq. 4 and 6
             shifts = [ridge.shift(r) for ridge, r in zip(ridges, residuals, strict=True)]  # Eq. 2
@@ -92,15 +110,15 @@ class Objective:
     def weight_gradients(self) -> tuple[dict[str, float | None], list[torch.Tensor]]:
         """Return the losses of the model as it is now, and g_1 … g_T = ∂L/∂W_l, d×d' each.
 
-        L is the sum of the three mean losses, weighted by the coefficients.
+        L is the sum of the mean losses, weighted by the coefficients.
 
         Raises:
             HorseError: a loss or a gradient is not finite; the message names the record or the
                 module.
         """
-        totals = torch.zeros(len(TRAINED_ON), dtype=self.backbone.edit_dtype)
+        totals = torch.zeros(len(LOSS_ON), dtype=self.backbone.edit_dtype)
         found = []  # read after the loop, so that the device never waits for the host
-        scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in TRAINED_ON]
+        scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in LOSS_ON]
         scale = torch.tensor(scale, dtype=totals.dtype)
         gradients = self.backbone.weights.gradients(self.backbone.edit_device)
         with distributed.raise_on_all_ranks(), gradients as (grads, collect), torch.enable_grad():
@@ -121,7 +139,7 @@ class Objective:
                 )
         means = {
             k: totals[i].item() / self.n_tokens[k] if self.n_tokens[k] else None
-            for i, k in enumerate(TRAINED_ON)
+            for i, k in enumerate(LOSS_ON)
         }
         return means, list(grads.values())
 
@@ -129,40 +147,50 @@ class Objective:
         """Return the kind of prompt, as an index, of each of the batch's n answer tokens."""
         return self.kind_of[list(batch.index)].to(batch.rows.device)[batch.rows]
 
-    @torch.no_grad()
-    def _reference(self) -> list[torch.Tensor | None]:
-        """Return, for each batch, the unedited model's log-probabilities at unrelated prompts."""
-        reference = []
-        for batch in self.batches:
-            if not self._has_unrelated(batch):
-                reference.append(None)
-                continue
-            logits = self.backbone.logits(batch)[self._kinds(batch) == UNRELATED]
-            reference.append(logits.to(self.backbone.edit_dtype).log_softmax(-1))
-        return reference
+    def _rows_with(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return loss → the indices of those of the batch's n answer tokens that have it."""
+        kinds = self._kinds(batch)
+        rows = {
+            name: torch.isin(kinds, torch.tensor(with_it).to(kinds)).nonzero()[:, 0]
+            for name, with_it in self.kinds_with.items()
+        }
+        return {name: found for name, found in rows.items() if len(found)}
 
-    def _has_unrelated(self, batch: Batch) -> bool:
-        return bool((self.kind_of[list(batch.index)] == UNRELATED).any())
+    @torch.no_grad()
+    def _reference(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return loss → the unedited model's log-probabilities where it compares with them."""
+        rows = self._rows_with(batch)
+        rows = {name: found for name, found in rows.items() if LOSSES[name].needs_reference}
+        if not rows:
+            return {}
+        logits, dtype = self.backbone.logits(batch), self.backbone.edit_dtype
+        return {
+            name: _take(logits, found).to(dtype).log_softmax(-1) for name, found in rows.items()
+        }
 
     def _token_losses(self, i: int, batch: Batch) -> torch.Tensor:
         """Return the loss of each of the n answer tokens of the i-th batch."""
         logits, dtype = self.backbone.logits(batch), self.backbone.edit_dtype
         labels = batch.labels.to(logits.device)
-        losses = cross_entropy(logits, labels, None, dtype)
-        if self.unrelated_loss.compute is cross_entropy or not self._has_unrelated(batch):
-            return losses
-        unrelated = (self._kinds(batch) == UNRELATED).to(logits.device)
-        reference = self.reference[i] if self.reference else None
-        kept = self.unrelated_loss.compute(logits[unrelated], labels[unrelated], reference, dtype)
-        return losses.masked_scatter(unrelated, kept)
+        losses = torch.zeros(len(labels), dtype=dtype, device=logits.device)
+        for name, rows in self._rows_with(batch).items():
+            reference = self.references[i].get(name)
+            found = LOSSES[name].compute(_take(logits, rows), _take(labels, rows), reference, dtype)
+            losses = losses.index_copy(0, rows.to(logits.device), found)
+        return losses
 
     def _check(self, losses: torch.Tensor, batch: Batch):
         """Name the first prompt of the batch whose loss is not finite."""
         bad = ~losses.isfinite().cpu()
         if bad.any():
             index = batch.index[batch.rows.cpu()[bad][0]]
-            record, kind = self.prompt_of[index], TRAINED_ON[self.kind_of[index]]
-            raise HorseError(
-                f"record {record}: the loss on its {kind} prompt is not finite. "
-                f"{HALF_PRECISION_HINT}"
-            )
+            i, kind = self.prompt_of[index], LOSS_ON[self.kind_of[index]]
+            where = f"record {i}: the loss on its {kind} prompt"
+            if kind == ORDINARY:
+                where = f"piece {i} of ordinary text: the loss on it"
+            raise HorseError(f"{where} is not finite. {HALF_PRECISION_HINT}")
+
+
+def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return these rows of x; all of them without a copy."""
+    return x if len(rows) == len(x) else x[rows.to(x.device)]

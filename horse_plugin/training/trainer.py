@@ -18,17 +18,18 @@ import torch
 from tqdm import tqdm
 
 from horse_plugin.data.formats import load_records
-from horse_plugin.data.prompts import PreparedEdits
+from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.distributed import is_main_process, sum_over_ranks
 from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
 from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.editing.solve import calibrate, new_network
+from horse_plugin.editing.solve import Roots, calibrate, new_network
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.evaluation.metrics import Evaluator, mean
 from horse_plugin.evaluation.results import versions
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
+from horse_plugin.model.preserve import Preserve, up_to
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.tensors import save_tensors
 from horse_plugin.training import checkpoint
@@ -79,6 +80,11 @@ class HORSETrainer:
             raise UsageError(
                 f"edits_per_step: {config.edits_per_step} in one step, but only "
                 f"{len(self.train_records)} training records."
+            )
+        if config.keep_coef and config.preserve == "none":
+            raise UsageError(
+                "keep_coef: there is no text to keep with preserve: none. Name a text, and set "
+                "preserve_rho: 1 for the paper's ridge term."
             )
         self.out = Path(out or config.archive_folder)
         self.backbone = backbone or Backbone.load(config)
@@ -157,9 +163,10 @@ class HORSETrainer:
         edits = self.backbone.prepare(records, TRAINED_ON)
         edits.check()
         captured = capture(self.backbone, edits.flat("edit"))
-        calibrate(self.network, captured, self.hparams)
-        epoch = self.step // self.steps_per_epoch
-        objective = Objective(self.backbone, one_prompt_a_kind(edits, epoch), self.hparams)
+        calibrate(self.network, captured, self.hparams, self.roots)
+        edits = one_prompt_a_kind(edits, self.step // self.steps_per_epoch)
+        ordinary = self._ordinary_text(self.step)
+        objective = Objective(self.backbone, edits, self.hparams, ordinary, self.roots)
         self.optimizer.zero_grad()
         losses = objective.backward(self.network, captured)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.hparams.max_grad_norm)
@@ -184,6 +191,27 @@ class HORSETrainer:
         return order[i * n : (i + 1) * n]
 
     @functools.cached_property
+    def preserve(self) -> Preserve | None:
+        """What the ridge term preserves: ordinary text and unrelated prompts, maybe nothing."""
+        unrelated = self._train_edits[0].flat("unrelated")
+        return Preserve.of(self.backbone, self.hparams, unrelated)
+
+    @functools.cached_property
+    def roots(self) -> Roots:
+        """W with W Wᵀ = C̄⁻¹ for each edit module, or None for the paper's ridge term."""
+        if self.preserve is None:
+            return [None] * len(self.backbone.modules)
+        return self.preserve.roots(self.backbone, self.hparams.stats_dir)
+
+    def _ordinary_text(self, step: int) -> list[Prompt]:
+        """Return the pieces of ordinary text in the loss of one step: others at every step."""
+        if not self.hparams.keep_coef:
+            return []
+        generator = torch.Generator().manual_seed(self.hparams.seed * 100_003 + step)
+        order = torch.randperm(len(self.preserve.text), generator=generator).tolist()
+        return list(up_to(self.hparams.keep_tokens, [self.preserve.text[i] for i in order]))
+
+    @functools.cached_property
     def _train_edits(self) -> tuple[PreparedEdits, dict[int, int]]:
         """The training records that this run reads, tokenised once, and where each index is."""
         used = range(len(self.train_records))
@@ -198,6 +226,7 @@ class HORSETrainer:
         """Run the trunk over the prompts of this run, in an order that depends on nothing else."""
         edits, _ = self._train_edits
         prompts = [p for i in range(len(edits)) for kind in TRAINED_ON for p in edits.of(kind, i)]
+        prompts += self.preserve.text if self.preserve else ()
         self.backbone.cache_trunk_states(prompts, self.progress)
 
     def _evaluators(self) -> list[Evaluator]:
@@ -211,7 +240,9 @@ class HORSETrainer:
         """Edit the validation records with the network as it is; keep it if it is the best."""
         figures, scores = [], []
         for evaluator in evaluators:
-            editor = HorseEditor.from_backbone(self.backbone, self.hparams, self.network)
+            editor = HorseEditor.from_backbone(
+                self.backbone, self.hparams, self.network, self.preserve, self.roots
+            )
             editor.edit(evaluator.edits)
             try:
                 evaluation = evaluator.evaluate()
@@ -266,19 +297,21 @@ class HORSETrainer:
         )
 
     def _save_archive(self):
-        self._save(ARCHIVE, network_tensors(self.network))
+        self._save(ARCHIVE, network_tensors(self.network), self.preserve)
 
     def _save_checkpoint(self):
         self._save(checkpoint.CHECKPOINT, checkpoint.tensors_of(self.network, self.optimizer))
 
-    def _save(self, name: str, tensors: dict[str, torch.Tensor]):
+    def _save(self, name: str, tensors: dict[str, torch.Tensor], preserve: Preserve | None = None):
         if not is_main_process():
             return
+        tensors = tensors | (preserve.tensors() if preserve else {})
         about = {
             "kind": "hypernetwork",
             "model": self.backbone.fingerprint(),
             "modules": list(self.backbone.modules),
             "network": network_form(self.network),
+            "preserve": preserve.about() if preserve else None,
             "hparams": self.hparams.to_dict(),
             "data": self._data,
             "versions": versions(),

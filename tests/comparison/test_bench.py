@@ -23,6 +23,7 @@ def test_every_stage_is_measured_and_the_model_left_as_it_was():
         assert stage["seconds"] > 0 and stage["peak_memory_mb"] > 0
         assert stage["name"] == "tokenise" or stage["floor_seconds"] > 0
     assert [s["name"] for s in found["others"]] == [
+        "metric",
         "evaluation before",
         "evaluation after",
         "training step",

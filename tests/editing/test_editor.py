@@ -235,11 +235,11 @@ def test_edit_ridge_scales_the_ridge_term_of_the_edit():
     prompts = e.backbone.prepare(tiny.records(), ["edit"]).flat()
     captured = capture(e.backbone, prompts)
     network = new_network(e.backbone, e.hparams)
-    calibrate(network, captured, e.hparams)
+    calibrate(network, captured, e.hparams, e.roots)
     residuals = edit_residuals(e.backbone, network, captured, e.hparams)
-    found = solve(e.backbone, network, captured, residuals, e.hparams)
+    found = solve(e.backbone, network, captured, residuals, e.hparams, e.roots)
     torch.nn.init.constant_(network.lamda, math.log(0.25))
-    wanted = solve(e.backbone, network, captured, residuals, tiny.hparams())
+    wanted = solve(e.backbone, network, captured, residuals, tiny.hparams(), e.roots)
     torch.testing.assert_close(found, wanted)
 
 

@@ -9,24 +9,64 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horse_plugin import HorseError
+from horse_plugin.method.metric import inverse_root, metric_of
 from horse_plugin.method.ridge import Ridge
 from tests import oracle
 from tests.numbers import arrays, close
 
 
 @given(
-    n=st.integers(1, 14), d=st.integers(1, 14), d_out=st.integers(1, 5), seed=st.integers(0, 2**16)
+    n=st.integers(1, 14),
+    d=st.integers(1, 14),
+    d_out=st.integers(1, 5),
+    seed=st.integers(0, 2**16),
+    preserve=st.booleans(),
 )
 @settings(deadline=None)
-def test_dual_and_primal_agree(n, d, d_out, seed):
-    h, r, g = map(torch.tensor, arrays(seed, (n, d), (n, d_out), (d, d_out)))
-    here, other = Ridge(h, 0.5), Ridge(h, 0.5)
+def test_dual_and_primal_agree(n, d, d_out, seed, preserve):
+    h, r, g, x = map(torch.tensor, arrays(seed, (n, d), (n, d_out), (d, d_out), (5, d)))
+    root = inverse_root(metric_of(x.T @ x, 0.1)) if preserve else None
+    here, other = Ridge(h, 0.5, root), Ridge(h, 0.5, root)
     other.dual = not here.dual
+    h = h @ root if preserve else h
     gram = h @ h.T if other.dual else h.T @ h
     other._factor = torch.linalg.cholesky(gram + 0.5 * torch.eye(len(gram), dtype=h.dtype))
     close(here.shift(r), other.shift(r))
     close(here.residual_grad(g), other.residual_grad(g))
     close(here.lamda_grad(g, here.shift(r)), other.lamda_grad(g, here.shift(r)))
+
+
+@pytest.mark.parametrize("n", [4, 30])
+def test_the_metric_is_that_of_the_equations(n):
+    h, r, g, x = arrays(1, (n, 12), (n, 5), (12, 5), (9, 12))
+    want_metric = oracle.metric(x, 0.05)
+    metric = metric_of(torch.tensor(x.T @ x), 0.05)
+    close(metric, want_metric)
+    ridge = Ridge(torch.tensor(h), np.exp(0.3), inverse_root(metric))
+    assert ridge.dual == (n < 12)
+    shift = ridge.shift(torch.tensor(r))
+    close(shift, oracle.shift(h, r, 0.3, want_metric))
+    form = ridge.smallest_form(torch.tensor(r))
+    close(form["shift"] if "shift" in form else form["keys"].T @ form["factors"], shift)
+    inverse = np.linalg.inv(h.T @ h + np.exp(0.3) * want_metric)
+    close(ridge.residual_grad(torch.tensor(g)), h @ inverse @ g)
+    want = -np.exp(0.3) * np.sum((want_metric @ inverse @ g) * shift.numpy())
+    close(ridge.lamda_grad(torch.tensor(g), shift), want)
+
+
+def test_directions_that_ordinary_text_uses_are_spared():
+    """Two facts that share a common direction move it less than the paper's ridge does."""
+    common, h = torch.eye(8)[0], torch.eye(8)[1:3] + torch.eye(8)[0]
+    text = 5 * torch.randn(100, 1) * common + 0.1 * torch.randn(100, 8)
+    root = inverse_root(metric_of(text.T @ text, 0.01)).float()
+    paper, spared = (Ridge(h, 0.1, w).shift(torch.ones(2, 3)) for w in (None, root))
+    assert (common @ spared).norm() < 0.05 * (common @ paper).norm()
+    assert (h @ spared - 1).norm() < (h @ torch.zeros(8, 3) - 1).norm() / 2
+
+
+def test_a_metric_of_text_without_keys_is_refused():
+    with pytest.raises(HorseError, match="zero or not finite"):
+        metric_of(torch.zeros(3, 3), 0.1)
 
 
 def test_few_tokens_give_factors_that_multiply_to_the_shift():

@@ -6,42 +6,51 @@ import torch.nn.functional as F
 
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.editing.editor import new_network
+from horse_plugin.method.metric import inverse_root, metric_of
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
-from horse_plugin.training.objective import TRAINED_ON, Objective
+from horse_plugin.training.objective import LOSS_ON, TRAINED_ON, Objective
 from tests import tiny
 
 # Llama computes its norms and rotations in float32 whatever the model's dtype; GPT-2 does not.
 TOLERANCE = {"llama": 1e-4, "gpt2": 1e-8}
 
 
-def differentiable_loss(backbone, network, captured, prompts, hparams):
+def differentiable_loss(backbone, network, captured, prompts, hparams, ordinary=(), metrics=None):
     """The loss of the edited model as one graph: plain solve, functional call, full logits."""
     model, weights = backbone.model, {}
     residuals = network.residuals(captured.keys, captured.grads)
     for l, (name, module) in enumerate(backbone.modules.items()):
         h, r = captured.keys[l], residuals[l]
-        ridge = h.T @ h + network.lamda[l].exp() * torch.eye(h.shape[1], dtype=h.dtype)
+        metric = torch.eye(h.shape[1], dtype=h.dtype) if metrics is None else metrics[l]
+        ridge = h.T @ h + network.lamda[l].exp() * metric
         shift = torch.linalg.solve(ridge, h.T @ r)
         weight = module.weight.detach()
         weights[f"{name}.weight"] = weight + (
             shift.T if isinstance(module, torch.nn.Linear) else shift
         )
     total = 0
-    coefs = (hparams.edit_coef, hparams.gen_coef, hparams.loc_coef)
-    for kind, coef in zip(TRAINED_ON, coefs, strict=True):
+    loss_on = {"edit": "ce", "rephrase": "ce", "unrelated": hparams.loc_loss, "ordinary": "kl"}
+    for kind, coef in coefs_of(hparams).items():
         losses = []
-        for p in prompts.flat(kind):
-            ids = torch.tensor([p.inputs])
+        for p in ordinary if kind == "ordinary" else prompts.flat(kind):
+            ids, loss = torch.tensor([p.inputs]), 0
             logits = torch.func.functional_call(model, weights, (ids,)).logits[0, p.start - 1 :]
-            if kind == "unrelated" and hparams.loc_loss == "kl":
+            if "kl" in loss_on[kind]:
                 with torch.no_grad():
                     before = model(ids).logits[0, p.start - 1 :].log_softmax(-1)
-                losses.append((before.exp() * (before - logits.log_softmax(-1))).sum(-1))
-            else:
-                losses.append(F.cross_entropy(logits, torch.tensor(p.answer), reduction="none"))
-        total = total + coef * torch.cat(losses).mean()
+                loss = (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
+            if "ce" in loss_on[kind]:
+                loss = loss + F.cross_entropy(logits, torch.tensor(p.answer), reduction="none")
+            losses.append(loss)
+        if losses:
+            total = total + coef * torch.cat(losses).mean()
     return total
+
+
+def coefs_of(hparams):
+    weights = hparams.edit_coef, hparams.gen_coef, hparams.loc_coef, hparams.keep_coef
+    return dict(zip(LOSS_ON, weights, strict=True))
 
 
 def case(architecture, **changes):
@@ -72,15 +81,45 @@ def test_the_training_gradient_is_the_gradient(architecture, spread, loc_loss):
     want = torch.autograd.grad(want_loss, list(network.parameters()), allow_unused=True)
 
     losses = Objective(backbone, prompts, hparams).backward(network, captured)
-    coefs = (hparams.edit_coef, hparams.gen_coef, hparams.loc_coef)
-    assert sum(c * losses[k] for k, c in zip(TRAINED_ON, coefs, strict=True)) == pytest.approx(
-        want_loss.item()
-    )
+    assert losses.pop("ordinary") is None
+    assert weighted(losses, hparams) == pytest.approx(want_loss.item())
     for name, p, g in zip(names, network.parameters(), want, strict=True):
         if g is None:  # the spread's strength, where the spread has none
             assert name == "spread_strength" and spread in ("uniform", "decay")
             continue
         assert g.abs().max() > 0, name
+        error = (p.grad - g).abs().max() / g.abs().max()
+        assert error < TOLERANCE[architecture], (name, error)
+
+
+def weighted(losses, hparams):
+    return sum(coefs_of(hparams)[kind] * loss for kind, loss in losses.items())
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("loc_loss", ["ce", "ce+kl"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_with_a_metric_and_ordinary_text_it_is_the_gradient_too(architecture, loc_loss, many):
+    hparams, backbone, network, captured, prompts = case(
+        architecture, loc_loss=loc_loss, keep_coef=0.6, preserve="shipped"
+    )
+    ordinary = [Prompt(p.ids, 1) for p in prompts.flat("unrelated")]
+    if many:  # more tokens than features: the primal
+        prompts_of = prompts.flat("edit", "unrelated")
+        captured = capture(backbone, [Prompt(p.ids, max(1, len(p.ids) - 9)) for p in prompts_of])
+    metrics = []
+    for h in captured.keys:
+        k = torch.randn(200, h.shape[1], dtype=h.dtype) * torch.linspace(0.1, 3, h.shape[1])
+        metrics.append(metric_of(k.T @ k, 0.01))
+    roots = [inverse_root(metric) for metric in metrics]
+    want_loss = differentiable_loss(
+        backbone, network, captured, prompts, hparams, ordinary, metrics
+    )
+    want = torch.autograd.grad(want_loss, list(network.parameters()))
+    losses = Objective(backbone, prompts, hparams, ordinary, roots).backward(network, captured)
+    assert losses["ordinary"] > 0
+    assert weighted(losses, hparams) == pytest.approx(want_loss.item())
+    for (name, p), g in zip(network.named_parameters(), want, strict=True):
         error = (p.grad - g).abs().max() / g.abs().max()
         assert error < TOLERANCE[architecture], (name, error)
 

@@ -118,7 +118,7 @@ def test_the_best_archive_is_kept_and_edits(tmp_path):
     t.run()
     scores = [h["validation"]["score"] for h in t.history if "validation" in h]
     assert t.best["score"] == max(scores)
-    network, about = load_network(tmp_path, t.backbone)
+    network, _, about = load_network(tmp_path, t.backbone)
     assert about["best"] == t.best
     assert about["hparams"]["rank"] == 4
     hparams = tiny.hparams(archive=str(tmp_path))
@@ -212,7 +212,7 @@ def test_edit_modules_of_different_shapes_train_together(tmp_path):
     t = trainer(tmp_path, inner_params=names, spread="decay")
     t.run()
     assert len(t.network.groups) == 2
-    network, _ = load_network(tmp_path, t.backbone)
+    network, *_ = load_network(tmp_path, t.backbone)
     assert network.shapes == t.backbone.shapes
 
 

@@ -22,12 +22,13 @@ import yaml
 
 from horse_plugin.comparison.baselines import mend, stats
 from horse_plugin.comparison.baselines.targets import Targets
-from horse_plugin.comparison.task import Edited, Task, records_digest
+from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.data.records import EditRecord
 from horse_plugin.easyedit.patches import ALG_DICT, device_of, hparams_class, read_yaml
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import pad_with_eos
+from horse_plugin.model.moments import model_name
 from horse_plugin.storage.digest import text_digest
 
 
@@ -123,13 +124,13 @@ def edit(
     apply = _fresh(ALG_DICT[spec.name])
     tokenizer = _padding_as(spec, hparams, deepcopy(backbone.tokenizer))
     model = deepcopy(backbone.model).float().requires_grad_(True)
-    model.config._name_or_path = stats.model_name(backbone)  # statistics are looked up by it
+    model.config._name_or_path = model_name(backbone)  # statistics are looked up by it
     requests = [_request(r, i, spec) for i, r in enumerate(records)]
     if hasattr(hparams, "batch_size_once"):
         hparams.batch_size = len(requests)  # UltraEdit leaves out what goes beyond
     options, kept, targets = {"copy": False}, 0, None
     if folder and "cache_template" in inspect.signature(apply).parameters:
-        name = f"{stats.model_name(backbone)} {backbone.model.dtype}"
+        name = f"{model_name(backbone)} {backbone.model.dtype}"
         targets = Targets(folder, method, hparams, name, seed)
         requests = targets.named(requests)
         options["cache_template"], kept = targets.template, targets.kept(requests)
@@ -276,13 +277,12 @@ def run(method: str, path, task: Task) -> Edited:
 
 def _prepare_statistics(hparams, task: Task):
     """Take statistics from where the YAML has them (``horse stats``), or make them here."""
-    name = stats.model_name(task.backbone)
-    if not all(stats.stats_file(hparams, name, m).is_file() for m in stats.modules_of(hparams)):
-        corpus = str(task.corpus) if task.corpus else records_digest(task.train)
-        hparams.stats_dir = str(task.folder / "stats" / text_digest(corpus))
+    backbone, modules = task.backbone, stats.modules_of(hparams)
+    if not all(stats.stats_file(hparams, backbone, m).is_file() for m in modules):
+        hparams.stats_dir = str(task.folder / "stats" / text_digest(task.corpus))
     if getattr(hparams, "P_loc", None) and not Path(hparams.P_loc).is_file():
         about = text_digest(f"{hparams.layers} {hparams.nullspace_threshold}")
-        hparams.P_loc = str(Path(hparams.stats_dir, name, f"null_space_project-{about}.pt"))
-    if not (task.corpus or task.train):
-        raise UsageError("statistics: name a corpus, or give training records.")
-    stats.prepare(hparams, task.backbone, task.corpus or task.train)
+        hparams.P_loc = str(
+            Path(hparams.stats_dir, model_name(backbone), f"null_space_project-{about}.pt")
+        )
+    stats.prepare(hparams, backbone, task.corpus)

@@ -1,9 +1,7 @@
 """Second-moment statistics of any text, as EasyEdit's MEMIT family reads them."""
 
-import pytest
 import torch
 
-from horse_plugin import UsageError
 from horse_plugin.comparison.baselines import stats
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
@@ -13,7 +11,7 @@ def test_second_moments_equal_the_keys_of_all_tokens_one_text_at_a_time():
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), batch_tokens=16)
     layers = [f"model.layers.{i}.mlp.down_proj" for i in (1, 3)]
     texts = ["the capital of Norway is Oslo", "Lima", "who plays the piano in Kyoto city ?"]
-    found = stats.second_moments(backbone, layers, texts, progress=False)
+    found = stats.moments_of_texts(backbone, layers, texts)
     for name in layers:
         keys = []
         hook = backbone.model.get_submodule(name).register_forward_pre_hook(
@@ -33,16 +31,3 @@ def test_the_null_space_holds_what_the_text_does_not_use(tmp_path):
     stats.write_null_space(tmp_path / "P.pt", {"l": (keys.T @ keys, 50)}, 1e-3)
     (P,) = torch.load(tmp_path / "P.pt")
     assert torch.allclose(P, torch.diag(torch.tensor([0.0] * 3 + [1.0] * 5)), atol=1e-6)
-
-
-def test_a_corpus_is_any_text(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\nthree\n")
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert stats.read_corpus(tmp_path / "a.txt", 2) == ["one", "two"]
-    assert stats.read_corpus(tmp_path / "b.jsonl", 9) == ["one", "two"]
-    texts = stats.read_corpus(tiny.records(1), 9)
-    assert len(texts) == 3
-    assert not [t for t in texts if tiny.records(1)[0].target_new in t.split(" is ")[-1:]]
-    (tmp_path / "c.txt").write_text("\n")
-    with pytest.raises(UsageError, match="no text in it"):
-        stats.read_corpus(tmp_path / "c.txt", 9)

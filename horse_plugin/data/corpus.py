@@ -1,0 +1,84 @@
+"""Ordinary text: from a file, from records, or from a data set of the hub."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from horse_plugin.assets import CALIBRATION, HELDOUT
+from horse_plugin.data.formats import load_records
+from horse_plugin.data.records import EditRecord
+from horse_plugin.data.sources import read_items
+from horse_plugin.errors import UsageError, first_line
+
+
+def shipped_texts(heldout: bool = False) -> list[str]:
+    """Return the package's ordinary text of several kinds, or the held-out part of it.
+
+    The kinds take turns, so that any first part holds all of them.
+    """
+    pieces = json.loads((HELDOUT if heldout else CALIBRATION).read_text(encoding="utf-8"))
+    seen: dict[str, int] = {}
+    for piece in pieces:
+        piece["turn"] = seen[piece["kind"]] = seen.get(piece["kind"], 0) + 1
+    return [piece["text"] for piece in sorted(pieces, key=lambda piece: piece["turn"])]
+
+
+def texts_of(source, size: int) -> list[str]:
+    """Return the first ``size`` texts of a source.
+
+    Args:
+        source: ``shipped`` for the package's own text, or what :func:`read_corpus` takes.
+    """
+    return shipped_texts()[:size] if source == "shipped" else read_corpus(source, size)
+
+
+def read_corpus(source, size: int) -> list[str]:
+    """Return the first ``size`` texts of a source, or all if it holds fewer.
+
+    Args:
+        source: edit records, or their file; a JSON or JSONL file of objects with a ``text``; any
+            other file, whose lines are the texts; or a hub data set with a ``text`` column,
+            optionally with its configuration (``owner/name:configuration``).
+
+    Raises:
+        UsageError: no such source, or no text in it.
+    """
+    if not isinstance(source, (str, Path)):
+        texts = _of_records(source)
+    elif (path := Path(source)).suffix.lower() in (".json", ".jsonl"):
+        items = read_items(path)
+        plain = [i["text"] for i in items if isinstance(i, dict) and isinstance(i.get("text"), str)]
+        texts = plain or _of_records(load_records(path))
+    elif path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            texts = [line.strip() for line in file]
+    elif path.exists():
+        raise UsageError(f"{path}: expected a file of text.")
+    else:
+        texts = _hub_texts(str(source), size)
+    texts = [t for t in texts if t.strip()][:size]
+    if not texts:
+        raise UsageError(f"{source}: no text in it.")
+    return texts
+
+
+def _of_records(records: Iterable[EditRecord]) -> list[str]:
+    """Return the records' true statements, without the edited ones."""
+    texts = []
+    for r in records:
+        texts += [f"{q.prompt} {q.answer}" for q in r.unrelated]
+        texts += [f"{p} {r.ground_truth or ''}".strip() for p in (r.prompt, *r.rephrases)]
+    return texts
+
+
+def _hub_texts(name: str, size: int) -> list[str]:
+    import datasets
+
+    name, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+        return [row["text"] for row in rows.take(size)]
+    except Exception as error:  # whatever the hub and its formats raise
+        raise UsageError(
+            f"corpus: {name!r} is no file, and not loaded as one: {first_line(error)}"
+        ) from None

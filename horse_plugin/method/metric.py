@@ -1,0 +1,41 @@
+"""The metric C̄ of the ridge term: what a change of a weight costs, direction by direction.
+
+Eq. 1 charges ‖ΔW‖², as if ordinary text used every direction of the key space alike. What ordinary
+text feels of ΔW is tr(ΔWᵀCΔW), where C = E[k kᵀ] is the second moment of an edit module's keys on
+such text, and Eq. 2 becomes
+
+    min ‖HΔW − R‖² + e^λ tr(ΔWᵀC̄ΔW),    C̄ = (1−ρ) C/mean(diag C) + ρI.
+
+MEMIT (Meng et al. 2023) has the same C in its closed form. C̄ = I is the paper's own ridge term.
+"""
+
+import torch
+
+from horse_plugin.errors import HorseError
+
+
+def metric_of(moment: torch.Tensor, rho: float) -> torch.Tensor:
+    """Return C̄ = (1−ρ) C/mean(diag C) + ρI, d×d, in float64.
+
+    Args:
+        moment: C, d×d, the second moment of keys, or a sum Σ k kᵀ of them: its scale falls out.
+        rho: ρ, from above 0 to 1: the share of directions that ordinary text does not use.
+
+    Raises:
+        HorseError: C is zero or not finite.
+    """
+    moment = moment.double()
+    scale = moment.diagonal().mean()
+    if not (scale > 0 and moment.isfinite().all()):
+        raise HorseError("the second moment of the keys on ordinary text is zero or not finite.")
+    return (1 - rho) / scale * moment + rho * torch.eye(len(moment)).to(moment)
+
+
+def inverse_root(metric: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangular W = L⁻ᵀ with W Wᵀ = C̄⁻¹, d×d, where C̄ = L Lᵀ.
+
+    In the coordinates H' = HW and ΔW = W·ΔW' the metric is I, and Eq. 2 is the paper's.
+    """
+    lower = torch.linalg.cholesky(metric)
+    eye = torch.eye(len(lower)).to(lower)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).T

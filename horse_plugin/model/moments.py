@@ -1,0 +1,125 @@
+"""Second moments Σ k kᵀ of what goes into edit modules, and their files.
+
+The metric of the ridge term is made from them (:mod:`horse_plugin.method.metric`), and MEMIT, PMET,
+EMMET, ROME and AlphaEdit read them: the files are those of EasyEdit's ``layer_stats``.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from horse_plugin import distributed
+from horse_plugin.data.prompts import Prompt
+from horse_plugin.errors import HorseError
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.storage.files import write
+
+Moments = dict[str, tuple[torch.Tensor, int]]  # edit module → (Σ k kᵀ, d×d; number of keys)
+
+
+def moments_file(
+    folder, backbone: Backbone, module: str, data: str, n_samples: int, dtype="float32"
+):
+    """Return the path of one module's moment, where EasyEdit's ``layer_stats`` looks for it.
+
+    Args:
+        folder: ``stats_dir`` in the YAMLs.
+        data: the name of the data set, ``mom2_dataset`` in EasyEdit's YAMLs.
+        n_samples: the number of texts, ``mom2_n_samples``.
+        dtype: ``mom2_dtype``.
+    """
+    name = f"{module}_{dtype}_mom2_{n_samples}.npz"
+    return Path(folder, model_name(backbone), f"{data}_stats", name)
+
+
+def model_name(backbone: Backbone) -> str:
+    """Return the last part of the model's name or path."""
+    return Path(str(backbone.model.config.name_or_path)).name or type(backbone.model).__name__
+
+
+class _Done(Exception):
+    """Leaves a forward pass that need not go on."""
+
+
+@torch.no_grad()
+def second_moments(
+    backbone: Backbone, prompts: Sequence[Prompt], progress: bool | None = None
+) -> Moments:
+    """Return Σ k kᵀ over the answer positions of the prompts, for each edit module.
+
+    The sums are made batch by batch, so that no key is kept: they take 4d² bytes a module. A pass
+    ends where the highest edit module gets its input.
+
+    Args:
+        prompts: at least one; ``Prompt(ids, 1)`` reads all positions of a text.
+        progress: as in :meth:`Backbone.batches`.
+    """
+    where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
+    sums = {
+        name: torch.zeros(d, d, **where)
+        for (name, (d, _)) in zip(backbone.modules, backbone.shapes, strict=True)
+    }
+    highest = list(backbone.modules)[-1]
+
+    def add_keys(name: str, batch):
+        def hook(module, args):
+            rows, cols = (p.to(args[0].device) for p in backbone.answer_positions(name, batch))
+            keys = args[0][rows, cols].to(sums[name])
+            sums[name].addmm_(keys.T, keys)
+            if name == highest:
+                raise _Done
+
+        return hook
+
+    local = [prompts[i] for i in distributed.local_indices(prompts)]
+    for batch in backbone.batches(local, "statistics", progress):
+        hooks = [
+            m.register_forward_pre_hook(add_keys(n, batch)) for n, m in backbone.modules.items()
+        ]
+        try:
+            backbone.logits(batch)
+        except _Done:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+    count = sum(len(p.answer) for p in prompts)
+    # In float32 always, as the files hold them, so that both give the same edit.
+    return {n: (distributed.sum_over_ranks(s).float().cpu(), count) for n, s in sums.items()}
+
+
+def save_moments(path: Path, total: torch.Tensor, count: int, n_samples: int):
+    """Write one module's moment as EasyEdit's ``layer_stats`` reads it, in float32.
+
+    Args:
+        n_samples: the number of texts.
+    """
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        **{
+            "mom2.constructor": "util.runningstats.SecondMoment()",
+            "mom2.count": count,
+            "mom2.mom2": total.float().numpy(),
+            "sample_size": n_samples,
+        },
+    )
+    write(path, buffer.getvalue())
+
+
+def load_moments(path: Path) -> tuple[torch.Tensor, int]:
+    """Return what :func:`save_moments`, or EasyEdit, wrote: Σ k kᵀ and the number of keys.
+
+    Raises:
+        HorseError: the file is damaged.
+    """
+    try:
+        with np.load(path) as data:
+            return torch.from_numpy(data["mom2.mom2"]), int(data["mom2.count"])
+    except (OSError, ValueError, KeyError) as error:
+        raise HorseError(
+            f"{path}: damaged statistics ({error}); delete the file, and it is made again."
+        ) from None

@@ -1,0 +1,27 @@
+"""Ordinary text: shipped, from records, or from files."""
+
+import pytest
+
+from horse_plugin import UsageError
+from horse_plugin.data.corpus import read_corpus, shipped_texts, texts_of
+from tests import tiny
+
+
+def test_a_corpus_is_any_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\nthree\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read_corpus(tmp_path / "a.txt", 2) == ["one", "two"]
+    assert read_corpus(tmp_path / "b.jsonl", 9) == ["one", "two"]
+    texts = read_corpus(tiny.records(1), 9)
+    assert len(texts) == 3
+    assert not [t for t in texts if tiny.records(1)[0].target_new in t.split(" is ")[-1:]]
+    (tmp_path / "c.txt").write_text("\n")
+    with pytest.raises(UsageError, match="no text in it"):
+        read_corpus(tmp_path / "c.txt", 9)
+
+
+def test_shipped_text_begins_with_all_kinds_and_is_not_the_held_out_one():
+    kept, heldout = shipped_texts(), shipped_texts(heldout=True)
+    assert not set(kept) & set(heldout)
+    assert texts_of("shipped", 5) == kept[:5]
+    assert any("return" in t for t in kept[:5]) and any(ord(max(t)) > 0x400 for t in kept[:15])
