@@ -40,7 +40,8 @@ AT_LEAST = dict.fromkeys(
         preserve_mix seed""".split(),
     0,
 )
-ABOVE_0 = "strength lr ridge edit_ridge meta_lr eta_meta_lr max_grad_norm preserve_rho".split()
+ABOVE_0 = """strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
+    preserve_rho""".split()
 AT_MOST_1 = ("preserve_mix", "preserve_rho")
 # The methods that our engine runs, and the settings that make it run them.
 METHODS = {
@@ -50,6 +51,7 @@ METHODS = {
         "edit_coef": 1.0,
         "keep_coef": 1.0,
         "preserve": "shipped",
+        "val_score": "kept",
     },
     "MALMEN": {
         "spread": "uniform",
@@ -57,6 +59,7 @@ METHODS = {
         "edit_coef": 0.0,
         "keep_coef": 0.0,
         "preserve": "none",
+        "val_score": "paper",
     },
 }
 UNTRAINED = "untrained"  # as the archive: edit without one
@@ -93,12 +96,15 @@ class HORSEHyperParams:
     ridge: float | None = None  # e^lambda (Eq. 2) at the start, over a typical key's squared norm;
     # null: e^lambda starts at 1
     edit_ridge: float = 1.0  # share of e^lambda that an edit takes; a training step takes all of it
+    max_drift: float | None = None  # most KL(unedited || edited) on ordinary text, nats a token: an
+    # edit takes a larger ridge term where it must; null: no limit
     coefficient: str = (
         "token"  # c_i (Eq. 4); for ablation edit_only: not in Eq. 7, none: c_i = -eta
     )
     spread: str | None = None  # orthogonal (Eq. 6), gram_schmidt, uniform (MALMEN), decay (Eq. 5)
     spread_strength: float = 1.0  # 1: Eq. 6 as printed, 0: no projection
-    token: str = "ans"  # where keys and gradients are read: at the answer tokens
+    token: str = "ans"  # where keys and gradients are read: at the answer tokens, or at the last
+    # token of the subject (subject), in blocks that inner_params names
 
     # What an edit leaves alone: the metric of the ridge term.
     preserve: str | None = None  # ordinary text: shipped, model (the model writes it), a file or a
@@ -126,6 +132,10 @@ class HORSEHyperParams:
     val_interval: int = 10  # steps between two validations
     val_edits: int | None = None  # records edited at once in a validation; null: edits_per_step
     val_records: int | None = None  # records in a validation (alias: val_steps); null: val_edits
+    val_score: str | None = (
+        None  # chooses the archive. kept: mean of the three figures, locality and
+    )
+    # 100·e^−drift (HORSE); paper: mean of the three figures (MALMEN)
     early_stop_patience: int | None = None  # steps without a better score
     seed: int = 0
 
@@ -155,8 +165,9 @@ class HORSEHyperParams:
             ("coefficient", COEFFICIENTS),
             ("spread", tuple(SPREADS)),
             ("loc_loss", tuple(LOSSES)),
+            ("val_score", ("kept", "paper")),
             ("dtype", (None, *DTYPES)),
-            ("token", ("ans",)),
+            ("token", ("ans", "subject")),
         ):
             if getattr(self, key) not in allowed:
                 names = ", ".join(a for a in allowed if a)

@@ -29,6 +29,7 @@ from horse_plugin.editing.export import save_adapter, to_rank
 from horse_plugin.errors import HorseError, UsageError, first_line, reason
 from horse_plugin.evaluation import general as general_ability
 from horse_plugin.evaluation import results
+from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.evaluation.metrics import Evaluator
 from horse_plugin.evaluation.tables import number
 from horse_plugin.hparams import HORSEHyperParams, default_hparams
@@ -126,13 +127,16 @@ def edit(
         Path | None, typer.Option(help="Also save the edited model here.")
     ] = None,
     strict: Annotated[bool, typer.Option(help="Refuse facts with conflicts.")] = False,
-    heldout: Annotated[Path | None, typer.Option(help="Text for the perplexity check.")] = None,
-    max_rise: Annotated[float, typer.Option(help="Its rise without a warning, in %.")] = 20.0,
+    max_drift: Annotated[
+        float | None, typer.Option(help="Most drift of ordinary text, in nats a token: 0.05.")
+    ] = None,
+    heldout: Annotated[Path | None, typer.Option(help="Text for drift and perplexity.")] = None,
+    max_rise: Annotated[float, typer.Option(help="Perplexity's rise without warning, %.")] = 20.0,
 ):
     """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto."""
     if (out is None) == (onto is None):
         raise UsageError("edit: give --out for an edit by itself, or --onto for a chain of edits.")
-    settings = _hparams(hparams, archive=archive and str(archive))
+    settings = _hparams(hparams, archive=archive and str(archive), max_drift=max_drift)
     records = load_records(data, n_edits)
     if save_model:
         check_empty(save_model)
@@ -158,6 +162,8 @@ def edit(
     if save_model:
         editor.save_model(save_model)
     console.print(show.figures(rows))
+    for part in show.outcome(delta):
+        console.print(part)
     console.print(f"Edit: {folder / delta.name if chain else folder}", soft_wrap=True)
 
 
@@ -176,7 +182,8 @@ def evaluate(
     if out:
         check_writable(out.parent)
     editor, deltas = _editor(settings, delta)
-    evaluator = Evaluator(editor.backbone, records)
+    text = OrdinaryText(editor.backbone, heldout_pieces())
+    evaluator = Evaluator(editor.backbone, records, text=text, writing=True)
     editor.apply_chain(deltas)
     evaluation = evaluator.evaluate() if deltas else evaluator.before
     name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"

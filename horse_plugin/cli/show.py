@@ -1,12 +1,17 @@
 """What the ``horse`` command prints: tables of figures, of one edit, of a chain of edits."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.table import Table as RichTable
+from rich.text import Text
 
+from horse_plugin.editing.budget import Budget
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.export import Adapter
-from horse_plugin.evaluation.metrics import FIGURES
-from horse_plugin.evaluation.tables import Table, figures_of, number
+from horse_plugin.evaluation.generation import Example
+from horse_plugin.evaluation.metrics import ALL_FIGURES
+from horse_plugin.evaluation.tables import Table, examples_table, figure, figures_of, number
 from horse_plugin.model.fingerprint import describe
 
 
@@ -23,7 +28,7 @@ def printed(table: Table) -> RichTable:
 
 def figures(rows: list[dict]) -> RichTable:
     """Return rows of ``results.json`` as a table, in percent."""
-    return printed(figures_of(rows, FIGURES))
+    return printed(figures_of(rows, ALL_FIGURES))
 
 
 def stages(found: dict) -> RichTable:
@@ -43,10 +48,28 @@ def stages(found: dict) -> RichTable:
     return printed(Table(["stage", "seconds", "share", "floor", "peak MB"], lines, caption))
 
 
-def examples(rows: list[tuple[str, str, str, str]]) -> RichTable:
-    """Return (prompt, before, after, target) texts of the demo as a table."""
-    names = ["prompt", "before", "after", "asked for"]
-    return printed(Table(names, rows, "Ten of the edited facts", is_text=True))
+def examples(found: Sequence[Example]) -> RichTable:
+    """Return what the model writes before and after an edit as a table."""
+    return printed(examples_table(found))
+
+
+def outcome(delta: EditDelta) -> list:
+    """Return what an edit cost each kind of text, what the model writes, and what a budget took."""
+    measured = delta.about.get("figures") or {}
+    parts = []
+    if kinds := measured.get("kinds"):
+        lines = [
+            [kind, *map(number, (of["before"]["perplexity"], of["after"]["perplexity"])), drift]
+            for kind, of in kinds.items()
+            for drift in [figure("drift", of["after"]["drift"])]
+        ]
+        names = ["held-out text", "perplexity before", "after", "drift"]
+        parts.append(printed(Table(names, lines)))
+    if budget := delta.about.get("budget"):
+        parts.append(Text(Budget(**budget).sentence()))
+    if written := measured.get("examples"):
+        parts.append(examples([Example(**example) for example in written]))
+    return parts
 
 
 def edit(delta: EditDelta, n_records: int = 10) -> list[RichTable]:
@@ -66,11 +89,11 @@ def edit(delta: EditDelta, n_records: int = 10) -> list[RichTable]:
     tables = []
     if measured:
         lines = []
-        for name in (*FIGURES, "perplexity"):
+        for name in ALL_FIGURES:
             both = [measured[when].get(name) for when in ("before", "after")]
             if any(value is not None for value in both):
-                lines.append([name, *map(number, both)])
-        caption = "Figures: percent, and perplexity"
+                lines.append([name.replace("_", " "), *(figure(name, value) for value in both)])
+        caption = "Figures: percent; drift in nats a token, perplexity, fluency in bits"
         tables.append(printed(Table(["", "before", "after"], lines, caption)))
         conflicts = measured.get("conflicts", {}).items()
         facts += [(kind.replace("_", " "), f"{n:,}") for kind, n in conflicts]
@@ -86,7 +109,7 @@ def edit(delta: EditDelta, n_records: int = 10) -> list[RichTable]:
     overview = RichTable(box=box.SIMPLE, show_header=False)
     for line in facts:
         overview.add_row(*line)
-    return [overview, printed(layers), *tables, printed(records)]
+    return [overview, printed(layers), *tables, *outcome(delta), printed(records)]
 
 
 def log(entries: list[dict]) -> RichTable:

@@ -5,9 +5,10 @@ its bytes over the measured bandwidth; attention, norms and padding are left out
 """
 
 import platform
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +47,12 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bo
         evaluation before and after the edit, and a training step, with trunk states kept), measured
         rates of the machine, sizes, versions.
     """
-    hp, device, clock = hparams, backbone.edit_device, _Clock(backbone.device)
+    with tempfile.TemporaryDirectory() as stats:
+        return _bench(backbone, replace(hparams, stats_dir=stats), records, others)
+
+
+def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) -> dict:
+    device, clock = backbone.edit_device, _Clock(backbone.device)
     rates = {
         "model_flops": matrix_rate(backbone.model.dtype, device),
         "solver_flops": matrix_rate(backbone.edit_dtype, device),

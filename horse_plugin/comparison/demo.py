@@ -1,6 +1,7 @@
 """The demo on real facts and a real model: train, edit 200 facts, measure, report."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,23 +10,23 @@ from horse_plugin.data.formats import load_records
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation import results
-from horse_plugin.evaluation.generation import continuations
-from horse_plugin.evaluation.metrics import Evaluator
+from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
+from horse_plugin.evaluation.generation import Example
+from horse_plugin.evaluation.metrics import Evaluation, Evaluator
 from horse_plugin.hparams import HORSEHyperParams, default_hparams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.files import check_writable
 from horse_plugin.training.trainer import HORSETrainer
 
 N_EDITS = 200
-N_EXAMPLES = 10
 
 
 @dataclass
 class Outcome:
-    """What the demo found: rows of ``results.json``, and (prompt, before, after, target) texts."""
+    """What the demo found: rows of ``results.json``, and what the model writes."""
 
     rows: list[dict]
-    examples: list[tuple[str, str, str, str]]
+    examples: Sequence[Example]
 
 
 def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS) -> Outcome:
@@ -47,16 +48,15 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     backbone.cache_trunk_states(edits.flat())
     untrained = HorseEditor.from_backbone(backbone, hparams)
     captured = untrained.capture(edits)  # serves both edits: each is one of the unedited model
-    evaluator = Evaluator(backbone, edits, known=captured.predicted)
-    shown = edits.records[:: max(1, n_edits // N_EXAMPLES)][:N_EXAMPLES]
+    text = OrdinaryText(backbone, heldout_pieces())
+    evaluator = Evaluator(backbone, edits, known=captured.predicted, text=text, writing=True)
     rows = [results.row("unedited", "facts", hparams, evaluator.before)]
-    before = continuations(backbone, [r.prompt for r in shown])
 
-    def edit_and_measure(name: str, editor: HorseEditor) -> EditDelta:
+    def edit_and_measure(name: str, editor: HorseEditor) -> tuple[EditDelta, Evaluation]:
         delta = editor.edit(edits, captured=captured)
         evaluation = evaluator.evaluate()
         rows.append(results.row(name, "facts", hparams, evaluation, delta.about["seconds"]))
-        return delta
+        return delta, evaluation
 
     edit_and_measure("HORSE, untrained", untrained)
     untrained.undo()
@@ -64,14 +64,10 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     train, val = FACTS / "train.json", FACTS / "val.json"
     trainer = HORSETrainer(hparams, train, val, out=out / "archive", backbone=backbone)
     hparams = replace(hparams, archive=str(trainer.run()))
-    delta = edit_and_measure("HORSE, trained", HorseEditor.from_backbone(backbone, hparams))
+    trained = HorseEditor.from_backbone(backbone, hparams)
+    delta, evaluation = edit_and_measure("HORSE, trained", trained)
     shutil.rmtree(out / "edit", ignore_errors=True)  # of an earlier demo
     delta.save(out / "edit")
-    after = continuations(backbone, [r.prompt for r in shown])
-
-    examples = [
-        (r.prompt, b, a, r.target_new) for r, b, a in zip(shown, before, after, strict=True)
-    ]
     results.save(out / "results.json", rows)
-    write_report(out / "report.html", rows, trainer.history, examples)
-    return Outcome(rows, examples)
+    write_report(out / "report.html", rows, trainer.history, evaluation.examples)
+    return Outcome(rows, evaluation.examples)

@@ -9,14 +9,18 @@ TITLES = {"compare": "Side by side", "ablate": "What each part brings"}
 _READING = """<p>Every figure is the share of answer tokens predicted right, in percent, averaged
 over the edits: efficacy on the edited prompts, generalization on their rephrasings, specificity on
 unrelated prompts. Locality is the share of tokens on unrelated prompts that the edit left as they
-were. All methods start from the same weights, edit the same records, all at once, and are measured
+were. "Writ." is the share of edits whose answer the model writes, token for token. Drift is how far
+the edited model's predictions are from the unedited model's on held-out ordinary text, in nats a
+token; perplexity is on the same text. A method that holds the facts and wrecks the model has a high
+drift. All methods start from the same weights, edit the same records, all at once, and are measured
 by the same code.</p>"""
 
 
 def write_output(out: Path, rows: list[dict], kind: str = "compare"):
     """Write ``table.md``, ``table.tex``, ``results.csv`` and ``report.html``.
 
-    For each model and data set that was measured at several numbers of edits there is also
+    For each model and number of edits there is ``held-<model>-<edits>.svg``, facts held over drift,
+    and for each model and data set that was measured at several numbers of edits
     ``edits-<model>-<data set>.svg`` (Fig. 2).
 
     Args:
@@ -42,5 +46,10 @@ def write_output(out: Path, rows: list[dict], kind: str = "compare"):
     for (model, n), figure, cost in zip(pages, figures, costs, strict=True):
         bars = charts.svg(charts.side_by_side(tables.means(rows, model, n)))
         body += f"<h2>{tables.edits(n)} on {Path(model).name}</h2>"
-        body += figure.html() + report.picture(bars) + cost.html()
+        body += figure.html()
+        if points := tables.held_and_drift(rows, model, n):
+            drawn = charts.svg(charts.held_over_drift(points))
+            write(out / f"held-{Path(model).name}-{n}.svg", drawn)
+            body += f"<h3>Facts held, and what it cost</h3>{report.picture(drawn)}"
+        body += report.picture(bars) + cost.html()
     write(out / "report.html", report.page(TITLES[kind], body))

@@ -11,6 +11,7 @@ from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.task import Task
 from horse_plugin.errors import HorseError, UsageError, reason
 from horse_plugin.evaluation import results
+from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.evaluation.metrics import FIGURES, Evaluation, Evaluator
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
@@ -67,7 +68,7 @@ class _MeasuredModel:
     def __init__(self, plan: Plan, model: str):
         self.plan, self.model = plan, model
         self.hparams = HORSEHyperParams.from_hparams(plan.models[model])
-        self.backbone = self.evaluator = self._evaluates = None
+        self.backbone = self.evaluator = self.text = self._evaluates = None
 
     def measure(self, rows, data: DataSet, n: int, seed: int, name: str) -> dict:
         """Return the row of one cell: a held one, or a new one."""
@@ -110,9 +111,10 @@ class _MeasuredModel:
         if self.backbone is None:
             self.backbone = Backbone.load(self.hparams)
             self.digest = weights_digest(self.backbone)
+            self.text = OrdinaryText(self.backbone, heldout_pieces())
         task.backbone = self.backbone
         if self._evaluates != (task.dataset, len(task.records)):
-            self.evaluator = Evaluator(self.backbone, task.records)
+            self.evaluator = Evaluator(self.backbone, task.records, text=self.text, writing=True)
             self._evaluates = task.dataset, len(task.records)
 
     def _failed(self, name: str, task: Task, error: Exception) -> dict:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from horse_plugin.evaluation.metrics import SCORED, mean
-from horse_plugin.evaluation.tables import Table, number
+from horse_plugin.evaluation.metrics import COST, SCORED, mean
+from horse_plugin.evaluation.tables import DIGITS, Table, number
 
 HEADINGS = {
     "efficacy": "Eff.",
@@ -16,7 +16,11 @@ HEADINGS = {
     "specificity": "Spe.",
     "mean": "Mean",
     "locality": "Loc.",
+    "written": "Writ.",
+    "drift": "Drift",
+    "perplexity": "PPL",
 }
+LESS_IS_BETTER = COST
 UNEDITED = "unedited"
 OURS = "HORSE"
 
@@ -43,29 +47,34 @@ class Mean:
 def figures_table(rows: list[dict], model: str, n_edits: int) -> Table:
     """Return Table 1 of one model at one number of edits.
 
-    It has the figures of every data set and the mean of the first three, best bold, second
-    underlined, and how far HORSE is from the best of the others.
+    It has the figures of every data set and the mean of the first three, then locality, the share
+    of edits that the model writes, drift and perplexity; best bold, second underlined, and how far
+    HORSE is from the best of the others.
 
     The unedited model is there to compare with, and takes no part in the ranking.
     """
     rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
     rows = [r | {"mean": score(r)} for r in rows]
     datasets, methods = _values(rows, "dataset"), _values(rows, "method")
-    shown = [f for f in HEADINGS if any(r[f] is not None for r in rows)]
+    shown = [f for f in HEADINGS if any(r.get(f) is not None for r in rows)]
     columns = [(d, f) for d in datasets for f in shown]
     means = {m: [_mean(rows, m, d, f) for d, f in columns] for m in methods}
     ranked = [m for m in methods if m != UNEDITED]
-    marks = [_marks({m: means[m][i] for m in ranked}) for i in range(len(columns))]
+    marks = [_marks({m: means[m][i] for m in ranked}, f) for i, (_, f) in enumerate(columns)]
+    digits = [DIGITS.get(f, 1) for _, f in columns]
     lines = [
-        [m, *((_text(v), marks[i].get(m, "")) for i, v in enumerate(means[m]))] for m in methods
+        [m, *((_text(v, digits[i]), marks[i].get(m, "")) for i, v in enumerate(means[m]))]
+        for m in methods
     ]
     compared = OURS in methods and len(ranked) > 1
     if compared:
         others = [[means[m][i] for m in ranked if m != OURS] for i in range(len(columns))]
-        lines.append(["Δ", *(_delta(v, o) for v, o in zip(means[OURS], others, strict=True))])
+        deltas = zip(means[OURS], others, columns, strict=True)
+        lines.append(["Δ", *(_delta(v, o, f) for v, o, (_, f) in deltas)])
     caption = (
-        f"{edits(n_edits)} at once on {_name(model)}, percent{_seeds(rows)}. Best bold, second "
-        f"underlined, the unedited model apart.{_budgets(rows)}{_checked(rows)}"
+        f"{edits(n_edits)} at once on {_name(model)}, percent; drift in nats a token and "
+        f"perplexity (PPL), both on held-out text{_seeds(rows)}. Best bold, second underlined, the "
+        f"unedited model apart.{_budgets(rows)}{_checked(rows)}"
     )
     groups = [(d, len(shown)) for d in datasets]
     names = ["method", *(HEADINGS[f] for _, f in columns)]
@@ -131,6 +140,24 @@ def curves(rows: list[dict], model: str, dataset: str) -> dict[str, dict] | None
     return {m: {figure: curve(m, figure) for figure in SCORED} for m in _values(rows, "method")}
 
 
+def held_and_drift(rows: list[dict], model: str, n_edits: int) -> dict[str, dict]:
+    """Return data set → method → (mean of efficacy and generalization, drift) of each method.
+
+    Rows without figures and the unedited model are left out.
+    """
+    rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
+    done = [r for r in rows if r.get("drift") is not None and r["method"] != UNEDITED]
+    found = {}
+    for r in done:
+        held = mean(r[f] for f in ("efficacy", "generalization") if r[f] is not None)
+        of = found.setdefault(r["dataset"], {}).setdefault(r["method"], [])
+        of.append((held, r["drift"]))
+    return {
+        dataset: {m: tuple(map(mean, zip(*points, strict=True))) for m, points in of.items()}
+        for dataset, of in found.items()
+    }
+
+
 def means(rows: list[dict], model: str, n_edits: int) -> dict[str, dict]:
     """Return data set → method → the three figures; rows without figures are left out."""
     rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
@@ -150,24 +177,27 @@ def _values(rows, key: str) -> list:
 
 def _mean(rows, method, dataset, figure) -> Mean | None:
     of = [r for r in rows if (r["method"], r["dataset"]) == (method, dataset)]
-    return Mean.of([r[figure] for r in of])
+    return Mean.of([r.get(figure) for r in of])
 
 
 def _text(value: Mean | None, digits: int = 1) -> str:
     return "–" if value is None else value.text(digits)
 
 
-def _marks(column: dict[str, Mean | None]) -> dict[str, str]:
+def _marks(column: dict[str, Mean | None], figure: str) -> dict[str, str]:
     """Return the best and the second by what the table prints: equal figures are equally good."""
-    shown = {m: round(v.mean, 1) for m, v in column.items() if v is not None}
-    first, *rest = sorted(set(shown.values()), reverse=True) or [None]
+    digits = DIGITS.get(figure, 1)
+    shown = {m: round(v.mean, digits) for m, v in column.items() if v is not None}
+    first, *rest = sorted(set(shown.values()), reverse=figure not in LESS_IS_BETTER) or [None]
     marks = {first: "best", **({rest[0]: "second"} if rest else {})}
     return {m: marks.get(v, "") for m, v in shown.items()}
 
 
-def _delta(ours: Mean | None, others: list[Mean | None]) -> str:
-    best = max((o.mean for o in others if o is not None), default=None)
-    return "–" if ours is None or best is None else f"{ours.mean - best:+.1f}"
+def _delta(ours: Mean | None, others: list[Mean | None], figure: str) -> str:
+    choose = min if figure in LESS_IS_BETTER else max
+    best = choose((o.mean for o in others if o is not None), default=None)
+    digits = DIGITS.get(figure, 1)
+    return "–" if ours is None or best is None else f"{ours.mean - best:+,.{digits}f}"
 
 
 def _name(model: str) -> str:

@@ -10,17 +10,25 @@ from horse_plugin.data.records import EditRecord
 from horse_plugin.data.sources import read_items
 from horse_plugin.errors import UsageError, first_line
 
+N_CHOOSE = 10  # pieces of the shipped text, two of each kind, by which settings are chosen
 
-def shipped_texts(heldout: bool = False) -> list[str]:
-    """Return the package's ordinary text of several kinds, or the held-out part of it.
 
-    The kinds take turns, so that any first part holds all of them.
+def shipped_pieces(part: str) -> list[tuple[str, str]]:
+    """Return (kind, text) of each piece of one part of the package's ordinary text.
+
+    The kinds take turns, so that any first pieces hold all of them.
+
+    Args:
+        part: ``preserve`` for what edits may leave alone and training may read; ``choose`` for what
+            validation and ``max_drift`` measure; ``heldout`` for figures, which nothing else reads.
     """
-    pieces = json.loads((HELDOUT if heldout else CALIBRATION).read_text(encoding="utf-8"))
+    file = HELDOUT if part == "heldout" else CALIBRATION
+    pieces = json.loads(file.read_text(encoding="utf-8"))
     seen: dict[str, int] = {}
     for piece in pieces:
         piece["turn"] = seen[piece["kind"]] = seen.get(piece["kind"], 0) + 1
-    return [piece["text"] for piece in sorted(pieces, key=lambda piece: piece["turn"])]
+    found = [(p["kind"], p["text"]) for p in sorted(pieces, key=lambda piece: piece["turn"])]
+    return {"heldout": found, "preserve": found[N_CHOOSE:], "choose": found[:N_CHOOSE]}[part]
 
 
 def texts_of(source, size: int) -> list[str]:
@@ -29,7 +37,9 @@ def texts_of(source, size: int) -> list[str]:
     Args:
         source: ``shipped`` for the package's own text, or what :func:`read_corpus` takes.
     """
-    return shipped_texts()[:size] if source == "shipped" else read_corpus(source, size)
+    if source == "shipped":
+        return [text for _, text in shipped_pieces("preserve")][:size]
+    return read_corpus(source, size)
 
 
 def read_corpus(source, size: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,11 +19,13 @@ class Prompt:
             is predicted at the position before it.
         start: the index of the first answer token.
         n_cut: the number of tokens that the prompt lost at its beginning, as it was too long.
+        subject: the index of the last token of the subject, if keys are read there; else None.
     """
 
     ids: tuple[int, ...]
     start: int
     n_cut: int = 0
+    subject: int | None = None
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -34,6 +36,13 @@ class Prompt:
     def answer(self) -> tuple[int, ...]:
         """The answer tokens."""
         return self.ids[self.start :]
+
+    @property
+    def keys_at(self) -> range:
+        """The positions where an edit reads keys: the subject's end, or all answer tokens."""
+        if self.subject is not None:
+            return range(self.subject, self.subject + 1)
+        return range(self.start - 1, len(self.inputs))
 
 
 # kind of prompt → a record's queries of that kind
@@ -96,21 +105,48 @@ def prepare(
     records: Sequence[EditRecord],
     max_length: int | None = None,
     kinds: Sequence[str] = tuple(KINDS),
+    token: str = "ans",
 ) -> PreparedEdits:
     """Tokenise the records' queries of these kinds, each once.
 
     Args:
         max_length: the most tokens of prompt and answer; None is no limit.
+        token: where edits read keys: at the answer tokens (``ans``), or at the last token of the
+            subject in the edit prompt (``subject``), as MEMIT does.
     """
     prepared = PreparedEdits(list(records), {kind: [] for kind in kinds})
     for i, record in enumerate(prepared.records):
         try:
             groups = [tuple(tokenize(tokenizer, KINDS[k](record), max_length)) for k in kinds]
+            if token == "subject" and "edit" in kinds:
+                i = list(kinds).index("edit")
+                groups[i] = tuple(_at_subject(tokenizer, p, record) for p in groups[i])
         except UsageError as error:
             prepared.errors[i], groups = error, [()] * len(kinds)
         for kind, group in zip(kinds, groups, strict=True):
             prepared.prompts[kind].append(group)
     return prepared
+
+
+def _at_subject(tokenizer, prompt: Prompt, record: EditRecord) -> Prompt:
+    """Return the edit prompt with the last token of its subject.
+
+    Raises:
+        UsageError: the record names no subject, the prompt does not hold it, or lost it.
+    """
+    subject, text = record.subject or "", record.prompt.rstrip()
+    end = text.find(subject) + len(subject)
+    if not subject or subject not in text:
+        raise UsageError(
+            f"prompt {record.prompt!r}: holds no subject {subject!r}, where token: subject reads."
+        )
+    ids = _without_eos(tokenizer(text[:end])["input_ids"], tokenizer)
+    bos = tokenizer.bos_token_id
+    extra = 1 if bos is not None and list(ids[:2]) == [bos, bos] else 0
+    index = len(ids) - extra - 1 - prompt.n_cut
+    if index < 0:
+        raise UsageError(f"prompt {record.prompt!r}: too long, its subject was cut off.")
+    return replace(prompt, subject=min(index, prompt.start - 1))
 
 
 class AnswerTooLongError(UsageError):
@@ -190,6 +226,8 @@ class Batch:
         ids: B×L token ids.
         rows, cols: the n answer positions; the i-th is ``ids[rows[i], cols[i]]``.
         labels: the n answer tokens predicted there.
+        key_rows, key_cols: the positions where an edit reads keys; without subjects, ``rows`` and
+            ``cols``.
     """
 
     prompts: tuple[Prompt, ...]
@@ -198,6 +236,8 @@ class Batch:
     rows: torch.Tensor
     cols: torch.Tensor
     labels: torch.Tensor
+    key_rows: torch.Tensor
+    key_cols: torch.Tensor
 
 
 # No row of a batch is shorter than this share of its longest row, to waste little on padding.
@@ -226,4 +266,7 @@ def _batch(prompts, index, width, device) -> Batch:
     rows = torch.arange(len(chosen)).repeat_interleave(n_answer)
     cols = torch.cat([torch.arange(p.start - 1, len(p.inputs)) for p in chosen])
     labels = torch.tensor([token for p in chosen for token in p.answer])
-    return Batch(chosen, tuple(index), *(t.to(device) for t in (ids, rows, cols, labels)))
+    key_rows = torch.tensor([i for i, p in enumerate(chosen) for _ in p.keys_at])
+    key_cols = torch.tensor([at for p in chosen for at in p.keys_at])
+    tensors = ids, rows, cols, labels, key_rows, key_cols
+    return Batch(chosen, tuple(index), *(t.to(device) for t in tensors))

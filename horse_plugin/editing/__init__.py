@@ -3,6 +3,7 @@
     solve       from captured keys and gradients to the tensors of an edit (Eq. 4, 6, 2)
     editor      HorseEditor: edit a model, undo, apply
     delta       EditDelta: one edit as an object that can be saved, loaded and applied
+    budget      the smallest ridge term that keeps drift within a budget
     archive     the trained hypernetwork on disk, and what it was made for
     chain       Chain: edits in one folder, made one on top of the other
     conflicts   what will go wrong with a list of edits, found before any weight moves

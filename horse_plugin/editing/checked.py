@@ -2,15 +2,13 @@
 
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 
-from horse_plugin.assets import HELDOUT_TEXT
 from horse_plugin.editing.conflicts import Conflicts, find_conflicts, known_facts
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import UsageError
 from horse_plugin.evaluation import results
-from horse_plugin.evaluation.drift import perplexity
+from horse_plugin.evaluation.drift import heldout_pieces
 from horse_plugin.evaluation.metrics import Evaluator
 
 
@@ -23,7 +21,7 @@ def checked_edit(
     heldout=None,
     max_rise: float = 20.0,
 ) -> tuple[EditDelta, list[dict]]:
-    """Edit the records, and warn about conflicts and about a rise of perplexity.
+    """Edit the records, say what it brought and what it cost, and warn of conflicts.
 
     Args:
         records: prepared edits, edit records, or anything that
@@ -31,7 +29,7 @@ def checked_edit(
         dataset: the name of what the records came from, for the rows.
         name: the name of the edit; None is a number.
         strict: whether to refuse records with conflicts (:mod:`horse_plugin.editing.conflicts`).
-        heldout: a text file whose perplexity is compared; None is the shipped text.
+        heldout: a text file on which drift and perplexity are measured; None is the shipped text.
         max_rise: the largest rise of that perplexity without a warning, in percent.
 
     Returns:
@@ -42,10 +40,7 @@ def checked_edit(
             with ``strict``, there are conflicts. The model is as it was.
     """
     hp, backbone = editor.hparams, editor.backbone
-    try:
-        text = Path(heldout or HELDOUT_TEXT).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{heldout}: not readable as UTF-8 text ({error}).") from None
+    pieces = heldout_pieces(heldout)
 
     def report(found: Conflicts) -> dict[str, int]:
         if strict and found.lines():
@@ -61,25 +56,29 @@ def checked_edit(
 
     backbone.cache_trunk_states(edits.flat())
     captured = editor.capture(edits)  # which predicts the edit prompts' answers on its way
-    evaluator = Evaluator(backbone, edits, known=captured.predicted)
+    text = editor.ordinary_text(pieces)
+    now = text.measure() if earlier else text.before
+    evaluator = Evaluator(backbone, edits, known=captured.predicted, text=text, writing=True)
+    evaluator.before.cost = now
     conflicts |= report(known_facts(evaluator.before))
-    perplexity_before = perplexity(backbone, text)
 
     delta = editor.edit(edits, name, captured)
     del captured  # gigabytes, for a large edit of a large model
 
-    perplexity_after = perplexity(backbone, text)
-    if not perplexity_after <= perplexity_before * (1 + max_rise / 100):
+    after = evaluator.evaluate()
+    rise = 100 * (after.cost.perplexity / now.perplexity - 1)
+    if not rise <= max_rise:
         warnings.warn(
-            f"perplexity on the held-out text rose from {perplexity_before:.1f} to "
-            f"{perplexity_after:.1f}, by more than {max_rise:g}%: the edit harms what it should "
-            "leave alone",
+            f"perplexity on the held-out text rose from {now.perplexity:.1f} to "
+            f"{after.cost.perplexity:.1f}, by more than {max_rise:g}%: the edit harms what it "
+            "should leave alone. max_drift sets a limit",
             stacklevel=2,
         )
-    after = evaluator.evaluate()
     delta.about["figures"] = {
-        "before": evaluator.before.summary() | {"perplexity": perplexity_before},
-        "after": after.summary() | {"perplexity": perplexity_after},
+        "before": evaluator.before.summary(),
+        "after": after.summary(),
+        "kinds": {k: {"before": now.kinds[k], "after": after.cost.kinds[k]} for k in now.kinds},
+        "examples": [asdict(example) for example in after.examples],
         "conflicts": conflicts,
     }
     rows = [

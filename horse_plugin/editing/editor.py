@@ -2,16 +2,30 @@
 
 import contextlib
 import datetime
+import functools
 import itertools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
+from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.editing.archive import as_trained, check_made_for, load_network, network_form
+from horse_plugin.editing.budget import Budget, smallest_ridge
 from horse_plugin.editing.delta import EditDelta
-from horse_plugin.editing.solve import Roots, calibrate, edit_residuals, new_network, solve
+from horse_plugin.editing.solve import (
+    Roots,
+    calibrate,
+    edit_residuals,
+    new_network,
+    predicted_cost,
+    solve,
+)
 from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.evaluation.drift import OrdinaryText, Pieces
+from horse_plugin.evaluation.metrics import mean, predict
 from horse_plugin.evaluation.results import versions
 from horse_plugin.hparams import UNTRAINED, HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
@@ -127,9 +141,9 @@ class HorseEditor:
 
         Raises:
             UsageError: a record's prompt cannot be tokenised, or ``captured`` is of other records.
-            HorseError: the weights were changed from outside since this editor's last edit, or a
-                number is not finite; the message names the module and the record. The model is
-                as it was.
+            HorseError: no ridge term keeps to ``max_drift``, the weights were changed from outside
+                since this editor's last edit, or a number is not finite; the message names the
+                module and the record. The model is as it was.
         """
         start = time.perf_counter() - (captured.seconds if captured else 0.0)
         edits = self.backbone.prepare(records, kinds=["edit"])
@@ -139,7 +153,7 @@ class HorseEditor:
             raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)
         residuals = edit_residuals(self.backbone, network, captured, hp)
-        tensors = solve(self.backbone, network, captured, residuals, hp, self.roots)
+        tensors, budget = self._solve(network, captured, residuals)
         about = {
             "name": name or self._new_name(),
             "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -149,12 +163,62 @@ class HorseEditor:
             "original": self._edits[0].about["original"] if self._edits else weights,
             "network": network_form(network),
             "hparams": hp.to_dict(),
+            "budget": budget.to_dict() if budget else None,
             "versions": versions(),
         }
         delta = EditDelta(tensors, edits.records, about)
         self._add(delta)
         about["seconds"] = time.perf_counter() - start
         return delta
+
+    def _solve(self, network, captured, residuals) -> tuple[dict[str, torch.Tensor], Budget | None]:
+        """Return the tensors of an edit (Eq. 2), under a larger ridge term if the budget asks."""
+        hp, parts = self.hparams, (self.backbone, network, captured, residuals)
+
+        def solve_at(share: float) -> dict[str, torch.Tensor]:
+            return solve(*parts, replace(hp, edit_ridge=share), self.roots)
+
+        if hp.max_drift is None:
+            return solve_at(hp.edit_ridge), None
+
+        def predicted(share: float, tensors) -> float:
+            return predicted_cost(*parts, tensors, share)
+
+        def with_them(tensors, measure):
+            with self.backbone.weights.shifted(EditDelta(tensors, []).shifts):
+                return measure()
+
+        def efficacy() -> float:
+            found = predict(self.backbone, list(captured.predicted)).items()
+            shares = ((t == torch.tensor(p.answer)).double().mean() for p, t in found)
+            return 100 * mean(share.item() for share in shares)
+
+        tensors, budget = smallest_ridge(
+            solve_at,
+            predicted,
+            lambda tensors: with_them(tensors, self._choosing_text.measure).drift,
+            hp.edit_ridge,
+            hp.max_drift,
+        )
+        if budget.edit_ridge > hp.edit_ridge:
+            budget.efficacy = with_them(tensors, efficacy)
+            budget.efficacy_without = with_them(solve_at(hp.edit_ridge), efficacy)
+            warnings.warn(budget.sentence(), stacklevel=4)
+        return tensors, budget
+
+    @functools.cached_property
+    def _choosing_text(self) -> OrdinaryText:
+        """Ordinary text by which a budget is kept: none that the metric or a figure is made of."""
+        return self.ordinary_text(shipped_pieces("choose"))
+
+    def ordinary_text(self, pieces: Pieces) -> OrdinaryText:
+        """Return ordinary text whose drift is that from the unedited model.
+
+        Args:
+            pieces: (kind, text) of each piece.
+        """
+        with self._unedited():
+            return OrdinaryText(self.backbone, pieces)
 
     @property
     def roots(self) -> Roots:

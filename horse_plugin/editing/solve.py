@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from horse_plugin.distributed import gather_rows, raise_on_all_ranks
+from horse_plugin.distributed import gather_rows, raise_on_all_ranks, sum_over_ranks
 from horse_plugin.editing.archive import to_edit_device
+from horse_plugin.editing.delta import EditDelta
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
@@ -116,6 +117,31 @@ def solve(
             )
         tensors |= {f"{name}.{part}": t for part, t in solved.items()}
     return tensors
+
+
+def predicted_cost(
+    backbone: Backbone,
+    network: HyperNetwork,
+    captured: Capture,
+    residuals: list[torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    edit_ridge: float,
+) -> float:
+    """Return Σ_l tr(ΔW_lᵀ C̄_l ΔW_l), what the metric says that ordinary text feels of an edit.
+
+    By the normal equations of Eq. 2, e^λ C̄ΔW = Hᵀ(R − HΔW), so no C̄ is needed.
+
+    Args:
+        tensors: what :func:`solve` returned for these residuals at this share of e^λ.
+    """
+    total = 0.0
+    shifts = EditDelta(tensors, []).shifts
+    for name, keys, r, lamda in zip(
+        backbone.modules, captured.keys, residuals, network.lamda.exp(), strict=True
+    ):
+        moved = keys @ shifts[name]
+        total += (sum_over_ranks((moved * (r - moved)).sum()) / (lamda * edit_ridge)).item()
+    return total
 
 
 def _record_of_largest_row(captured: Capture, rows: torch.Tensor) -> int:

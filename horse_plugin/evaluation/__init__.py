@@ -1,8 +1,8 @@
 """What an edit holds and what it costs, and how that is shown.
 
     metrics      efficacy, generalization, specificity, locality, portability
-    drift        perplexity of ordinary text
-    generation   what the model writes
+    drift        drift and perplexity of ordinary text
+    generation   what the model writes, and its fluency
     general      general ability, by lm-evaluation-harness (Table 3)
     results      rows of results.json
     tables       one table as Markdown, LaTeX or HTML

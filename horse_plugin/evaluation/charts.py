@@ -49,8 +49,8 @@ def learning_curves(history: list[dict]) -> Figure:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     losses, validation = figure.subplots(1, 2)
     steps = [h["step"] for h in history]
-    for kind in ("edit", "rephrase", "unrelated"):
-        if history[0][kind] is not None:
+    for kind in ("edit", "rephrase", "unrelated", "ordinary"):
+        if history[0].get(kind) is not None:
             losses.plot(steps, [h[kind] for h in history], label=kind)
     losses.set(xlabel="step", ylabel="loss per answer token", ylim=(0, None))
     validated = [h for h in history if "validation" in h]
@@ -108,6 +108,37 @@ def side_by_side(means: dict[str, dict[str, Sequence[float]]]) -> Figure:
         axes.set(title=dataset, xlabel="percent", xlim=(0, 100))
         _open(axes)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def held_over_drift(points: dict[str, dict[str, tuple[float, float]]]) -> Figure:
+    """Draw facts held over drift, one panel a data set and one point a method.
+
+    The upper left corner is the best: all facts held, and ordinary text as it was.
+
+    Args:
+        points: data set → method → (facts held in percent, drift in nats a token).
+    """
+    figure = Figure(figsize=(4.8 * max(1, len(points)), 3.8), layout="constrained")
+    panels = figure.subplots(1, max(1, len(points)), squeeze=False)[0]
+    for axes, (dataset, of) in zip(panels, points.items(), strict=True):
+        axes.set_prop_cycle(color=COLORS)
+        for method, (held, drift) in of.items():
+            color = STANDING_OUT.get(method, {}).get("color")
+            point = axes.plot([max(drift, 1e-4)], [held], "o", color=color)[0]
+            axes.annotate(
+                method,
+                (max(drift, 1e-4), held),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=point.get_color(),
+            )
+        axes.annotate("better", (0.02, 0.98), xycoords="axes fraction", va="top", color="gray")
+        axes.set(title=dataset, xscale="log", ylim=(0, 105))
+        axes.margins(x=0.25)
+        axes.set(xlabel="drift of ordinary text, nats a token", ylabel="facts held, percent")
+        _open(axes)
     return figure
 
 

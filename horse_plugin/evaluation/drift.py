@@ -1,32 +1,125 @@
-"""What an edit does to ordinary text: perplexity."""
+"""What an edit does to ordinary text: drift and perplexity.
+
+Drift is KL(unedited ‖ edited) in nats a token, the mean over all positions of the text. It is 0 for
+an edit that text does not feel, and the logarithm of the perplexity's rise is near it for an edit
+that makes the model worse. Of the unedited model only what goes into its head is kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import Prompt
+from horse_plugin.distributed import local_indices, raise_on_all_ranks, sum_over_ranks
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
 
-PIECE = 256  # tokens
+PIECE = 256  # tokens of text in one pass
+Pieces = Sequence[tuple[str, str]]  # (kind, text)
 
 
-@torch.no_grad()
-def perplexity(backbone: Backbone, text: str) -> float:
-    """Return exp of the mean cross-entropy per token of a text, read in pieces of 256 tokens.
+@dataclass(frozen=True)
+class Cost:
+    """What a model is like on ordinary text.
+
+    Attributes:
+        drift: KL(unedited ‖ this model), in nats a token.
+        perplexity: exp of the mean cross-entropy per token.
+        kinds: kind of text → its own ``drift`` and ``perplexity``.
+    """
+
+    drift: float
+    perplexity: float
+    kinds: dict[str, dict[str, float]]
+
+    def summary(self) -> dict[str, float]:
+        """Return the two figures over all kinds of text."""
+        return {"drift": self.drift, "perplexity": self.perplexity}
+
+
+class OrdinaryText:
+    """Ordinary text, read by a model before it is edited and after.
+
+    Make it before the edit: what the model says then is what ``drift`` compares with.
+
+    Args:
+        backbone: the unedited model.
+        pieces: (kind, text) of each piece; long ones are read 256 tokens at a time.
+
+    Attributes:
+        before: the cost of the unedited model; its drift is 0.
 
     Raises:
-        UsageError: the text has less than two tokens.
+        UsageError: the pieces have less than two tokens.
     """
-    ids = backbone.tokenizer(text)["input_ids"]
-    size = min(PIECE, backbone.max_length or PIECE)
-    pieces = [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
-    prompts = [Prompt(piece, 1) for piece in pieces if len(piece) > 1]
-    if not prompts:
-        raise UsageError("held-out text: less than two tokens; give a longer one.")
-    losses = [
-        F.cross_entropy(
-            backbone.logits(b).to(backbone.edit_dtype).cpu(), b.labels.cpu(), reduction="none"
-        )
-        for b in backbone.batches(prompts, "perplexity")
-    ]
-    return torch.cat(losses).mean().exp().item()
+
+    def __init__(self, backbone: Backbone, pieces: Pieces):
+        self.backbone = backbone
+        size = min(PIECE, backbone.max_length or PIECE)
+        self.kinds = list(dict.fromkeys(kind for kind, _ in pieces))
+        prompts, kind_of = [], []
+        for kind, text in pieces:
+            ids = backbone.tokenizer(text)["input_ids"]
+            parts = [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
+            found = [Prompt(part, 1) for part in parts if len(part) > 1]
+            prompts += found
+            kind_of += [self.kinds.index(kind)] * len(found)
+        if not prompts:
+            raise UsageError("held-out text: less than two tokens; give a longer one.")
+        local = local_indices(prompts)
+        self._kind_of, prompts = [kind_of[i] for i in local], [prompts[i] for i in local]
+        backbone.cache_trunk_states(prompts)
+        self._batches = list(backbone.batches(prompts, "ordinary text", progress=False))
+        self._head_inputs = [backbone.head_inputs(batch) for batch in self._batches]
+        self.before = self._cost_of(None)
+
+    def measure(self, backbone: Backbone | None = None) -> Cost:
+        """Return the cost of the model as it is now, or of an edited copy of it."""
+        return self._cost_of(backbone or self.backbone)
+
+    @torch.no_grad()
+    def _cost_of(self, edited: Backbone | None) -> Cost:
+        """Return the cost of an edited model, or of the unedited one."""
+        dtype = self.backbone.edit_dtype
+        totals = torch.zeros(len(self.kinds), 3, dtype=torch.float64)  # drift, nats, tokens
+        with raise_on_all_ranks():
+            for batch, inputs in zip(self._batches, self._head_inputs, strict=True):
+                before = self.backbone.read_out(batch, inputs).to(dtype).log_softmax(-1)
+                now, drift = before, torch.zeros(len(before)).to(before)
+                if edited:
+                    now = edited.logits(batch).to(before).log_softmax(-1)
+                    drift = F.kl_div(now, before, log_target=True, reduction="none").sum(-1)
+                nats = -now.gather(1, batch.labels.to(now.device)[:, None])[:, 0]
+                found = torch.stack([drift, nats, torch.ones_like(nats)], -1).double().cpu()
+                kinds = torch.tensor([self._kind_of[i] for i in batch.index])[batch.rows.cpu()]
+                totals.index_add_(0, kinds, found)
+        totals = sum_over_ranks(totals)
+        kinds = {k: _cost(row) for k, row in zip(self.kinds, totals, strict=True)}
+        return Cost(*_cost(totals.sum(0)).values(), kinds)
+
+
+def _cost(totals: torch.Tensor) -> dict[str, float]:
+    drift, nats, count = totals
+    # A mean of many roundings may come out below 0, where the smallest true value is 0.
+    return {
+        "drift": max(0.0, (drift / count).item()),
+        "perplexity": (nats / count).exp().item(),
+    }
+
+
+def heldout_pieces(path=None) -> Pieces:
+    """Return the shipped text for figures, of several kinds, or the text of a file.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    if path is None:
+        return shipped_pieces("heldout")
+    try:
+        return [("text", Path(path).read_text(encoding="utf-8"))]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable as UTF-8 text ({error}).") from None

@@ -1,31 +1,133 @@
-"""What the model itself writes."""
+"""What the model itself writes: greedy continuations before and after an edit, and fluency."""
 
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from horse_plugin.data.corpus import shipped_pieces
+from horse_plugin.data.records import EditRecord
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import quiet_transformers
 
+ROWS = 32  # continuations written side by side
+SHOWN = 12  # tokens of a continuation that is shown
+LENGTH = 50  # tokens of a continuation whose fluency is measured
+# How many prompts of each kind; an ordinary opening is the beginning of a held-out text.
+N_OF_KIND = {"edit": 4, "rephrase": 2, "unrelated": 2, "opening": 2}
+OPENING = 8  # words of it
+
 
 @torch.no_grad()
-def continuations(backbone: Backbone, prompts: Sequence[str], n_tokens: int = 8) -> list[str]:
-    """Return what the model writes after each prompt, greedily, without line breaks.
+def continuations(
+    backbone: Backbone, prompts: Sequence[tuple[int, ...]], n_tokens: int = SHOWN
+) -> list[tuple[int, ...]]:
+    """Return the tokens that the model writes after each prompt, greedily, at most so many.
+
+    Those with as many tokens as each other run side by side, so that none is padded and each
+    continuation is the one that the model writes to its prompt alone.
 
     Args:
-        prompts: texts.
-        n_tokens: the most tokens to write.
+        prompts: their token ids.
     """
-    texts, tokenizer = [], backbone.tokenizer
-    for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt").to(backbone.device)
-        with quiet_transformers():
-            ids = backbone.model.generate(
-                **inputs,
-                max_new_tokens=n_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        new = ids[0, inputs["input_ids"].shape[1] :]
-        texts.append(" ".join(tokenizer.decode(new, skip_special_tokens=True).split()))
-    return texts
+    written, by_length = {}, {}
+    for row in dict.fromkeys(prompts):
+        by_length.setdefault(len(row), []).append(row)
+    for rows in by_length.values():
+        for i in range(0, len(rows), ROWS):
+            batch = torch.tensor(rows[i : i + ROWS], device=backbone.device)
+            with quiet_transformers():
+                made = backbone.model.generate(
+                    batch,
+                    attention_mask=torch.ones_like(batch),
+                    max_new_tokens=n_tokens,
+                    do_sample=False,
+                    pad_token_id=backbone.tokenizer.eos_token_id,
+                )
+            for row, new in zip(rows[i : i + ROWS], made[:, batch.shape[1] :], strict=True):
+                written[row] = tuple(new.tolist())
+    return [written[prompt] for prompt in prompts]
+
+
+def fluency(text: str) -> float:
+    """Return the mean of 2/3 of the entropy of a text's bigrams and 4/3 of that of its trigrams.
+
+    It is in bits, and EasyEdit's ``ngram_entropy`` on words and punctuation marks (Meng et al.
+    2022). Repetition lowers it; it grows with the length of the text.
+    """
+    words = re.findall(r"\w+|[^\w\s]", text)
+    entropies = []
+    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
+        counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        total = sum(counts.values())
+        entropies.append(-weight * sum(c / total * math.log2(c / total) for c in counts.values()))
+    return sum(entropies) / len(entropies)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt, what the model wrote after it before and after the edit, and the answer wanted.
+
+    Attributes:
+        kind: ``edit``, ``rephrase``, ``unrelated`` or ``opening``, which has no answer.
+    """
+
+    kind: str
+    prompt: str
+    before: str
+    after: str
+    answer: str = ""
+
+
+class Writing:
+    """Greedy continuations of a few prompts of each kind, before and after an edit.
+
+    Make it before the edit.
+
+    Args:
+        backbone: the unedited model.
+        records: the records to edit; prompts are taken evenly over them.
+
+    Attributes:
+        before: the fluency of the unedited model, the mean over the prompts.
+    """
+
+    def __init__(self, backbone: Backbone, records: Sequence[EditRecord]):
+        self.backbone = backbone
+        openings = [" ".join(t.split()[:OPENING]) for _, t in shipped_pieces("heldout")]
+        asked = {
+            "edit": [(r.prompt, r.target_new) for r in records],
+            "rephrase": [(p, r.target_new) for r in records for p in r.rephrases[:1]],
+            "unrelated": [(q.prompt, q.answer) for r in records for q in r.unrelated[:1]],
+            "opening": [(opening, "") for opening in openings],
+        }
+        self._asked = [
+            (kind, *pair)
+            for kind, n in N_OF_KIND.items()
+            for pair in asked[kind][:: max(1, len(asked[kind]) // n)][:n]
+        ]
+        self._ids = [tuple(backbone.tokenizer(p)["input_ids"]) for _, p, _ in self._asked]
+        self._before = continuations(backbone, self._ids, LENGTH)
+        self.before = self.fluency(self._before)
+
+    def fluency(self, written: Sequence[tuple[int, ...]]) -> float:
+        """Return the mean fluency of continuations, given as tokens."""
+        texts = self.backbone.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return sum(map(fluency, texts)) / len(texts)
+
+    def measure(self, backbone: Backbone | None = None) -> tuple[float, list[Example]]:
+        """Return the fluency of the model as it is now, or of an edited copy, and the examples."""
+        after = continuations(backbone or self.backbone, self._ids, LENGTH)
+        lines = zip(self._asked, self._before, after, strict=True)
+        examples = [
+            Example(kind, prompt, self._shown(b), self._shown(a), answer)
+            for (kind, prompt, answer), b, a in lines
+        ]
+        return self.fluency(after), examples
+
+    def _shown(self, tokens: tuple[int, ...]) -> str:
+        text = self.backbone.tokenizer.decode(tokens[:SHOWN], skip_special_tokens=True)
+        return " ".join(text.split())

@@ -1,10 +1,14 @@
 """Efficacy, generalization, specificity, locality and portability, in batches.
 
-All are teacher-forced token accuracies, one per record, in percent when averaged: the share of
+They are teacher-forced token accuracies, one per record, in percent when averaged: the share of
 answer tokens that the model predicts when it reads the prompt and the answer before them. They
 equal what EasyEdit computes one record at a time.
+
+Two more say what the model writes. Greedy decoding writes an answer exactly if it predicts every
+token of it, so ``written`` and ``rephrase_written`` are the shares of prompts with no token wrong.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +16,8 @@ import torch
 
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.distributed import gather_answers, local_indices, raise_on_all_ranks
+from horse_plugin.evaluation.drift import Cost, OrdinaryText
+from horse_plugin.evaluation.generation import Example, Writing
 from horse_plugin.model.backbone import Backbone
 
 # figure → the kind of prompts that it is measured on
@@ -21,8 +27,12 @@ MEASURED_ON = {
     "specificity": "unrelated",
     "locality": "unrelated",
     "portability": "portability",
+    "written": "edit",
+    "rephrase_written": "rephrase",
 }
 FIGURES = tuple(MEASURED_ON)
+COST = ("drift", "perplexity")  # nats a token, and a perplexity: the less the better
+ALL_FIGURES = (*FIGURES, *COST, "fluency")
 SCORED = ("efficacy", "generalization", "specificity")  # the paper's three, whose mean is the score
 
 
@@ -50,9 +60,15 @@ class Evaluation:
     Attributes:
         records: for each record, figure → share from 0 to 1, or None where the record has no
             prompt of that kind.
+        cost: what the model is like on ordinary text, if that was measured.
+        fluency: of what it writes, in bits, if that was measured.
+        examples: some of what it writes.
     """
 
     records: list[dict[str, float | None]]
+    cost: Cost | None = None
+    fluency: float | None = None
+    examples: Sequence[Example] = ()
 
     def mean(self, name: str) -> float | None:
         """Return the mean of a figure over the records that have it, in percent."""
@@ -60,12 +76,24 @@ class Evaluation:
         return 100 * sum(shares) / len(shares) if shares else None
 
     def summary(self) -> dict[str, float | None]:
-        """Return the mean of every figure, in percent."""
-        return {name: self.mean(name) for name in FIGURES}
+        """Return the mean of every figure, in percent, then drift, perplexity and fluency."""
+        cost = self.cost.summary() if self.cost else dict.fromkeys(COST)
+        return {n: self.mean(n) for n in FIGURES} | cost | {"fluency": self.fluency}
 
     def score(self) -> float:
         """Return the mean of efficacy, generalization and specificity, in percent."""
         return mean(m for name in SCORED if (m := self.mean(name)) is not None)
+
+    def kept_score(self) -> float:
+        """Return the mean of the three figures, of locality, and of what is left of ordinary text.
+
+        The latter is 100·e^−drift: in the geometric mean, the share of a token's probability that
+        the edit left. A user wants the facts to hold and the model to go on as before, and would
+        not take a point of one for several of the other.
+        """
+        names = (*SCORED, "locality")
+        shares = [m for name in names if (m := self.mean(name)) is not None]
+        return mean(shares + ([100 * math.exp(-self.cost.drift)] if self.cost else []))
 
 
 class Evaluator:
@@ -78,6 +106,8 @@ class Evaluator:
         records: the records to measure on, prepared or anything that
             :func:`horse_plugin.load_records` takes.
         known: predictions of the unedited model that need not be computed again.
+        text: ordinary text to measure, too; None leaves drift and perplexity out.
+        writing: whether to let the model write, too.
 
     Attributes:
         edits: the prepared records.
@@ -88,23 +118,37 @@ class Evaluator:
     """
 
     def __init__(
-        self, backbone: Backbone, records, *, known: dict[Prompt, torch.Tensor] | None = None
+        self,
+        backbone: Backbone,
+        records,
+        *,
+        known: dict[Prompt, torch.Tensor] | None = None,
+        text: OrdinaryText | None = None,
+        writing: bool = False,
     ):
+        self.text = text
         self.backbone, self.edits = backbone, backbone.prepare(records)
         self.edits.check()
         prompts, known = self.edits.flat(), known or {}
         backbone.cache_trunk_states(prompts)
         self._unedited = known | predict(backbone, [p for p in prompts if p not in known])
-        self.before = self._evaluation(self._unedited)
+        self._writing = Writing(backbone, self.edits.records) if writing else None
+        self.before = self._evaluation(self._unedited, text.before if text else None)
+        self.before.fluency = self._writing.before if writing else None
 
     def evaluate(self, backbone: Backbone | None = None) -> Evaluation:
         """Return the figures of the model as it is now, or of an edited copy of it."""
-        return self._evaluation(predict(backbone or self.backbone, self.edits.flat()))
+        predicted = predict(backbone or self.backbone, self.edits.flat())
+        found = self._evaluation(predicted, self.text.measure(backbone) if self.text else None)
+        if self._writing:
+            found.fluency, found.examples = self._writing.measure(backbone)
+        return found
 
-    def _evaluation(self, predicted: dict[Prompt, torch.Tensor]) -> Evaluation:
+    def _evaluation(self, predicted: dict[Prompt, torch.Tensor], cost: Cost | None) -> Evaluation:
         def share(figure: str, prompt: Prompt) -> float:
             right = self._unedited[prompt] if figure == "locality" else torch.tensor(prompt.answer)
-            return (predicted[prompt] == right).double().mean().item()
+            share = (predicted[prompt] == right).double().mean().item()
+            return float(share == 1) if figure in ("written", "rephrase_written") else share
 
         return Evaluation(
             [
@@ -113,7 +157,8 @@ class Evaluator:
                     for figure, kind in MEASURED_ON.items()
                 }
                 for i in range(len(self.edits))
-            ]
+            ],
+            cost,
         )
 
 

@@ -2,9 +2,14 @@
 
 import html
 
-from horse_plugin.evaluation.charts import before_and_after, learning_curves, svg
-from horse_plugin.evaluation.metrics import SCORED
-from horse_plugin.evaluation.tables import Table, figures_of
+from horse_plugin.evaluation.charts import (
+    before_and_after,
+    held_over_drift,
+    learning_curves,
+    svg,
+)
+from horse_plugin.evaluation.metrics import COST, SCORED, mean
+from horse_plugin.evaluation.tables import examples_table, figures_of
 from horse_plugin.storage.files import write
 
 _STYLE = """
@@ -35,7 +40,7 @@ def write_report(path, rows: list[dict], history: list[dict], examples):
         path: of the HTML file.
         rows: rows of ``results.json``.
         history: the trainer's, a dict per step with losses, some with ``validation``.
-        examples: (prompt, before, after, target) texts.
+        examples: what the model writes before and after the edit.
     """
     first = rows[0]
     body = f"""
@@ -43,18 +48,29 @@ def write_report(path, rows: list[dict], history: list[dict], examples):
 <p>Model {_text(first["model"])}, data {_text(first["dataset"])}, seed {first["seed"]}.
 Every figure is the share of answer tokens predicted right, in percent, averaged over the edits:
 efficacy on the edited prompts, generalization on their rephrasings, specificity on unrelated
-prompts. Locality is the share of tokens on unrelated prompts that the edit left as they were.</p>
-{figures_of(rows, (*SCORED, "locality")).html()}
+prompts. Locality is the share of tokens on unrelated prompts that the edit left as they were,
+written the share of edits whose answer the model writes. Drift is how far the predictions on
+held-out ordinary text moved, in nats a token; perplexity is on the same text. Fluency falls when
+the model repeats itself.</p>
+{figures_of(rows, (*SCORED, "locality", "written", *COST, "fluency")).html()}
 <h2>Before and after</h2>{picture(svg(before_and_after(rows)))}
+<h2>Facts held, and what it cost</h2>{picture(svg(held_over_drift(_points(rows))))}
 <h2>Learning curve</h2>
 <p class="note">Left: mean loss per answer token of the edited model at each training step. Right:
 the same three figures when the validation facts are edited.</p>
 {picture(svg(learning_curves(history)))}
 <h2>What the model writes</h2>
-{Table(["prompt", "before", "after", "asked for"], examples, is_text=True).html()}
+{examples_table(examples).html()}
 <p class="note">Versions: {_text(", ".join(f"{k} {v}" for k, v in first["versions"].items()))}.</p>
 """
     write(path, page("HORSE report", body))
+
+
+def _points(rows: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
+    edited = [r for r in rows if r["method"] != "unedited"]
+    held = [mean(r[f] for f in ("efficacy", "generalization") if r[f] is not None) for r in edited]
+    points = {r["method"]: (h, r["drift"]) for r, h in zip(edited, held, strict=True)}
+    return {rows[0]["dataset"]: points}
 
 
 def page(title: str, body: str) -> str:

@@ -15,7 +15,9 @@ from horse_plugin.storage.files import write
 
 
 def row(method: str, dataset: str, hparams, evaluation: Evaluation, edit_seconds=None) -> dict:
-    """Return one object of ``results.json``; figures are in percent, or None where none applies.
+    """Return one object of ``results.json``; figures are in percent, drift in nats a token.
+
+    A figure that does not apply is None.
 
     Args:
         method: a name such as ``HORSE`` or ``unedited``.

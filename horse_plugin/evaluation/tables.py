@@ -119,16 +119,41 @@ class Table:
         )
 
 
+DIGITS = {"drift": 3, "fluency": 2}  # of the figures that are not shown with one
+
+
+def figure(name: str, value: float | None) -> str:
+    """Return a figure of that name as all tables print it."""
+    return number(value, DIGITS.get(name, 1))
+
+
 def figures_of(rows: list[dict], figures: Sequence[str]) -> Table:
-    """Return the figures of rows of ``results.json``, those that any row has, in percent."""
-    shown = [f for f in figures if any(r[f] is not None for r in rows)]
+    """Return the figures of rows of ``results.json``, those that any row has."""
+    shown = [f for f in figures if any(r.get(f) is not None for r in rows)]
     lines = [
         [
             r["method"],
             f"{r['n_edits']:,}",
-            *(number(r[f]) for f in shown),
+            *(figure(f, r.get(f)) for f in shown),
             "" if r["edit_seconds"] is None else number(r["edit_seconds"]),
         ]
         for r in rows
     ]
-    return Table(["method", "edits", *shown, "seconds"], lines, f"{rows[0]['dataset']}, percent")
+    names = [f.replace("_", " ") for f in shown]
+    caption = f"{rows[0]['dataset']}, percent"
+    if "drift" in shown:
+        caption += "; drift in nats a token and perplexity, both on held-out text"
+    if "fluency" in shown:
+        caption += "; fluency in bits"
+    return Table(["method", "edits", *names, "seconds"], lines, caption)
+
+
+def examples_table(examples) -> Table:
+    """Return what the model writes before and after an edit.
+
+    Args:
+        examples: :class:`horse_plugin.evaluation.generation.Example` objects.
+    """
+    lines = [(e.kind, e.prompt, e.before, e.after, e.answer) for e in examples]
+    names = ["", "prompt", "before", "after", "answer"]
+    return Table(names, lines, "What the model writes", is_text=True)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.prompts import KINDS, Batch, PreparedEdits, Prompt, batches, prepare
 from horse_plugin.distributed import local_indices
+from horse_plugin.errors import UsageError
 from horse_plugin.model.fingerprint import fingerprint
 from horse_plugin.model.loading import load_model
 from horse_plugin.model.modules import (
@@ -56,6 +57,7 @@ class Backbone:
         trunk_cache_gb, trunk_disk_gb, trunk_dir: room for trunk states, see
             :class:`horse_plugin.model.trunk_cache.TrunkCache`.
         progress: whether to show a bar while prompts run through the model.
+        token: where edits read keys, see :func:`horse_plugin.data.prompts.prepare`.
 
     Attributes:
         modules: name → edit module, from the lowest block to the highest.
@@ -84,7 +86,9 @@ class Backbone:
         trunk_disk_gb: float = 0.0,
         trunk_dir=None,
         progress: bool = False,
+        token: str = "ans",
     ):
+        self.token = token
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.batch_tokens, self._max_length = batch_tokens, max_length
         self.progress = progress
@@ -109,9 +113,8 @@ class Backbone:
     @classmethod
     def of(cls, model, tokenizer, hparams, progress: bool = False) -> "Backbone":
         """Return the backbone of a loaded model, with the settings of the hparams."""
-        names = (
-            "inner_params batch_tokens max_length trunk_cache_gb trunk_disk_gb trunk_dir".split()
-        )
+        names = """inner_params batch_tokens max_length trunk_cache_gb trunk_disk_gb trunk_dir
+            token""".split()
         settings = {name: getattr(hparams, name) for name in names}
         return cls(model, tokenizer, **settings, progress=progress)
 
@@ -139,7 +142,7 @@ class Backbone:
         """
         if isinstance(records, PreparedEdits):
             return records
-        return prepare(self.tokenizer, load_records(records), self.max_length, kinds)
+        return prepare(self.tokenizer, load_records(records), self.max_length, kinds, self.token)
 
     def batches(
         self, prompts: Sequence[Prompt], task: str, progress: bool | None = None
@@ -275,6 +278,36 @@ class Backbone:
                 stack.enter_context(self.unfused_attention())
             return self._forward(batch.ids).logits
 
+    @torch.no_grad()
+    def head_inputs(self, batch: Batch) -> torch.Tensor:
+        """Return what goes into the head at the answer positions, n×d: small enough to keep."""
+
+        def leave(head, args):  # runs before the hook of ``top`` that selects the positions
+            x = args[0]
+            raise _StopForward(x[batch.rows.to(x.device), batch.cols.to(x.device)])
+
+        hook = self.head.register_forward_pre_hook(leave)
+        try:
+            self.top(batch, self.trunk(batch))
+        except _StopForward as stopped:
+            return stopped.value
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def read_out(self, batch: Batch, head_inputs: torch.Tensor) -> torch.Tensor:
+        """Return the logits that :meth:`head_inputs` led to, n×vocabulary.
+
+        It is the model's own forward pass with all blocks skipped, since some models scale or cap
+        their logits after the head.
+        """
+        with contextlib.ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(_skipped(block, self._blocks_return_tuples))
+            hook = self.head.register_forward_pre_hook(lambda head, args: (head_inputs,))
+            stack.callback(hook.remove)
+            return self._forward(batch.ids).logits
+
     def unfused_attention(self) -> contextlib.AbstractContextManager:
         """On a CPU, run attention unfused inside a ``with``.
 
@@ -284,14 +317,22 @@ class Backbone:
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()
 
-    def answer_positions(self, name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows and columns of the n answer positions in an edit module's input in ``top``.
+    def key_positions(self, name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows and columns of the n positions of keys in an edit module's input in ``top``.
 
         The last block's MLP gets the answer positions only, as one row.
+
+        Raises:
+            UsageError: keys are to be read elsewhere in the last block, which no answer feels.
         """
-        if self.last_mlp and name.startswith(f"{self.last_mlp}."):
-            return torch.zeros_like(batch.rows), torch.arange(len(batch.rows)).to(batch.rows)
-        return batch.rows, batch.cols
+        if not (self.last_mlp and name.startswith(f"{self.last_mlp}.")):
+            return batch.key_rows, batch.key_cols
+        if any(p.subject is not None for p in batch.prompts):
+            raise UsageError(
+                f"{name}: in the last block, where no answer reads the subject's token. With "
+                "token: subject, inner_params names modules of lower blocks."
+            )
+        return torch.zeros_like(batch.rows), torch.arange(len(batch.rows)).to(batch.rows)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
     """
     start = time.perf_counter()
     local = distributed.local_indices(prompts)
-    sizes = torch.tensor([len(prompts[i].answer) for i in local], dtype=torch.long)
+    sizes = torch.tensor([len(prompts[i].keys_at) for i in local], dtype=torch.long)
     prompt_of_row = torch.tensor(local, dtype=torch.long).repeat_interleave(sizes)
     first_rows = sizes.cumsum(0) - sizes
     where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
@@ -65,7 +65,7 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
             rows = rows.to(backbone.edit_device)
             hooks = [
                 module.register_forward_hook(
-                    captured[name].hook(backbone.answer_positions(name, batch), rows)
+                    captured[name].hook(backbone.key_positions(name, batch), rows)
                 )
                 for name, module in backbone.modules.items()
             ]

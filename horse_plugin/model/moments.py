@@ -66,7 +66,7 @@ def second_moments(
 
     def add_keys(name: str, batch):
         def hook(module, args):
-            rows, cols = (p.to(args[0].device) for p in backbone.answer_positions(name, batch))
+            rows, cols = (p.to(args[0].device) for p in backbone.key_positions(name, batch))
             keys = args[0][rows, cols].to(sums[name])
             sums[name].addmm_(keys.T, keys)
             if name == highest:

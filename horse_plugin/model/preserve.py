@@ -66,6 +66,8 @@ class Preserve:
         n = hparams.preserve_tokens
         text = ordinary_text(backbone, hparams.preserve, n, hparams.seed)
         order = torch.Generator().manual_seed(hparams.seed)
+        if hparams.token == "subject":  # of other facts the subject counts, too
+            unrelated = [Prompt(p.ids, 1) for p in unrelated]
         unrelated = list(dict.fromkeys(unrelated))
         shuffled = [unrelated[i] for i in torch.randperm(len(unrelated), generator=order)]
         mix, rho = hparams.preserve_mix, hparams.preserve_rho

@@ -33,7 +33,7 @@ MAY_CHANGE = frozenset(
 )
 
 # What runs of 0.1 did, under the names of today's keys.
-OF_0_1 = {"preserve": "none", "keep_coef": 0.0}
+OF_0_1 = {"preserve": "none", "keep_coef": 0.0, "val_score": "paper"}
 
 
 def tensors_of(network: HyperNetwork, optimizer) -> dict[str, torch.Tensor]:

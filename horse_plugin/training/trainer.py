@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.distributed import is_main_process, sum_over_ranks
@@ -24,6 +25,7 @@ from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.solve import Roots, calibrate, new_network
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
+from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.metrics import Evaluator, mean
 from horse_plugin.evaluation.results import versions
 from horse_plugin.hparams import HORSEHyperParams
@@ -234,7 +236,11 @@ class HORSETrainer:
         hp = self.hparams
         n = min(hp.val_edits or hp.edits_per_step, len(self.val_records))
         records = self.val_records[: hp.val_records or n]
-        return [Evaluator(self.backbone, records[i : i + n]) for i in range(0, len(records), n)]
+        text = OrdinaryText(self.backbone, shipped_pieces("choose"))
+        return [
+            Evaluator(self.backbone, records[i : i + n], text=text)
+            for i in range(0, len(records), n)
+        ]
 
     def _validate(self, evaluators: list[Evaluator]):
         """Edit the validation records with the network as it is; keep it if it is the best."""
@@ -248,8 +254,9 @@ class HORSETrainer:
                 evaluation = evaluator.evaluate()
             finally:
                 editor.undo()
-            figures.append(evaluation.summary())
-            scores.append(evaluation.score())
+            figures.append(evaluation.summary() | {"mean": evaluation.score()})
+            by = {"kept": evaluation.kept_score, "paper": evaluation.score}
+            scores.append(by[self.hparams.val_score]())
         means = {name: mean(f[name] for f in figures if f[name] is not None) for name in figures[0]}
         score = mean(scores)
         self.history[-1]["validation"] = means | {"score": score}

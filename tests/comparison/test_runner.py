@@ -237,7 +237,7 @@ def test_malmen_is_trained_on_as_many_records_in_as_many_steps_as_horse_is():
     )
     differing = {key for key in ours if ours[key] != theirs[key]}
     methods_own = {"alg_name", "spread", "spread_strength", "ridge", "edit_ridge"}
-    methods_own |= {"preserve"}
+    methods_own |= {"preserve", "val_score"}
     losses_own = {"loc_loss", "loc_coef", "edit_coef", "gen_coef", "keep_coef", "meta_lr"}
     assert differing == methods_own | losses_own
 

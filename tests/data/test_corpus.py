@@ -3,7 +3,7 @@
 import pytest
 
 from horse_plugin import UsageError
-from horse_plugin.data.corpus import read_corpus, shipped_texts, texts_of
+from horse_plugin.data.corpus import read_corpus, shipped_pieces, texts_of
 from tests import tiny
 
 
@@ -21,7 +21,10 @@ def test_a_corpus_is_any_text(tmp_path):
 
 
 def test_shipped_text_begins_with_all_kinds_and_is_not_the_held_out_one():
-    kept, heldout = shipped_texts(), shipped_texts(heldout=True)
-    assert not set(kept) & set(heldout)
+    parts = {part: dict(shipped_pieces(part)) for part in ("preserve", "choose", "heldout")}
+    assert all(len(kinds) == 5 for kinds in parts.values())
+    texts = [t for part in parts for _, t in shipped_pieces(part)]
+    assert len(texts) == len(set(texts))
+    kept = [t for _, t in shipped_pieces("preserve")]
     assert texts_of("shipped", 5) == kept[:5]
     assert any("return" in t for t in kept[:5]) and any(ord(max(t)) > 0x400 for t in kept[:15])

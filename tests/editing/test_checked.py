@@ -1,6 +1,5 @@
 """What is said before and after an edit: conflicts, how far the weights moved, perplexity."""
 
-import math
 import warnings
 
 import pytest
@@ -10,7 +9,7 @@ from horse_plugin import EditRecord, HorseEditor, UsageError
 from horse_plugin.data.prompts import prepare
 from horse_plugin.editing.checked import checked_edit
 from horse_plugin.editing.conflicts import Conflicts, find_conflicts
-from horse_plugin.evaluation.drift import perplexity
+from horse_plugin.evaluation.drift import OrdinaryText
 from tests import tiny
 
 
@@ -79,16 +78,6 @@ def test_edits_on_top_of_others_are_compared_with_them(editor):
         checked_edit(editor, TROUBLE[1:2], "facts", strict=True)
 
 
-def test_perplexity_is_the_models_own(editor):
-    text = tiny.words(0, 40)
-    ids = torch.tensor([editor.backbone.tokenizer(text)["input_ids"]])
-    assert ids.shape[1] <= 128  # one piece
-    loss = editor.backbone.model(input_ids=ids, labels=ids).loss.item()
-    assert perplexity(editor.backbone, text) == pytest.approx(math.exp(loss), rel=1e-5)
-    with pytest.raises(UsageError, match="less than two tokens"):
-        perplexity(editor.backbone, "")
-
-
 def test_a_rise_of_perplexity_is_warned_of_and_figures_stay_with_the_edit(editor, tmp_path):
     heldout = tmp_path / "text.txt"
     heldout.write_text(tiny.words(0, 60))
@@ -97,8 +86,13 @@ def test_a_rise_of_perplexity_is_warned_of_and_figures_stay_with_the_edit(editor
     figures = delta.about["figures"]
     assert figures["before"]["efficacy"] == rows[0]["efficacy"]
     assert figures["after"]["efficacy"] == rows[1]["efficacy"]
-    now = perplexity(editor.backbone, heldout.read_text())
+    assert figures["before"]["drift"] == 0 < figures["after"]["drift"]
+    now = OrdinaryText(editor.backbone, [("text", heldout.read_text())]).before.perplexity
     assert figures["after"]["perplexity"] == pytest.approx(now)
+    assert rows[1]["perplexity"] == figures["after"]["perplexity"]
+    examples = figures["examples"]
+    kinds = ["edit"] * 4 + ["rephrase"] * 2 + ["unrelated"] * 2 + ["opening"] * 2
+    assert [e["kind"] for e in examples] == kinds
     editor.undo()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

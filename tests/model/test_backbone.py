@@ -1,5 +1,7 @@
 """The model cut in two equals the model, for every architecture; edits come off bit for bit."""
 
+from dataclasses import replace
+
 import accelerate
 import pytest
 import torch
@@ -11,6 +13,8 @@ from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
 from horse_plugin.model.loading import resolve_device
 from tests import tiny
+
+MIDDLE = [f"model.layers.{i}.mlp.down_proj" for i in (3, 4)]
 
 
 def prompts(n=7, seed=0):
@@ -215,3 +219,33 @@ def test_a_device_that_is_not_there_is_named(device):
     else:
         with pytest.raises(UsageError, match="device: "):
             resolve_device(device)
+
+
+def test_keys_are_read_where_the_subject_ends():
+    """With ``token: subject`` one key a fact, at the last token of its subject."""
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
+    records = [replace(r, subject=" ".join(r.prompt.split()[3:-1])) for r in tiny.records()]
+    prompts = backbone.prepare(records, ["edit"]).flat()
+    captured = capture(backbone, prompts)
+    name = MIDDLE[0]
+    for i, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
+        before = backbone.tokenizer(f"the capital of {record.subject}")["input_ids"]
+        keys = []
+        hook = backbone.modules[name].register_forward_pre_hook(
+            lambda module, args, keys=keys: keys.append(args[0][0])
+        )
+        backbone.model(torch.tensor([prompt.inputs]))
+        hook.remove()
+        torch.testing.assert_close(captured.keys[0][i], keys[0][len(before) - 1].detach())
+    assert len(captured.keys[0]) == len(records)
+    HorseEditor.from_backbone(backbone, tiny.hparams(token="subject")).edit(records)
+
+
+def test_a_subject_is_needed_and_must_be_read_below_the_last_block():
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
+    with pytest.raises(UsageError, match=r"record 0: .*holds no subject"):
+        backbone.prepare(tiny.records(), ["edit"]).check()
+    last = Backbone(tiny.model(), tiny.bpe_tokenizer(), token="subject")
+    records = [replace(r, subject="capital") for r in tiny.records()]
+    with pytest.raises(UsageError, match="in the last block"):
+        capture(last, last.prepare(records, ["edit"]).flat())
