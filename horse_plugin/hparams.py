@@ -101,7 +101,7 @@ class HORSEHyperParams:
     coefficient: str = (
         "token"  # c_i (Eq. 4); for ablation edit_only: not in Eq. 7, none: c_i = -eta
     )
-    spread: str | None = None  # orthogonal (Eq. 6), gram_schmidt, uniform (MALMEN), decay (Eq. 5)
+    spread: str | None = None  # orthogonal (Eq. 6), gram_schmidt, released, uniform, decay (Eq. 5)
     spread_strength: float = 1.0  # 1: Eq. 6 as printed, 0: no projection
     token: str = "ans"  # where keys and gradients are read: at the answer tokens, or at the last
     # token of the subject (subject), in blocks that inner_params names

@@ -49,6 +49,18 @@ def gram_schmidt(residuals: Tensors, keys: Tensors, grads: Tensors, strength) ->
     return projected
 
 
+@spread_rule("released")
+def released(residuals: Tensors, keys: Tensors, grads: Tensors, strength) -> Tensors:
+    """The projection of the authors' released code, which differs from Eq. 6.
+
+    It takes the component along the raw gradient ∇G_{l−1} of the nearest layer below out of R_l.
+    """
+    return [
+        project_out(r, below[-1], strength) if (below := _of_same_width(grads[:l], r)) else r
+        for l, r in enumerate(residuals)
+    ]
+
+
 @spread_rule("uniform")
 def uniform(residuals: Tensors, keys: Tensors, grads: Tensors, strength) -> Tensors:
     """R'_l = R_l, as in MALMEN."""

@@ -10,6 +10,7 @@ from horse_plugin import HorseError, HORSEHyperParams, UsageError
 from horse_plugin.comparison import experiments, methods, runner
 from horse_plugin.comparison.experiments import ablate
 from horse_plugin.comparison.methods import ABLATIONS, METHODS, Engine
+from horse_plugin.method.spread import SPREADS
 from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.task import Edited, Task
@@ -26,6 +27,7 @@ def yamls(tmp_path_factory):
     tiny.bpe_tokenizer().save_pretrained(model)
     settings = {"model_name": str(model), "dtype": "fp32", "device": "cpu", "rank": 4}
     settings |= {"edits_per_step": 6, "max_epochs": 2, "val_interval": 2}
+    settings |= {"preserve_tokens": 256, "stats_dir": str(path / "stats")}
     for name in ("HORSE", "MALMEN"):
         (path / name).mkdir()
         (path / name / "tiny.yaml").write_text(json.dumps(settings | {"alg_name": name}))
@@ -222,11 +224,18 @@ def test_ablations_each_change_what_they_say(yamls, tmp_path):
     assert [r["method"] for r in rows] == ["unedited", *ABLATIONS]
     assert not [r["reason"] for r in rows if r.get("reason")]
 
-    networks = [read_network(f)[0] for f in (tmp_path / "archives").iterdir()]
-    assert len(networks) == 8  # all but the untrained one
+    found = [read_network(f) for f in (tmp_path / "archives").iterdir()]
+    networks = [network for network, *_ in found]
+    # Not the untrained one, nor the two whose change is what the tiny YAML says anyway.
+    assert len(networks) == len(ABLATIONS) - 3
+    preserved = [preserve for _, preserve, _ in found]
+    assert sum(p is None for p in preserved) == 1  # the paper as printed
+    assert sum(p.rho == 1 for p in preserved if p) == 1
+    assert sum(not p.unrelated for p in preserved if p) == 1
+    assert sum(about["hparams"]["keep_coef"] == 0 for *_, about in found) == 3
     assert sum(n.lamda.abs().max().item() == 0 for n in networks) == 1  # λ fixed
     assert sorted(n.coefficient for n in networks)[:2] == ["edit_only", "none"]
-    assert {n.spread for n in networks} == {"orthogonal", "uniform", "gram_schmidt", "decay"}
+    assert {n.spread for n in networks} == set(SPREADS)
 
 
 def test_malmen_is_trained_on_as_many_records_in_as_many_steps_as_horse_is():

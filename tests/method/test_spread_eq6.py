@@ -9,6 +9,16 @@ from tests import oracle
 from tests.numbers import arrays, close
 
 
+def test_the_released_projection_leaves_nothing_along_the_raw_gradient_below():
+    rs, grads = ([torch.tensor(a) for a in arrays(seed, *[(5, 3)] * 4)] for seed in (0, 1))
+    got = SPREADS["released"](rs, [], grads, 1.0)
+    assert torch.equal(got[0], rs[0])
+    for r, raw, below in zip(got[1:], rs[1:], grads, strict=False):
+        close((r * below).sum(), 0.0)
+        share = (raw * below).sum() / (below * below).sum()
+        close(raw - r, share * below)
+
+
 @given(n=st.integers(2, 9), strength=st.floats(0, 1.5), seed=st.integers(0, 2**16))
 @settings(deadline=None)
 def test_spread_strength_scales_the_projection(n, strength, seed):

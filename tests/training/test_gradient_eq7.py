@@ -70,7 +70,7 @@ def case(architecture, **changes):
 
 
 @pytest.mark.parametrize("loc_loss", ["ce", "kl"])
-@pytest.mark.parametrize("spread", ["orthogonal", "gram_schmidt", "uniform", "decay"])
+@pytest.mark.parametrize("spread", ["orthogonal", "gram_schmidt", "released", "uniform", "decay"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_training_gradient_is_the_gradient(architecture, spread, loc_loss):
     hparams, backbone, network, captured, prompts = case(
