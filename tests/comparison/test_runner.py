@@ -10,11 +10,11 @@ from horse_plugin import HorseError, HORSEHyperParams, UsageError
 from horse_plugin.comparison import experiments, methods, runner
 from horse_plugin.comparison.experiments import ablate
 from horse_plugin.comparison.methods import ABLATIONS, METHODS, Engine
-from horse_plugin.method.spread import SPREADS
 from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.editing.archive import read_network
+from horse_plugin.method.spread import SPREADS
 from tests import ROOT, tiny
 
 

@@ -20,7 +20,7 @@ def test_a_corpus_is_any_text(tmp_path):
         read_corpus(tmp_path / "c.txt", 9)
 
 
-def test_shipped_text_begins_with_all_kinds_and_is_not_the_held_out_one():
+def test_shipped_text_begins_with_all_kinds_and_is_not_the_held_out_one(shipped_text):
     parts = {part: dict(shipped_pieces(part)) for part in ("preserve", "choose", "heldout")}
     assert all(len(kinds) == 5 for kinds in parts.values())
     texts = [t for part in parts for _, t in shipped_pieces(part)]
