@@ -5,7 +5,7 @@ residuals (Eq. 4) and their spread (Eq. 6), the closed form (Eq. 2). Every pass 
 forward with logits at every position, over batches of 32 in the order of the facts; the keys and
 gradients of each batch go through a file; ΔW is a d×d LU solve, added and subtracted in place.
 Tokens and the hypernetwork are ours, so that both do the same work. Edit modules must be
-``nn.Linear``.
+``nn.Linear``. The metric of Eq. 2 is the paper's, C̄ = I, as with ``preserve: none``.
 """
 
 import tempfile

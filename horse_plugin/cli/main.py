@@ -109,7 +109,8 @@ def train(
     best = trainer.best
     console.print(
         f"Best at step {best['step']}: efficacy {number(best['efficacy'])}, generalization "
-        f"{number(best['generalization'])}, specificity {number(best['specificity'])}."
+        f"{number(best['generalization'])}, specificity {number(best['specificity'])}, locality "
+        f"{number(best['locality'])}, drift {number(best['drift'], 3)} nats a token."
     )
     console.print(f"Archive: {folder}", soft_wrap=True)
 
