@@ -238,17 +238,18 @@ def test_ablations_each_change_what_they_say(yamls, tmp_path):
     assert {n.spread for n in networks} == set(SPREADS)
 
 
-def test_malmen_is_trained_on_as_many_records_in_as_many_steps_as_horse_is():
+def test_malmen_is_trained_on_as_many_records_in_no_fewer_steps_than_horse():
     folder = ROOT / "hparams"
     ours, theirs = (
         HORSEHyperParams.from_hparams(folder / method / "llama-smollm2-135m.yaml").to_dict()
         for method in ("HORSE", "MALMEN")
     )
     differing = {key for key in ours if ours[key] != theirs[key]}
-    methods_own = {"alg_name", "spread", "spread_strength", "ridge", "edit_ridge"}
-    methods_own |= {"preserve", "val_score"}
-    losses_own = {"loc_loss", "loc_coef", "edit_coef", "gen_coef", "keep_coef", "meta_lr"}
-    assert differing == methods_own | losses_own
+    methods_own = {"alg_name", "spread", "spread_strength", "ridge"}
+    methods_own |= {"preserve", "preserve_mix", "val_score"}
+    losses_own = {"loc_coef", "edit_coef", "gen_coef", "keep_coef", "meta_lr"}
+    assert differing == methods_own | losses_own | {"max_iters", "val_interval"}
+    assert theirs["max_iters"] >= ours["max_iters"]
 
 
 def test_rows_and_archives_of_0_1_stay_held():
