@@ -32,7 +32,7 @@ class Outcome:
 def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS) -> Outcome:
     """Train on the shipped facts, and edit ``n_edits`` others at once.
 
-    It leaves ``archive/``, ``edit/``, ``results.json`` and ``report.html`` in the folder ``out``.
+    It leaves ``archive/``, ``edit/``, ``stats/``, ``results.json`` and ``report.html`` in ``out``.
 
     Args:
         hparams: the settings; None is the default model's.
@@ -40,7 +40,7 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     from horse_plugin.evaluation.report import write_report  # loads matplotlib
 
     out = Path(out)
-    hparams = replace(hparams or default_hparams(), archive=None)
+    hparams = replace(hparams or default_hparams(), archive=None, stats_dir=str(out / "stats"))
     check_writable(out)
     backbone = Backbone.load(hparams)
     edits = backbone.prepare(load_records(FACTS / "edit.json", n_edits))

@@ -79,7 +79,7 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert [r["method"] for r in outcome.rows] == ["unedited", "HORSE, untrained", "HORSE, trained"]
     assert len(outcome.examples) == 10
     made = sorted(p.name for p in (tmp_path / "demo").iterdir())
-    assert made == ["archive", "edit", "report.html", "results.json"]
+    assert made == ["archive", "edit", "report.html", "results.json", "stats"]
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert not re.search(r'(src|href)="http', page)  # nothing is fetched
