@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch._dynamo  # which every optimiser loads, slowly, on its first step
@@ -38,7 +40,9 @@ def start(work, *args) -> multiprocessing.Process:
 def _quietly(work, *args):
     sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
-    work(*args)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.shorten_text(Path(folder))  # as in the tests' own process
+        work(*args)
 
 
 def train(out, die_at: int | None = None, seconds: float | None = None, resume=False):

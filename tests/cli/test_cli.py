@@ -116,6 +116,8 @@ def test_compare_and_ablate_write_tables_and_go_on_where_they_stopped(folder, ho
     assert files == [
         "archives",
         "edits-model-val.svg",
+        "held-model-2.svg",
+        "held-model-4.svg",
         "report.html",
         "results.csv",
         "results.json",
