@@ -221,7 +221,7 @@ class HORSEHyperParams:
                 raise UsageError(f"unknown key {key!r}.{hint}")
         if "model_name" not in keys:
             raise UsageError("model_name is missing: name a model folder or hub id.")
-        if keys.get("token") == "mask":  # MALMEN's files; HORSE edits at the answer tokens only
+        if keys.get("token") == "mask":  # MALMEN's files; HORSE has no such token
             del keys["token"]
         return cls(**keys)
 

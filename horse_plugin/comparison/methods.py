@@ -22,7 +22,7 @@ from horse_plugin.storage.files import write
 from horse_plugin.training.checkpoint import CHECKPOINT
 from horse_plugin.training.trainer import HORSETrainer
 
-# Rows and archives that were measured under the older names of keys stay held.
+# Settings are digested under the names of 0.1, where a key has one.
 OLDER = {new: old for old, new in ALIASES.items() if old != "alg"}
 OF_BACKBONE = ("inner_params", "batch_tokens", "max_length")
 
@@ -62,6 +62,7 @@ class Engine:
 
     def settings(self, task: Task) -> dict:
         about = {OLDER.get(k, k): v for k, v in self.hparams(task).to_dict().items()}
+        del about["stats_dir"]  # where statistics are kept changes no figure
         about["trained"] = self.archive or self.trained
         if self.trained:
             about |= {"train": records_digest(task.train), "val": records_digest(task.val)}

@@ -58,7 +58,8 @@ def apply_horse_to_model(
 
 
 def _prompts_and_targets(requests) -> list[dict]:
-    return [{key: r.get(key) for key in ("prompt", "target_new")} for r in requests]
+    keys = ("prompt", "target_new", "subject")
+    return [{key: r[key] for key in keys if r.get(key) is not None} for r in requests]
 
 
 def weights_before(editor: HorseEditor) -> dict[str, torch.Tensor]:
@@ -129,5 +130,6 @@ def apply_on_top(base, model, tok, requests, hparams, **kwargs):
 
 def _backbone(model, tok, hparams: HORSEHyperParams) -> Backbone:
     """Return a backbone without room for trunk states: EasyEdit makes one for every edit."""
-    limits = {"batch_tokens": hparams.batch_tokens, "max_length": hparams.max_length}
+    names = ("batch_tokens", "max_length", "token")
+    limits = {name: getattr(hparams, name) for name in names}
     return Backbone(model, tok, hparams.inner_params, **limits)

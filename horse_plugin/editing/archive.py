@@ -61,7 +61,12 @@ def as_trained(hparams: HORSEHyperParams, about: dict) -> HORSEHyperParams:
 
     Args:
         about: the archive's description; before 0.2 nothing was preserved.
+
+    Raises:
+        UsageError: it was trained on keys at other tokens.
     """
+    if (token := about["hparams"].get("token", "ans")) != hparams.token:
+        raise UsageError(f"archive: trained with token: {token}, but token is {hparams.token}.")
     return replace(hparams, preserve=about["hparams"].get("preserve", "none"))
 
 

@@ -109,6 +109,7 @@ class HorseEditor:
         metric = preserve, *(getattr(hparams, name) for name in settings)
         if roots is None and metric == self._metric:
             roots = self._roots
+        self.__dict__.pop("_choosing_text", None)  # it reads through the backbone
         self.backbone, self.hparams, self.network = backbone, hparams, network
         self._metric, self._preserve, self._roots = metric, preserve, roots
 

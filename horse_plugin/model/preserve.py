@@ -124,7 +124,10 @@ class Preserve:
         text = moments_of(backbone, self.text, folder)
         unrelated = moments_of(backbone, self.unrelated, folder) if self.unrelated else None
         roots = []
-        for name, (total, count) in text.items():  # one at a time: each takes 8d² bytes meanwhile
+        for name, (
+            total,
+            count,
+        ) in text.items():  # one at a time: each takes several float64 d×d matrices
             moment = (total / count).to(backbone.edit_device)
             if unrelated:
                 total, count = unrelated[name]
