@@ -119,8 +119,8 @@ def prepare(
         try:
             groups = [tuple(tokenize(tokenizer, KINDS[k](record), max_length)) for k in kinds]
             if token == "subject" and "edit" in kinds:
-                i = list(kinds).index("edit")
-                groups[i] = tuple(_at_subject(tokenizer, p, record) for p in groups[i])
+                at = list(kinds).index("edit")
+                groups[at] = tuple(_at_subject(tokenizer, p, record) for p in groups[at])
         except UsageError as error:
             prepared.errors[i], groups = error, [()] * len(kinds)
         for kind, group in zip(kinds, groups, strict=True):
@@ -141,9 +141,7 @@ def _at_subject(tokenizer, prompt: Prompt, record: EditRecord) -> Prompt:
             f"prompt {record.prompt!r}: holds no subject {subject!r}, where token: subject reads."
         )
     ids = _without_eos(tokenizer(text[:end])["input_ids"], tokenizer)
-    bos = tokenizer.bos_token_id
-    extra = 1 if bos is not None and list(ids[:2]) == [bos, bos] else 0
-    index = len(ids) - extra - 1 - prompt.n_cut
+    index = len(ids) - _n_extra_bos(ids, tokenizer) - 1 - prompt.n_cut
     if index < 0:
         raise UsageError(f"prompt {record.prompt!r}: too long, its subject was cut off.")
     return replace(prompt, subject=min(index, prompt.start - 1))
@@ -182,8 +180,7 @@ def _tokenize_whole(tokenizer, query: Query) -> Prompt:
         n_prompt = len(_without_eos(tokenizer(prompt)["input_ids"], tokenizer))
         ends = [0] * n_prompt + [len(text)] * (len(ids) - n_prompt)
     ids = _without_eos(ids, tokenizer)
-    bos = tokenizer.bos_token_id
-    extra = 1 if bos is not None and list(ids[:2]) == [bos, bos] else 0
+    extra = _n_extra_bos(ids, tokenizer)
     ids, ends = ids[extra:], ends[extra : len(ids)]
     start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
     if start >= len(ids) or not query.answer.strip():
@@ -191,6 +188,12 @@ def _tokenize_whole(tokenizer, query: Query) -> Prompt:
     if start == 0:
         raise UsageError(f"prompt {query.prompt!r}: the tokenizer has no tokens for it.")
     return Prompt(tuple(ids), start)
+
+
+def _n_extra_bos(ids: Sequence[int], tokenizer) -> int:
+    """Return 1 if the text brought a BOS token of its own beside the tokenizer's, else 0."""
+    bos = tokenizer.bos_token_id
+    return int(bos is not None and list(ids[:2]) == [bos, bos])
 
 
 def _without_eos(ids: Sequence[int], tokenizer) -> Sequence[int]:

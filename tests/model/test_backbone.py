@@ -245,6 +245,9 @@ def test_a_subject_is_needed_and_must_be_read_below_the_last_block():
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
     with pytest.raises(UsageError, match=r"record 0: .*holds no subject"):
         backbone.prepare(tiny.records(), ["edit"]).check()
+    mixed = [replace(tiny.records()[0], subject="capital"), tiny.records()[1]]
+    with pytest.raises(UsageError, match=r"record 1: .*holds no subject"):
+        backbone.prepare(mixed).check()
     last = Backbone(tiny.model(), tiny.bpe_tokenizer(), token="subject")
     records = [replace(r, subject="capital") for r in tiny.records()]
     with pytest.raises(UsageError, match="in the last block"):
