@@ -24,7 +24,7 @@ from horse_plugin.training.trainer import HORSETrainer
 
 # Settings are digested under the names of 0.1, where a key has one.
 OLDER = {new: old for old, new in ALIASES.items() if old != "alg"}
-OF_BACKBONE = ("inner_params", "batch_tokens", "max_length")
+OF_BACKBONE = ("inner_params", "batch_tokens", "max_length", "token")
 
 
 class Unedited:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from horse_plugin.comparison import tables
+from horse_plugin.evaluation.tables import held_and_drift
 from horse_plugin.storage.files import write
 
 TITLES = {"compare": "Side by side", "ablate": "What each part brings"}
@@ -47,7 +48,7 @@ def write_output(out: Path, rows: list[dict], kind: str = "compare"):
         bars = charts.svg(charts.side_by_side(tables.means(rows, model, n)))
         body += f"<h2>{tables.edits(n)} on {Path(model).name}</h2>"
         body += figure.html()
-        if points := tables.held_and_drift(rows, model, n):
+        if points := held_and_drift(tables.of_page(rows, model, n)):
             drawn = charts.svg(charts.held_over_drift(points))
             write(out / f"held-{Path(model).name}-{n}.svg", drawn)
             body += f"<h3>Facts held, and what it cost</h3>{report.picture(drawn)}"

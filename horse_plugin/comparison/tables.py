@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from horse_plugin.evaluation.metrics import COST, SCORED, mean
-from horse_plugin.evaluation.tables import DIGITS, Table, number
+from horse_plugin.evaluation.tables import DIGITS, UNEDITED, Table, number
 
 HEADINGS = {
     "efficacy": "Eff.",
@@ -21,7 +21,6 @@ HEADINGS = {
     "perplexity": "PPL",
 }
 LESS_IS_BETTER = COST
-UNEDITED = "unedited"
 OURS = "HORSE"
 
 
@@ -53,7 +52,7 @@ def figures_table(rows: list[dict], model: str, n_edits: int) -> Table:
 
     The unedited model is there to compare with, and takes no part in the ranking.
     """
-    rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
+    rows = of_page(rows, model, n_edits)
     rows = [r | {"mean": score(r)} for r in rows]
     datasets, methods = _values(rows, "dataset"), _values(rows, "method")
     shown = [f for f in HEADINGS if any(r.get(f) is not None for r in rows)]
@@ -93,7 +92,7 @@ def score(row: dict) -> float | None:
 
 def cost_table(rows: list[dict], model: str, n_edits: int) -> Table:
     """Return a table of edit seconds (no loading, no evaluation), training seconds and memory."""
-    rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
+    rows = of_page(rows, model, n_edits)
     datasets = _values(rows, "dataset")
     kinds = {"edit_seconds": "edit s", "train_seconds": "train s", "peak_memory_mb": "peak MB"}
     columns = [(d, k) for d in datasets for k in kinds]
@@ -115,6 +114,11 @@ def to_csv(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
+
+
+def of_page(rows: list[dict], model: str, n_edits: int) -> list[dict]:
+    """Return the rows of one model at one number of edits."""
+    return [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
 
 
 def pages(rows: list[dict]) -> list[tuple[str, int]]:
@@ -140,27 +144,9 @@ def curves(rows: list[dict], model: str, dataset: str) -> dict[str, dict] | None
     return {m: {figure: curve(m, figure) for figure in SCORED} for m in _values(rows, "method")}
 
 
-def held_and_drift(rows: list[dict], model: str, n_edits: int) -> dict[str, dict]:
-    """Return data set → method → (mean of efficacy and generalization, drift) of each method.
-
-    Rows without figures and the unedited model are left out.
-    """
-    rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
-    done = [r for r in rows if r.get("drift") is not None and r["method"] != UNEDITED]
-    found = {}
-    for r in done:
-        held = mean(r[f] for f in ("efficacy", "generalization") if r[f] is not None)
-        of = found.setdefault(r["dataset"], {}).setdefault(r["method"], [])
-        of.append((held, r["drift"]))
-    return {
-        dataset: {m: tuple(map(mean, zip(*points, strict=True))) for m, points in of.items()}
-        for dataset, of in found.items()
-    }
-
-
 def means(rows: list[dict], model: str, n_edits: int) -> dict[str, dict]:
     """Return data set → method → the three figures; rows without figures are left out."""
-    rows = [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
+    rows = of_page(rows, model, n_edits)
     done = [r for r in rows if not r.get("reason")]
     return {
         dataset: {

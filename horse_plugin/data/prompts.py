@@ -190,6 +190,12 @@ def _tokenize_whole(tokenizer, query: Query) -> Prompt:
     return Prompt(tuple(ids), start)
 
 
+def text_prompts(ids: Sequence[int], size: int) -> list[Prompt]:
+    """Return a text in pieces of at most ``size`` tokens, of which all positions count."""
+    pieces = (tuple(ids[i : i + size]) for i in range(0, len(ids), size))
+    return [Prompt(piece, 1) for piece in pieces if len(piece) > 1]
+
+
 def _n_extra_bos(ids: Sequence[int], tokenizer) -> int:
     """Return 1 if the text brought a BOS token of its own beside the tokenizer's, else 0."""
     bos = tokenizer.bos_token_id

@@ -3,6 +3,7 @@
 import functools
 import shlex
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -130,6 +131,4 @@ def apply_on_top(base, model, tok, requests, hparams, **kwargs):
 
 def _backbone(model, tok, hparams: HORSEHyperParams) -> Backbone:
     """Return a backbone without room for trunk states: EasyEdit makes one for every edit."""
-    names = ("batch_tokens", "max_length", "token")
-    limits = {name: getattr(hparams, name) for name in names}
-    return Backbone(model, tok, hparams.inner_params, **limits)
+    return Backbone.of(model, tok, replace(hparams, trunk_cache_gb=0.0, trunk_disk_gb=0.0))

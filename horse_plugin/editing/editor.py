@@ -238,7 +238,7 @@ class HorseEditor:
     @contextlib.contextmanager
     def _unedited(self) -> Iterator[None]:
         """Put the original weights into the model for the length of a ``with``."""
-        before = {n: m.weight.detach().clone() for n, m in self.backbone.modules.items()}
+        before = self.backbone.weights.clones()
         self.backbone.weights.restore(self.original_weights)
         try:
             yield
@@ -384,7 +384,7 @@ class HorseEditor:
 
     def _replay(self, edits: list[EditDelta]):
         """Set the weights to the original ones plus these edits; on an error leave them alone."""
-        before = {n: m.weight.detach().clone() for n, m in self.backbone.modules.items()}
+        before = self.backbone.weights.clones()
         self.backbone.weights.restore(self.original_weights)
         try:
             for delta in edits:

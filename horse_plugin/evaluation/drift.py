@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from horse_plugin.data.corpus import shipped_pieces
-from horse_plugin.data.prompts import Prompt
+from horse_plugin.data.prompts import text_prompts
 from horse_plugin.distributed import local_indices, raise_on_all_ranks, sum_over_ranks
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
@@ -63,9 +63,7 @@ class OrdinaryText:
         self.kinds = list(dict.fromkeys(kind for kind, _ in pieces))
         prompts, kind_of = [], []
         for kind, text in pieces:
-            ids = backbone.tokenizer(text)["input_ids"]
-            parts = [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
-            found = [Prompt(part, 1) for part in parts if len(part) > 1]
+            found = text_prompts(backbone.tokenizer(text)["input_ids"], size)
             prompts += found
             kind_of += [self.kinds.index(kind)] * len(found)
         if not prompts:

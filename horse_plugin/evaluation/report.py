@@ -8,8 +8,8 @@ from horse_plugin.evaluation.charts import (
     learning_curves,
     svg,
 )
-from horse_plugin.evaluation.metrics import COST, SCORED, mean
-from horse_plugin.evaluation.tables import examples_table, figures_of
+from horse_plugin.evaluation.metrics import COST, SCORED
+from horse_plugin.evaluation.tables import examples_table, figures_of, held_and_drift
 from horse_plugin.storage.files import write
 
 _STYLE = """
@@ -54,7 +54,7 @@ held-out ordinary text moved, in nats a token; perplexity is on the same text. F
 the model repeats itself.</p>
 {figures_of(rows, (*SCORED, "locality", "written", *COST, "fluency")).html()}
 <h2>Before and after</h2>{picture(svg(before_and_after(rows)))}
-<h2>Facts held, and what it cost</h2>{picture(svg(held_over_drift(_points(rows))))}
+<h2>Facts held, and what it cost</h2>{picture(svg(held_over_drift(held_and_drift(rows))))}
 <h2>Learning curve</h2>
 <p class="note">Left: mean loss per answer token of the edited model at each training step. Right:
 the same three figures when the validation facts are edited.</p>
@@ -64,13 +64,6 @@ the same three figures when the validation facts are edited.</p>
 <p class="note">Versions: {_text(", ".join(f"{k} {v}" for k, v in first["versions"].items()))}.</p>
 """
     write(path, page("HORSE report", body))
-
-
-def _points(rows: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
-    edited = [r for r in rows if r["method"] != "unedited"]
-    held = [mean(r[f] for f in ("efficacy", "generalization") if r[f] is not None) for r in edited]
-    points = {r["method"]: (h, r["drift"]) for r, h in zip(edited, held, strict=True)}
-    return {rows[0]["dataset"]: points}
 
 
 def page(title: str, body: str) -> str:

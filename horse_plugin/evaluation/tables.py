@@ -4,6 +4,8 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from horse_plugin.evaluation.metrics import mean
+
 Cell = str | tuple[str, str]  # a text, or a text and its mark: "best" or "second"
 
 
@@ -119,6 +121,7 @@ class Table:
         )
 
 
+UNEDITED = "unedited"  # the row of the model as it is
 DIGITS = {"drift": 3, "fluency": 2}  # of the figures that are not shown with one
 
 
@@ -146,6 +149,23 @@ def figures_of(rows: list[dict], figures: Sequence[str]) -> Table:
     if "fluency" in shown:
         caption += "; fluency in bits"
     return Table(["method", "edits", *names, "seconds"], lines, caption)
+
+
+def held_and_drift(rows: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return data set → method → (mean of efficacy and generalization, drift), over the seeds.
+
+    Rows without figures and the unedited model are left out.
+    """
+    found = {}
+    for r in rows:
+        if r.get("drift") is not None and r["method"] != UNEDITED:
+            held = mean(r[f] for f in ("efficacy", "generalization") if r[f] is not None)
+            of = found.setdefault(r["dataset"], {}).setdefault(r["method"], [])
+            of.append((held, r["drift"]))
+    return {
+        dataset: {m: tuple(map(mean, zip(*points, strict=True))) for m, points in of.items()}
+        for dataset, of in found.items()
+    }
 
 
 def examples_table(examples) -> Table:

@@ -9,7 +9,7 @@ last block's MLP and before the output head. No architecture is written out here
 import contextlib
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_variable, "64")
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Carries a value out of a forward pass that need not go on."""
 
     def __init__(self, value):
@@ -199,28 +199,29 @@ class Backbone:
 
     def _run_trunk(self, ids: torch.Tensor) -> torch.Tensor:
         def leave(block, args, kwargs):
-            raise _StopForward(args[0] if args else kwargs["hidden_states"])
+            raise StopForward(args[0] if args else kwargs["hidden_states"])
 
         first = self.blocks[self.first_edited]
         hook = first.register_forward_pre_hook(leave, with_kwargs=True)
-        return self._run_until(hook, ids)
+        return self._run_until(hook, lambda: self._forward(ids))
 
     @functools.cached_property
     def _blocks_return_tuples(self) -> bool:
         """Whether a block returns a tuple: one token through the first block tells."""
 
         def leave(block, args, output):
-            raise _StopForward(isinstance(output, tuple))
+            raise StopForward(isinstance(output, tuple))
 
         hook = self.blocks[0].register_forward_hook(leave)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
-            return self._run_until(hook, torch.zeros(1, 1, dtype=torch.long, device=self.device))
+            return self._run_until(hook, lambda: self._forward(ids))
 
-    def _run_until(self, hook, ids: torch.Tensor):
-        """Return what the hook takes out of the forward pass."""
+    def _run_until(self, hook, run: Callable[[], object]):
+        """Return what the hook takes out of a forward pass."""
         try:
-            self._forward(ids)
-        except _StopForward as stopped:
+            run()
+        except StopForward as stopped:
             return stopped.value
         finally:
             hook.remove()
@@ -284,15 +285,10 @@ class Backbone:
 
         def leave(head, args):  # runs before the hook of ``top`` that selects the positions
             x = args[0]
-            raise _StopForward(x[batch.rows.to(x.device), batch.cols.to(x.device)])
+            raise StopForward(x[batch.rows.to(x.device), batch.cols.to(x.device)])
 
         hook = self.head.register_forward_pre_hook(leave)
-        try:
-            self.top(batch, self.trunk(batch))
-        except _StopForward as stopped:
-            return stopped.value
-        finally:
-            hook.remove()
+        return self._run_until(hook, lambda: self.logits(batch))
 
     @torch.no_grad()
     def read_out(self, batch: Batch, head_inputs: torch.Tensor) -> torch.Tensor:

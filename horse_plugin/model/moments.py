@@ -14,7 +14,7 @@ import torch
 from horse_plugin import distributed
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import HorseError
-from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.backbone import Backbone, StopForward
 from horse_plugin.storage.files import write
 
 Moments = dict[str, tuple[torch.Tensor, int]]  # edit module → (Σ k kᵀ, d×d; number of keys)
@@ -38,10 +38,6 @@ def moments_file(
 def model_name(backbone: Backbone) -> str:
     """Return the last part of the model's name or path."""
     return Path(str(backbone.model.config.name_or_path)).name or type(backbone.model).__name__
-
-
-class _Done(Exception):
-    """Leaves a forward pass that need not go on."""
 
 
 @torch.no_grad()
@@ -70,7 +66,7 @@ def second_moments(
             keys = args[0][rows, cols].to(sums[name])
             sums[name].addmm_(keys.T, keys)
             if name == highest:
-                raise _Done
+                raise StopForward(None)
 
         return hook
 
@@ -81,7 +77,7 @@ def second_moments(
         ]
         try:
             backbone.logits(batch)
-        except _Done:
+        except StopForward:
             pass
         finally:
             for hook in hooks:

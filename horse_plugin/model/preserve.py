@@ -12,7 +12,7 @@ import torch
 
 from horse_plugin import distributed
 from horse_plugin.data.corpus import texts_of
-from horse_plugin.data.prompts import Prompt
+from horse_plugin.data.prompts import Prompt, text_prompts
 from horse_plugin.errors import HorseError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.metric import inverse_root, metric_of
@@ -155,8 +155,7 @@ def ordinary_text(backbone: Backbone, source: str, n_tokens: int, seed: int) -> 
     else:
         texts = [backbone.tokenizer(t)["input_ids"] for t in texts_of(source, n_tokens)]
     size = min(PIECE, backbone.max_length or PIECE)
-    pieces = [tuple(t[i : i + size]) for t in texts for i in range(0, len(t), size)]
-    return [Prompt(piece, 1) for piece in pieces if len(piece) > 1]
+    return [prompt for text in texts for prompt in text_prompts(text, size)]
 
 
 def up_to(n_tokens: int, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:

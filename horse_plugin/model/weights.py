@@ -61,9 +61,13 @@ class EditWeights:
             raise
         return before
 
+    def clones(self) -> Tensors:
+        """Return copies of the weights as they are now, for :meth:`restore`."""
+        return {name: module.weight.detach().clone() for name, module in self.modules.items()}
+
     @torch.no_grad()
     def restore(self, weights: Tensors):
-        """Put weights that :meth:`add` returned back, bit for bit."""
+        """Put weights that :meth:`add` or :meth:`clones` returned back, bit for bit."""
         for name, weight in weights.items():
             self.modules[name].weight.copy_(weight)
 
