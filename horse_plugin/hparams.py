@@ -15,7 +15,7 @@ import yaml
 from horse_plugin.assets import DEFAULT_MODEL, hparams_folder
 from horse_plugin.assets.default_model import resolve
 from horse_plugin.errors import UsageError, first_line
-from horse_plugin.method.hypernetwork import COEFFICIENTS
+from horse_plugin.method.hypernetwork import COEFFICIENTS, NORMALIZERS
 from horse_plugin.method.losses import LOSSES
 from horse_plugin.method.spread import SPREADS
 
@@ -33,7 +33,7 @@ ALIASES = {"alg": "alg_name", "n_edits": "edits_per_step", "val_steps": "val_rec
 AT_LEAST = dict.fromkeys(
     """rank n_blocks edits_per_step max_epochs max_iters val_interval val_records val_edits
         early_stop_patience batch_size editor_batch_size batch_tokens max_length preserve_tokens
-        keep_tokens""".split(),
+        keep_tokens edit_sweeps""".split(),
     1,
 ) | dict.fromkeys(
     """edit_coef gen_coef loc_coef keep_coef spread_strength trunk_cache_gb trunk_disk_gb
@@ -41,7 +41,7 @@ AT_LEAST = dict.fromkeys(
     0,
 )
 ABOVE_0 = """strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
-    preserve_rho""".split()
+    preserve_rho residual_cap""".split()
 AT_MOST_1 = ("preserve_mix", "preserve_rho")
 # The methods that our engine runs, and the settings that make it run them.
 METHODS = {
@@ -95,6 +95,12 @@ class HORSEHyperParams:
     lr: float | None = None  # absolute eta (Eq. 4); given, it replaces `strength`
     ridge: float | None = None  # e^lambda (Eq. 2) at the start, over a typical key's squared norm;
     # null: e^lambda starts at 1
+    edit_sweeps: int = 1  # times that keys and gradients are read, each time in the model with what
+    # the residuals so far write; 1: the paper's single step
+    residual_cap: float | None = None  # greatest row norm of R over the mean one of the module's
+    # output; null: none
+    normalizer: str = "feature"  # what the network reads: each feature standardised, or all keys
+    # and all gradients divided by one number each (scale)
     edit_ridge: float = 1.0  # share of e^lambda that an edit takes; a training step takes all of it
     max_drift: float | None = None  # most KL(unedited || edited) on ordinary text, nats a token: an
     # edit takes a larger ridge term where it must; null: no limit
@@ -163,6 +169,7 @@ class HORSEHyperParams:
         for key, allowed in (
             ("alg_name", tuple(METHODS)),
             ("coefficient", COEFFICIENTS),
+            ("normalizer", NORMALIZERS),
             ("spread", tuple(SPREADS)),
             ("loc_loss", tuple(LOSSES)),
             ("val_score", ("kept", "paper")),

@@ -1,6 +1,8 @@
 """Queries as tokens: where the answer lies, and batches that waste little on padding."""
 
 import bisect
+import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -112,39 +114,53 @@ def prepare(
     Args:
         max_length: the most tokens of prompt and answer; None is no limit.
         token: where edits read keys: at the answer tokens (``ans``), or at the last token of the
-            subject in the edit prompt (``subject``), as MEMIT does.
+            subject in the edit prompt (``subject``), as MEMIT does. A record whose prompt holds no
+            subject has its keys at the answer tokens then; a warning counts such records.
     """
     prepared = PreparedEdits(list(records), {kind: [] for kind in kinds})
+    without = []
     for i, record in enumerate(prepared.records):
         try:
             groups = [tuple(tokenize(tokenizer, KINDS[k](record), max_length)) for k in kinds]
             if token == "subject" and "edit" in kinds:
                 at = list(kinds).index("edit")
                 groups[at] = tuple(_at_subject(tokenizer, p, record) for p in groups[at])
+                if any(p.subject is None for p in groups[at]):
+                    without.append(i)
         except UsageError as error:
             prepared.errors[i], groups = error, [()] * len(kinds)
         for kind, group in zip(kinds, groups, strict=True):
             prepared.prompts[kind].append(group)
+    if without:
+        warnings.warn(
+            f"token: subject: {len(without)} of {len(prepared)} prompts hold no subject (record "
+            f"{', '.join(map(str, without[:5]))}{', …' if len(without) > 5 else ''}), and have "
+            "their keys at the answer tokens. Name a subject: such edits generalise better.",
+            stacklevel=3,
+        )
     return prepared
 
 
 def _at_subject(tokenizer, prompt: Prompt, record: EditRecord) -> Prompt:
-    """Return the edit prompt with the last token of its subject.
-
-    Raises:
-        UsageError: the record names no subject, the prompt does not hold it, or lost it.
-    """
-    subject, text = record.subject or "", record.prompt.rstrip()
-    end = text.find(subject) + len(subject)
-    if not subject or subject not in text:
-        raise UsageError(
-            f"prompt {record.prompt!r}: holds no subject {subject!r}, where token: subject reads."
-        )
-    ids = _without_eos(tokenizer(text[:end])["input_ids"], tokenizer)
+    """Return the edit prompt with the last token of its subject, or as it is if it holds none."""
+    text = record.prompt.rstrip()
+    found = _find_words(record.subject or "", text)
+    if not found:
+        return prompt
+    ids = _without_eos(tokenizer(text[: found.end()])["input_ids"], tokenizer)
     index = len(ids) - _n_extra_bos(ids, tokenizer) - 1 - prompt.n_cut
-    if index < 0:
-        raise UsageError(f"prompt {record.prompt!r}: too long, its subject was cut off.")
+    if index < 0:  # a long prompt lost it with its beginning
+        return prompt
     return replace(prompt, subject=min(index, prompt.start - 1))
+
+
+def _find_words(words: str, text: str) -> re.Match | None:
+    """Find words in a text: as whole words if possible, then inside others, then in any case."""
+    words = re.escape(words.strip())
+    whole = rf"(?<!\w){words}(?!\w)"
+    tries = (whole, 0), (words, 0), (whole, re.IGNORECASE)
+    found = (re.search(pattern, text, flags) for pattern, flags in tries if words)
+    return next((match for match in found if match), None)
 
 
 class AnswerTooLongError(UsageError):

@@ -130,5 +130,5 @@ def apply_on_top(base, model, tok, requests, hparams, **kwargs):
 
 
 def _backbone(model, tok, hparams: HORSEHyperParams) -> Backbone:
-    """Return a backbone without room for trunk states: EasyEdit makes one for every edit."""
-    return Backbone.of(model, tok, replace(hparams, trunk_cache_gb=0.0, trunk_disk_gb=0.0))
+    """Return a backbone without files for trunk states: EasyEdit makes one for every edit."""
+    return Backbone.of(model, tok, replace(hparams, trunk_disk_gb=0.0))

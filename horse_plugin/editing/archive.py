@@ -18,6 +18,7 @@ ARCHIVE = "archive.safetensors"
 # What the description of an archive or of an edit must hold.
 MADE_FOR = {"model": FINGERPRINT, "modules": [str], "hparams": {"alg_name": str}, "versions": {}}
 NETWORK = {"shapes": [list], "rank": int, "n_blocks": int, "spread": str, "coefficient": str}
+SINCE_0_2 = ("normalizer", "has_cap")  # what the form of a network of 0.1 lacks
 
 
 def load_network(folder, backbone: Backbone) -> tuple[HyperNetwork, Preserve | None, dict]:
@@ -84,6 +85,8 @@ def network_form(network: HyperNetwork) -> dict:
         "n_blocks": len(block),
         "spread": network.spread,
         "coefficient": network.coefficient,
+        "normalizer": network.normalizer,
+        "has_cap": network.has_cap,
     }
 
 
@@ -105,7 +108,7 @@ def network_of(path, tensors: dict[str, torch.Tensor], form: dict) -> HyperNetwo
         raise HorseError(f"{path}: damaged: field 'network' asks for more than the file holds.")
     try:
         with torch.device("meta"):
-            network = HyperNetwork(**{n: form[n] for n in NETWORK})
+            network = HyperNetwork(**{n: form[n] for n in (*NETWORK, *SINCE_0_2) if n in form})
         shapes = {n: t.shape for n, t in network.state_dict().items()}
         if shapes != {n: t.shape for n, t in tensors.items()}:
             raise ValueError("does not have the form of the tensors")

@@ -18,10 +18,10 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.solve import (
     Roots,
     calibrate,
-    edit_residuals,
     new_network,
     predicted_cost,
     solve,
+    sweeps,
 )
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation.drift import OrdinaryText, Pieces
@@ -150,10 +150,14 @@ class HorseEditor:
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
         captured = captured or self.capture(edits)
-        if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
+        prompts = edits.flat("edit")
+        if list(captured.predicted) != list(dict.fromkeys(prompts)):
             raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)
-        residuals = edit_residuals(self.backbone, network, captured, hp)
+        for captured, residuals in sweeps(
+            self.backbone, network, prompts, captured, hp, self.roots
+        ):
+            pass  # each sweep's capture replaces the one before
         tensors, budget = self._solve(network, captured, residuals)
         about = {
             "name": name or self._new_name(),

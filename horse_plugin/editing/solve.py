@@ -1,10 +1,11 @@
 """From the captured keys and gradients of an edit to the tensors of its delta (Eq. 4, 6, 2)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from horse_plugin.data.prompts import Prompt
 from horse_plugin.distributed import gather_rows, raise_on_all_ranks, sum_over_ranks
 from horse_plugin.editing.archive import to_edit_device
 from horse_plugin.editing.delta import EditDelta
@@ -13,7 +14,7 @@ from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.capture import Capture
+from horse_plugin.model.capture import Capture, capture
 
 Roots = Sequence[torch.Tensor | None]
 
@@ -29,6 +30,8 @@ def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
             hparams.spread,
             hparams.spread_strength,
             hparams.coefficient,
+            hparams.normalizer,
+            hparams.residual_cap is not None,
         )
     if hparams.lr is not None:
         torch.nn.init.constant_(network.log_eta, math.log(hparams.lr))
@@ -36,9 +39,10 @@ def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
 
 
 def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParams, roots: Roots):
-    """Take an edit into the network's normalisers; the first edit also sets η and λ.
+    """Take an edit into the network's normalisers; the first edit also sets η, λ and the cap.
 
-    η is set by ``strength`` unless ``lr`` gives it, λ by ``ridge`` if it is given.
+    η is set by ``strength`` unless ``lr`` gives it, λ by ``ridge`` and the cap by ``residual_cap``
+    if they are given.
 
     Args:
         roots: W with W Wᵀ = C̄⁻¹ for each edit module, or None for C̄ = I.
@@ -55,6 +59,45 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
             hparams.strength,
             hparams.editor_batch_size,
         )
+    if network.has_cap and not network.largest.isfinite().all():
+        network.calibrate_cap(captured.value_norms, hparams.residual_cap)
+
+
+@torch.no_grad()
+def sweeps(
+    backbone: Backbone,
+    network: HyperNetwork,
+    prompts: Sequence[Prompt],
+    captured: Capture,
+    hparams: HORSEHyperParams,
+    roots: Roots,
+) -> Iterator[tuple[Capture, list[torch.Tensor]]]:
+    """Yield, ``edit_sweeps`` times, a capture and the sum of the residuals up to it.
+
+    One step along a gradient at the subject writes few answers, however long it is. So the keys and
+    gradients are read again in the model with the shifts that all residuals so far make (Eq. 2),
+    and theirs are added.
+
+    Args:
+        prompts: the edit prompts.
+        captured: their capture on the model as it is now, the first to be yielded.
+        roots: as in :func:`calibrate`.
+
+    Yields:
+        The capture, and Σ R'_1 … Σ R'_T over the sweeps so far, n×d' each.
+    """
+    total = edit_residuals(backbone, network, captured, hparams)
+    yield captured, total
+    with backbone.trunk_cache.for_a_while():
+        if hparams.edit_sweeps > 1:
+            backbone.cache_trunk_states(prompts, progress=False)
+        for _ in range(hparams.edit_sweeps - 1):
+            tensors = solve(backbone, network, captured, total, hparams, roots)
+            with backbone.weights.shifted(EditDelta(tensors, []).shifts):
+                captured = capture(backbone, prompts)
+            more = edit_residuals(backbone, network, captured, hparams)
+            total = [r + m for r, m in zip(total, more, strict=True)]
+            yield captured, total
 
 
 @torch.no_grad()

@@ -10,22 +10,27 @@ import torch
 from torch import nn
 
 from horse_plugin.distributed import gather_rows, mean_of_rows
-from horse_plugin.method.residual import residual
+from horse_plugin.method.residual import capped, residual
 from horse_plugin.method.spread import SPREADS
 
 ROWS = 8192  # rows that the normaliser takes in at once, in float64
 COEFFICIENTS = ("token", "edit_only", "none")
+NORMALIZERS = ("feature", "scale")
 
 
 class Normalizer(nn.Module):
     """Running mean and standard deviation of each feature over all rows so far (Welford, merged).
 
     Args:
-        size: the number of features.
+        shape: the numbers of features of the keys and of the gradients.
+        how: ``feature`` subtracts each feature's mean and divides by its standard deviation.
+            ``scale`` divides all keys by their root mean square, and all gradients by theirs, so
+            that directions stay as they are.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, shape: tuple[int, int], how: str = "feature"):
         super().__init__()
+        self.shape, self.how, size = shape, how, sum(shape)
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("m2", torch.zeros(size, dtype=torch.float64))  # Σ (x − mean)²
@@ -52,6 +57,11 @@ class Normalizer(nn.Module):
         self.count.copy_(total)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "scale":
+            squares = (self.mean.square() + self.m2 / self.count.clamp(min=1)).split(self.shape)
+            scales = [s.mean().sqrt().expand(len(s)) for s in squares]
+            scales = torch.cat(scales).to(x.dtype)
+            return x / torch.where(scales > 0, scales, 1)
         std = (self.m2 / (self.count - 1).clamp(min=1)).sqrt()
         std = torch.where(std > 0, std, 1)  # a feature that never moved, such as a dead gradient
         return (x - self.mean.to(x.dtype)) / std.to(x.dtype)
@@ -80,10 +90,17 @@ class ResidualBlock(nn.Module):
 class SharedBlocks(nn.Module):
     """The normaliser and the residual blocks of all edit modules of one shape (d, d')."""
 
-    def __init__(self, shape: tuple[int, int], rank: int, n_blocks: int, n_modules: int):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        rank: int,
+        n_blocks: int,
+        n_modules: int,
+        normalizer: str = "feature",
+    ):
         super().__init__()
         self.shape = shape
-        self.normalizer = Normalizer(sum(shape))
+        self.normalizer = Normalizer(shape, normalizer)
         self.blocks = nn.ModuleList(
             ResidualBlock(sum(shape), rank, n_modules) for _ in range(n_blocks)
         )
@@ -106,8 +123,12 @@ class HyperNetwork(nn.Module):
         spread_strength: the strength s of that rule; 1 is Eq. 6 as printed, 0 is no projection.
         coefficient: ``token`` is c_i of Eq. 4. For ablation, ``none`` puts −η in its place, and
             ``edit_only`` does so in the loss of Eq. 7 alone.
+        normalizer: ``feature`` or ``scale``, see :class:`Normalizer`.
+        has_cap: whether the rows of R_l are no longer than ``largest[l]``.
 
     Attributes:
+        largest: the greatest length of a row of R_l, if there is a cap; infinity until
+            :meth:`calibrate_cap` sets it.
         log_eta: log η_l (Eq. 4). It is NaN until :meth:`calibrate_eta` or the caller sets it.
         lamda: λ_l. The ridge term is e^λ (Eq. 2); λ starts at 0 unless
             :meth:`calibrate_ridge` or the caller sets it.
@@ -124,21 +145,27 @@ class HyperNetwork(nn.Module):
         spread: str = "orthogonal",
         spread_strength: float = 1.0,
         coefficient: str = "token",
+        normalizer: str = "feature",
+        has_cap: bool = False,
     ):
         super().__init__()
         if spread not in SPREADS:
             raise ValueError(f"no spread is called {spread!r}")
         self.shapes, self.spread = [tuple(s) for s in shapes], spread
-        self.coefficient = coefficient
+        self.coefficient, self.normalizer, self.has_cap = coefficient, normalizer, has_cap
         self.groups = nn.ModuleDict(
             {
-                _group_name(shape): SharedBlocks(shape, rank, n_blocks, self.shapes.count(shape))
+                _group_name(shape): SharedBlocks(
+                    shape, rank, n_blocks, self.shapes.count(shape), normalizer
+                )
                 for shape in dict.fromkeys(self.shapes)
             }
         )
         self.log_eta = nn.Parameter(torch.full((len(shapes),), torch.nan))
         self.lamda = nn.Parameter(torch.zeros(len(shapes)))
         self.spread_strength = nn.Parameter(torch.tensor(float(spread_strength)))
+        if has_cap:
+            self.register_buffer("largest", torch.full((len(shapes),), torch.inf))
 
     @property
     def has_eta(self) -> bool:
@@ -205,8 +232,10 @@ class HyperNetwork(nn.Module):
     def _residual(self, l: int, keys, grads, constant: bool) -> torch.Tensor:
         eta, (pseudo_keys, pseudo_grads) = self.log_eta[l].exp(), self(l, keys, grads)
         if constant:
-            return -eta * pseudo_grads
-        return residual(keys, pseudo_keys, pseudo_grads, eta)
+            r = -eta * pseudo_grads
+        else:
+            r = residual(keys, pseudo_keys, pseudo_grads, eta)
+        return capped(r, self.largest[l]) if self.has_cap else r
 
     @torch.no_grad()
     def calibrate_eta(
@@ -215,7 +244,8 @@ class HyperNetwork(nn.Module):
         """Set η_l so that the mean row norm of R'_l is ``strength`` times ``value_norms[l]``.
 
         η starts free of the model's scale this way. R'_l is proportional to η_l for every spread
-        (Eq. 6 does not depend on the length of R_{l−1}), so one pass is enough. A module whose
+        (Eq. 6 does not depend on the length of R_{l−1}), so one pass is enough; a cap must not be
+        set yet. A module whose
         gradient is zero takes the mean log η of the others; if all are zero, η stays NaN.
 
         Args:
@@ -229,6 +259,16 @@ class HyperNetwork(nn.Module):
         log_eta = (strength * torch.as_tensor(value_norms).to(norms) / norms).log()
         moved = norms > 0
         self.log_eta.copy_(torch.where(moved, log_eta, log_eta[moved].mean()))
+
+    @torch.no_grad()
+    def calibrate_cap(self, value_norms: Sequence[float], cap: float):
+        """Limit the rows of R_l to ``cap`` times ``value_norms[l]``.
+
+        Args:
+            value_norms: the mean row norm of each module's output where keys are read.
+            cap: the largest ratio.
+        """
+        self.largest.copy_(cap * torch.as_tensor(value_norms).to(self.largest))
 
     @torch.no_grad()
     def calibrate_ridge(self, keys: list[torch.Tensor], share: float):

@@ -24,3 +24,16 @@ def residual(
         eta: η, a number or a scalar tensor.
     """
     return coefficients(keys, pseudo_keys, eta) * pseudo_grads
+
+
+def capped(residuals: torch.Tensor, largest) -> torch.Tensor:
+    """Return the residuals, n×d', with every row that is longer shortened to the length ``largest``.
+
+    A gradient tells how an answer changes for a small step. Where it is steep, the step that Eq. 4
+    asks for is so long that the gradient says nothing about its end.
+
+    Args:
+        largest: a length, a number or a scalar tensor; infinity is no limit.
+    """
+    norms = residuals.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(residuals.dtype).tiny)
+    return residuals * (largest / norms).clamp(max=1)

@@ -1,9 +1,10 @@
 """Trunk states kept from one call to the next: in memory, and beyond it in memory-mapped files."""
 
+import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -46,6 +47,17 @@ class TrunkCache:
     def _drop_stale(self):
         if [p._version for p in self._weights] != self._versions:
             self._forget()
+
+    @contextlib.contextmanager
+    def for_a_while(self) -> Iterator[None]:
+        """Drop at the end of a ``with`` what was kept inside it."""
+        self._drop_stale()
+        before = self._versions, dict(self._kept), dict(self._room), self.full
+        try:
+            yield
+        finally:
+            self._versions, self._kept, self._room, self.full = before
+            self._drop_stale()
 
     def missing(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Return the prompts whose states are not kept."""

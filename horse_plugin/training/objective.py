@@ -5,7 +5,7 @@ model's losses and their gradient g at the edited weights, and the surrogate
 Σ_l ⟨H_l (HᵀH + e^λ C̄)⁻¹ g_l, R'_l⟩ whose gradient is that of the losses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -71,30 +71,36 @@ class Objective:
         }
         self.references = [self._reference(batch) for batch in self.batches]
 
-    def backward(self, network: HyperNetwork, captured: Capture) -> dict[str, float | None]:
+    def backward(
+        self, network: HyperNetwork, captures: Sequence[Capture]
+    ) -> dict[str, float | None]:
         """Leave the gradient of the losses, through the whole edit, in the network's parameters.
 
         The edit is differentiated by hand where it is linear: with g = ∂L/∂W at the edited
         weights, ∂L/∂R = H(HᵀH + e^λC̄)⁻¹g and ∂L/∂λ = −e^λ⟨C̄(HᵀH + e^λC̄)⁻¹g, ΔW⟩ (Eq. 7). Autograd
         carries them from R to η, the spread and the network.
 
+        Of several sweeps each adds its residuals to R. The keys and gradients of a later one depend
+        on the residuals of those before it; that dependence is not differentiated.
+
         Args:
-            captured: keys and gradients of the step's edit prompts on the unedited model.
+            captures: keys and gradients of the step's edit prompts, first on the unedited model,
+                then in each further sweep.
 
         Returns:
             The mean loss per answer token of each kind in nats, None for a kind without prompts.
         """
-        keys, grads, lamdas = captured.keys, captured.grads, network.lamda.detach()
+        keys, lamdas = captures[-1].keys, network.lamda.detach()
         terms = zip(keys, lamdas, self.roots, strict=True)
         ridges = [Ridge(h, lamda.exp(), root) for h, lamda, root in terms]
         with torch.no_grad():
-            residuals = network.residuals(keys, grads)  # Eq. 4 and 6
+            residuals = _summed(network.residuals(c.keys, c.grads) for c in captures)  # Eq. 4, 6
             shifts = [ridge.shift(r) for ridge, r in zip(ridges, residuals, strict=True)]  # Eq. 2
         del residuals
         with self.backbone.weights.shifted(dict(zip(self.backbone.modules, shifts, strict=True))):
             losses, weight_grads = self.weight_gradients()
         # Made only now, so that their graph takes no memory while the model's own does.
-        residuals = network.residuals(keys, grads, in_loss=True)
+        residuals = _summed(network.residuals(c.keys, c.grads, in_loss=True) for c in captures)
         lamdas = network.lamda / distributed.world_size()  # of which each rank adds its part
         terms = zip(ridges, weight_grads, residuals, shifts, lamdas, strict=True)
         surrogate = sum(
@@ -189,6 +195,11 @@ class Objective:
             if kind == ORDINARY:
                 where = f"piece {i} of ordinary text: the loss on it"
             raise HorseError(f"{where} is not finite. {HALF_PRECISION_HINT}")
+
+
+def _summed(residuals: Iterable[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Return, for each edit module, the sum over the sweeps."""
+    return [sum(of_module) for of_module in zip(*residuals, strict=True)]
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

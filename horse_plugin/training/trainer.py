@@ -12,6 +12,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.distributed import is_main_process, sum_over_ranks
 from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
 from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.editing.solve import Roots, calibrate, new_network
+from horse_plugin.editing.solve import Roots, calibrate, new_network, sweeps
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.metrics import Evaluator, mean
@@ -164,13 +165,17 @@ class HORSETrainer:
         """
         edits = self.backbone.prepare(records, TRAINED_ON)
         edits.check()
-        captured = capture(self.backbone, edits.flat("edit"))
+        prompts = edits.flat("edit")
+        captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
+        hp = replace(self.hparams, edit_ridge=1.0)  # of which only edits take a share
+        parts = self.backbone, self.network, prompts, captured, hp, self.roots
+        captures = [captured for captured, _ in sweeps(*parts)]
         edits = one_prompt_a_kind(edits, self.step // self.steps_per_epoch)
         ordinary = self._ordinary_text(self.step)
         objective = Objective(self.backbone, edits, self.hparams, ordinary, self.roots)
         self.optimizer.zero_grad()
-        losses = objective.backward(self.network, captured)
+        losses = objective.backward(self.network, captures)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.hparams.max_grad_norm)
         if not norm.isfinite():
             raise HorseError(f"the network's gradient is not finite. {HALF_PRECISION_HINT}")

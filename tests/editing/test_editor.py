@@ -243,6 +243,36 @@ def test_edit_ridge_scales_the_ridge_term_of_the_edit():
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.1])
+def test_further_sweeps_read_the_model_as_it_is_by_then(kept):
+    """Two sweeps from the equations: Σ R' of both, under the keys of the second."""
+    settings = {"normalizer": "scale", "residual_cap": 0.3, "strength": 0.5, "spread": "uniform"}
+    e = editor(edit_sweeps=2, trunk_cache_gb=kept, **settings)
+    before, probability = state(e), answer_loss(e)
+    prompts = e.backbone.prepare(tiny.records(), ["edit"]).flat()
+    first = capture(e.backbone, prompts)
+    network = e.untrained_network(first)
+
+    def shift(h, r, lamda):
+        h, r = h.double(), r.double()
+        return torch.linalg.solve(h.T @ h + lamda.exp().item() * torch.eye(h.shape[1]), h.T @ r)
+
+    residuals = network.residuals(first.keys, first.grads)
+    shifts = map(shift, first.keys, residuals, network.lamda)
+    with e.backbone.weights.shifted(dict(zip(e.backbone.modules, shifts, strict=True))):
+        second = capture(e.backbone, prompts)
+    more = network.residuals(second.keys, second.grads)
+    wanted = map(shift, second.keys, map(torch.add, residuals, more), network.lamda)
+    delta = e.edit(tiny.records())
+    for found, want in zip(delta.shifts.values(), wanted, strict=True):
+        torch.testing.assert_close(found.double(), want, atol=1e-5, rtol=1e-3)
+    assert answer_loss(e) < probability
+    inputs = [p.inputs for p in prompts]
+    assert e.backbone.trunk_cache.missing(inputs) == inputs  # none was kept for longer
+    e.undo()
+    assert same(before, state(e))
+
+
 def test_one_token_at_one_module_is_too_little_for_an_untrained_network():
     e = editor(inner_params=["model.layers.7.mlp.down_proj"])
     words = [w for w in tiny.WORDS if len(e.backbone.tokenizer(f" {w}").input_ids) == 1]

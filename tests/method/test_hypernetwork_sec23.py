@@ -49,11 +49,44 @@ def test_an_untrained_network_standardises_and_nothing_else():
     torch.testing.assert_close(torch.cat((h, g), -1), want)
 
 
+def test_with_one_scale_directions_stay_as_they_are():
+    net = HyperNetwork([(4, 2)], rank=3, n_blocks=2, normalizer="scale")
+    keys, grads = torch.randn(9, 4) * 3 + 1, torch.randn(9, 2) * 1e-3
+    net.update_normalizers([keys], [grads])
+    h, g = net(0, keys, grads)
+    torch.testing.assert_close(h, keys / keys.square().mean().sqrt())
+    torch.testing.assert_close(g, grads / grads.square().mean().sqrt())
+    one = HyperNetwork([(4, 2)], rank=3, n_blocks=2, normalizer="scale")
+    one.update_normalizers([keys[:1]], [torch.zeros(1, 2)])  # a gradient of zero is no scale
+    assert all(x.isfinite().all() for x in one(0, keys[:1], torch.zeros(1, 2)))
+
+
+def test_a_cap_shortens_long_residuals_and_no_others():
+    torch.manual_seed(0)
+    free, net = (HyperNetwork([(4, 2)], 3, 1, normalizer="scale", has_cap=c) for c in (0, 1))
+    net.load_state_dict(free.state_dict(), strict=False)
+    keys, grads = [torch.randn(9, 4)], [torch.randn(9, 2)]
+    grads[0][3] = 0
+    for network in (free, net):
+        network.update_normalizers(keys, grads)
+        network.calibrate_eta(keys, grads, [2.0], 0.5)
+    (want,) = free.residuals(keys, grads)
+    torch.testing.assert_close(net.residuals(keys, grads)[0], want)  # none is set yet
+    net.calibrate_cap([2.0], 0.4)
+    (found,) = net.residuals(keys, grads)
+    lengths = want.norm(dim=-1)
+    assert (lengths > 0.8).any() and (lengths < 0.8).any()
+    for row, wanted, length in zip(found, want, lengths, strict=True):
+        torch.testing.assert_close(row, wanted * min(1, 0.8 / length.item()) if length else wanted)
+    found.sum().backward()
+    assert net.log_eta.grad.isfinite().all()
+
+
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 2**16))
 @settings(deadline=None)
 def test_normalizer_sees_the_same_whatever_the_batches(sizes, seed):
     x = torch.tensor(arrays(seed, (sum(sizes), 3))[0])
-    whole, parts = Normalizer(3), Normalizer(3)
+    whole, parts = Normalizer((2, 1)), Normalizer((2, 1))
     whole.update(x)
     for part in x.split(sizes):
         parts.update(part)

@@ -241,13 +241,35 @@ def test_keys_are_read_where_the_subject_ends():
     HorseEditor.from_backbone(backbone, tiny.hparams(token="subject")).edit(records)
 
 
-def test_a_subject_is_needed_and_must_be_read_below_the_last_block():
+def test_without_a_subject_keys_are_read_at_the_answer_tokens():
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
-    with pytest.raises(UsageError, match=r"record 0: .*holds no subject"):
-        backbone.prepare(tiny.records(), ["edit"]).check()
-    mixed = [replace(tiny.records()[0], subject="capital"), tiny.records()[1]]
-    with pytest.raises(UsageError, match=r"record 1: .*holds no subject"):
-        backbone.prepare(mixed).check()
+    first, second = tiny.records(2)
+    with pytest.warns(UserWarning, match=r"2 of 2 prompts hold no subject \(record 0, 1\)"):
+        prompts = backbone.prepare([first, replace(second, subject="Atlantis")], ["edit"]).flat()
+    assert [p.keys_at for p in prompts] == [range(p.start - 1, len(p.inputs)) for p in prompts]
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts hold no subject \(record 1\)"):
+        prompts = backbone.prepare([replace(first, subject="capital"), second], ["edit"]).flat()
+    assert len(prompts[0].keys_at) == 1
+    captured = capture(backbone, prompts)
+    assert len(captured.keys[0]) == 1 + len(prompts[1].answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "before"),
+    [
+        ("Many seats: Ma sits", "Ma", "Many seats: Ma"),  # a whole word, not the beginning of one
+        ("北京的人口是", "北京", "北京"),  # scripts without spaces
+        ("is THE thing", "the thing", "is THE thing"),
+    ],
+)
+def test_a_subject_is_found_as_people_would_find_it(text, subject, before):
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
+    record = {"prompt": text, "subject": subject, "target_new": "x"}
+    (prompt,) = backbone.prepare([record], ["edit"]).flat()
+    assert prompt.subject == len(backbone.tokenizer(before)["input_ids"]) - 1
+
+
+def test_a_subject_must_be_read_below_the_last_block():
     last = Backbone(tiny.model(), tiny.bpe_tokenizer(), token="subject")
     records = [replace(r, subject="capital") for r in tiny.records()]
     with pytest.raises(UsageError, match="in the last block"):

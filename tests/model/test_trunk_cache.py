@@ -33,6 +33,23 @@ def test_states_come_back_bit_for_bit_and_no_file_is_left(tmp_path, memory, disk
     assert store.get([(99,)]) == [None]
 
 
+def test_what_is_kept_for_a_while_is_dropped_with_its_room():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    prompts, states = some()
+    store = TrunkCache([weight], sum(s.nbytes for s in states[:3]) / 1e9)
+    store.put(prompts[:1], states[:1])
+    with store.for_a_while():
+        store.put(prompts[1:3], states[1:3])
+        store.put(prompts[3:4], states[3:4])
+        assert store.missing(prompts) == prompts[3:] and store.full
+    assert store.missing(prompts) == prompts[1:] and not store.full
+    store.put(prompts[1:3], states[1:3])
+    assert store.missing(prompts) == prompts[3:]
+    with store.for_a_while(), torch.no_grad():
+        weight.add_(1)
+    assert store.missing(prompts) == prompts
+
+
 def test_room_is_kept_to_and_comes_back():
     weight = torch.nn.Parameter(torch.zeros(1))
     prompts, states = some()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.editing.editor import new_network
+from horse_plugin.editing.solve import new_network, sweeps
 from horse_plugin.method.metric import inverse_root, metric_of
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
@@ -16,12 +16,13 @@ from tests import tiny
 TOLERANCE = {"llama": 1e-4, "gpt2": 1e-8}
 
 
-def differentiable_loss(backbone, network, captured, prompts, hparams, ordinary=(), metrics=None):
+def differentiable_loss(backbone, network, captures, prompts, hparams, ordinary=(), metrics=None):
     """The loss of the edited model as one graph: plain solve, functional call, full logits."""
     model, weights = backbone.model, {}
-    residuals = network.residuals(captured.keys, captured.grads)
+    captures = captures if isinstance(captures, list) else [captures]
+    swept = [network.residuals(c.keys, c.grads) for c in captures]
     for l, (name, module) in enumerate(backbone.modules.items()):
-        h, r = captured.keys[l], residuals[l]
+        h, r = captures[-1].keys[l], torch.stack([rs[l] for rs in swept]).sum(0)
         metric = torch.eye(h.shape[1], dtype=h.dtype) if metrics is None else metrics[l]
         ridge = h.T @ h + network.lamda[l].exp() * metric
         shift = torch.linalg.solve(ridge, h.T @ r)
@@ -80,7 +81,7 @@ def test_the_training_gradient_is_the_gradient(architecture, spread, loc_loss):
     names = [n for n, _ in network.named_parameters()]
     want = torch.autograd.grad(want_loss, list(network.parameters()), allow_unused=True)
 
-    losses = Objective(backbone, prompts, hparams).backward(network, captured)
+    losses = Objective(backbone, prompts, hparams).backward(network, [captured])
     assert losses.pop("ordinary") is None
     assert weighted(losses, hparams) == pytest.approx(want_loss.item())
     for name, p, g in zip(names, network.parameters(), want, strict=True):
@@ -116,12 +117,33 @@ def test_with_a_metric_and_ordinary_text_it_is_the_gradient_too(architecture, lo
         backbone, network, captured, prompts, hparams, ordinary, metrics
     )
     want = torch.autograd.grad(want_loss, list(network.parameters()))
-    losses = Objective(backbone, prompts, hparams, ordinary, roots).backward(network, captured)
+    losses = Objective(backbone, prompts, hparams, ordinary, roots).backward(network, [captured])
     assert losses["ordinary"] > 0
     assert weighted(losses, hparams) == pytest.approx(want_loss.item())
     for (name, p), g in zip(network.named_parameters(), want, strict=True):
         error = (p.grad - g).abs().max() / g.abs().max()
         assert error < TOLERANCE[architecture], (name, error)
+
+
+@pytest.mark.parametrize("cap", [None, 0.2])
+def test_of_several_sweeps_each_adds_its_residuals(cap):
+    hparams, backbone, network, captured, prompts = case(
+        "gpt2", edit_sweeps=3, normalizer="scale", residual_cap=cap
+    )
+    if cap:
+        network.calibrate_cap(captured.value_norms, cap)
+    roots = [None] * len(backbone.modules)
+    parts = prompts.flat("edit"), captured, hparams, roots
+    captures = [c for c, _ in sweeps(backbone, network, *parts)]
+    assert len(captures) == 3
+    assert not torch.equal(captures[1].grads[0], captures[2].grads[0])
+    want_loss = differentiable_loss(backbone, network, captures, prompts, hparams)
+    want = torch.autograd.grad(want_loss, list(network.parameters()))
+    losses = Objective(backbone, prompts, hparams).backward(network, captures)
+    assert losses.pop("ordinary") is None
+    assert weighted(losses, hparams) == pytest.approx(want_loss.item())
+    for (name, p), g in zip(network.named_parameters(), want, strict=True):
+        assert (p.grad - g).abs().max() < 1e-8 * g.abs().max(), name
 
 
 def test_more_tokens_than_features_uses_the_primal_and_agrees():
@@ -131,7 +153,7 @@ def test_more_tokens_than_features_uses_the_primal_and_agrees():
     assert len(captured.keys[0]) > captured.keys[0].shape[1]
     want = differentiable_loss(backbone, network, captured, prompts, hparams)
     want = torch.autograd.grad(want, [network.lamda, network.log_eta])
-    Objective(backbone, prompts, hparams).backward(network, captured)
+    Objective(backbone, prompts, hparams).backward(network, [captured])
     torch.testing.assert_close(network.lamda.grad, want[0], atol=1e-12, rtol=1e-6)
     torch.testing.assert_close(network.log_eta.grad, want[1], atol=1e-12, rtol=1e-6)
 
@@ -149,5 +171,5 @@ def test_without_c_i_of_eq_4_the_residual_is_eta_times_the_gradient(coefficient)
     assert torch.allclose(edit, -0.5 * pseudo) == (coefficient == "none")
     assert torch.allclose(loss, -0.5 * pseudo) == (coefficient != "token")
     edits = backbone.prepare(tiny.records(), TRAINED_ON)
-    Objective(backbone, edits, hparams).backward(network, captured)
+    Objective(backbone, edits, hparams).backward(network, [captured])
     assert network.log_eta.grad.abs().sum() > 0
