@@ -1,5 +1,6 @@
 """Editing: records in, one change of the weights out, and its undoing."""
 
+import collections
 import contextlib
 import datetime
 import functools
@@ -154,10 +155,8 @@ class HorseEditor:
         if list(captured.predicted) != list(dict.fromkeys(prompts)):
             raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)
-        for captured, residuals in sweeps(
-            self.backbone, network, prompts, captured, hp, self.roots
-        ):
-            pass  # each sweep's capture replaces the one before
+        parts = self.backbone, network, prompts, captured, hp, self.roots
+        ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)  # the last sweep
         tensors, budget = self._solve(network, captured, residuals)
         about = {
             "name": name or self._new_name(),

@@ -231,10 +231,7 @@ class HyperNetwork(nn.Module):
 
     def _residual(self, l: int, keys, grads, constant: bool) -> torch.Tensor:
         eta, (pseudo_keys, pseudo_grads) = self.log_eta[l].exp(), self(l, keys, grads)
-        if constant:
-            r = -eta * pseudo_grads
-        else:
-            r = residual(keys, pseudo_keys, pseudo_grads, eta)
+        r = -eta * pseudo_grads if constant else residual(keys, pseudo_keys, pseudo_grads, eta)
         return capped(r, self.largest[l]) if self.has_cap else r
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ def residual(
 
 
 def capped(residuals: torch.Tensor, largest) -> torch.Tensor:
-    """Return the residuals, n×d', with every row that is longer shortened to the length ``largest``.
+    """Return the residuals, n×d', with rows that are longer shortened to the length ``largest``.
 
     A gradient tells how an answer changes for a small step. Where it is steep, the step that Eq. 4
     asks for is so long that the gradient says nothing about its end.
