@@ -72,8 +72,7 @@ class Engine:
     def __call__(self, task: Task) -> Iterator[Edited]:
         hparams, backbone = self.hparams(task), task.backbone
         if any(getattr(hparams, k) != getattr(task.hparams, k) for k in OF_BACKBONE):
-            uncached = replace(hparams, trunk_cache_gb=0.0, trunk_disk_gb=0.0)
-            backbone = Backbone.of(backbone.model, backbone.tokenizer, uncached)
+            backbone = Backbone.of(backbone.model, backbone.tokenizer, hparams)
         trained = {}
         if self.trained:
             folder, trained = self._archive(task, hparams, backbone)
@@ -154,13 +153,36 @@ METHODS: dict[str, Method] = {
     "HORSE": Engine(),
 }
 
+# Keys at the answer tokens of the last six blocks, one step, C̄ = I, and Eq. 7 without weights.
+AS_PRINTED = {
+    "token": "ans",
+    "inner_params": [],
+    "edit_sweeps": 1,
+    "normalizer": "feature",
+    "residual_cap": None,
+    "preserve": "none",
+    "keep_coef": 0.0,
+    "spread_strength": 1.0,
+    "loc_loss": "ce",
+    "strength": 0.15,
+    "ridge": None,
+    "edit_coef": 1.0,
+    "gen_coef": 1.0,
+    "loc_coef": 1.0,
+}
+
 # The paper's Table 2, and below it ours.
 ABLATIONS: dict[str, Method] = {
     "HORSE": Engine(),
+    "the paper as printed": Engine(changes=AS_PRINTED),
     "w/o orthogonal spread": Engine(changes={"spread": "uniform"}),
     "w/o c_i": Engine(changes={"coefficient": "none"}),
     "w/o c_i in the loss": Engine(changes={"coefficient": "edit_only"}),
     "w/o network training": Engine(trained=False),
+    "one sweep": Engine(changes={"edit_sweeps": 1}),
+    "keys at the answer": Engine(changes={"token": "ans"}),
+    "no cap on residuals": Engine(changes={"residual_cap": None}),
+    "features standardised": Engine(changes={"normalizer": "feature"}),
     "Eq. 6 as printed": Engine(changes={"spread_strength": 1.0}),
     "Eq. 6 as released": Engine(changes={"spread": "released", "spread_strength": 1.0}),
     "C̄ = I": Engine(changes={"preserve_rho": 1.0}),

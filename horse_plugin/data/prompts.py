@@ -40,11 +40,14 @@ class Prompt:
         return self.ids[self.start :]
 
     @property
-    def keys_at(self) -> range:
-        """The positions where an edit reads keys: the subject's end, or all answer tokens."""
-        if self.subject is not None:
-            return range(self.subject, self.subject + 1)
-        return range(self.start - 1, len(self.inputs))
+    def keys_at(self) -> tuple[int, ...]:
+        """The positions where an edit reads keys.
+
+        They are the answer positions. With a subject, its last token stands for the position that
+        predicts the first answer token.
+        """
+        first = self.start - 1 if self.subject is None else self.subject
+        return first, *range(self.start, len(self.inputs))
 
 
 # kind of prompt → a record's queries of that kind

@@ -95,7 +95,7 @@ class Backbone:
         self.device = model.get_input_embeddings().weight.device
         self.head = model.get_output_embeddings()
         prefix, self.blocks = find_blocks(model)
-        self.modules = find_edit_modules(model, inner_params)
+        self.modules = find_edit_modules(model, inner_params, token)
         self.edit_device = next(iter(self.modules.values())).weight.device
         self.edit_dtype = torch.promote_types(model.dtype, torch.float32)
         self.weights = EditWeights(self.modules, self.edit_dtype)

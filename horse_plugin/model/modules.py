@@ -26,17 +26,19 @@ def find_blocks(model) -> tuple[str, nn.ModuleList]:
     return max(fitting, key=lambda item: len(item[1]))
 
 
-def find_edit_modules(model, inner_params: Sequence[str]) -> dict[str, nn.Module]:
+def find_edit_modules(model, inner_params: Sequence[str], token: str) -> dict[str, nn.Module]:
     """Return name → edit module, in the order in which the model holds and runs them.
 
     Args:
         inner_params: their names, with or without ``.weight``. If empty, they are the second MLP
-            projections of the last six blocks (Sec. 2.1).
+            projections of the last six blocks (Sec. 2.1), or of three blocks at three quarters to
+            seven eighths of the depth if keys are read at the subject.
+        token: where keys are read, ``ans`` or ``subject``.
 
     Raises:
         UsageError: a name is given twice, is missing in the model, or names no linear map.
     """
-    names = [n.removesuffix(".weight") for n in inner_params] or _second_projections(model)
+    names = [n.removesuffix(".weight") for n in inner_params] or _second_projections(model, token)
     if len(set(names)) < len(names):
         raise UsageError("inner_params: a module is named twice.")
     modules = {n: _linear(model, n) for n in names}
@@ -72,11 +74,15 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return shape if isinstance(module, Conv1D) else shape[::-1]
 
 
-def _second_projections(model) -> list[str]:
-    """Return the second MLP projection of each of the last six blocks."""
+def _second_projections(model, token: str) -> list[str]:
+    """Return the second MLP projections of the blocks that are edited by default."""
     prefix, blocks = find_blocks(model)
-    names = [f"{prefix}.{i}" for i in range(max(0, len(blocks) - 6), len(blocks))]
-    return [f"{block}.{_second_projection(model, block)}" for block in names]
+    n = len(blocks)
+    if token == "subject":  # where the answer still reads it: below the last block
+        chosen = sorted({max(0, min(n - 2, round(n * share))) for share in (0.73, 0.8, 0.87)})
+    else:
+        chosen = range(max(0, n - 6), n)
+    return [f"{prefix}.{i}.{_second_projection(model, f'{prefix}.{i}')}" for i in chosen]
 
 
 def _second_projection(model, block: str) -> str:

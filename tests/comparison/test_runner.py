@@ -218,9 +218,14 @@ def test_names_of_methods_are_checked():
 
 @pytest.mark.slow
 def test_ablations_each_change_what_they_say(yamls, tmp_path):
+    file = tmp_path / "HORSE" / "tiny.yaml"
+    file.parent.mkdir()
+    settings = {"token": "subject", "edit_sweeps": 2, "normalizer": "scale", "residual_cap": 1}
+    file.write_text(json.dumps(json.loads((yamls / "HORSE/tiny.yaml").read_text()) | settings))
+    (tmp_path / "MALMEN").symlink_to(yamls / "MALMEN")
     facts = tiny.records(18)
     data = [DataSet("facts", facts[:6], facts[6:12], facts[12:])]
-    rows = ablate(tmp_path, yamls / "HORSE/tiny.yaml", data, (6,))
+    rows = ablate(tmp_path, file, data, (6,))
     assert [r["method"] for r in rows] == ["unedited", *ABLATIONS]
     assert not [r["reason"] for r in rows if r.get("reason")]
 
@@ -229,13 +234,16 @@ def test_ablations_each_change_what_they_say(yamls, tmp_path):
     # Not the untrained one, nor the two whose change is what the tiny YAML says anyway.
     assert len(networks) == len(ABLATIONS) - 3
     preserved = [preserve for _, preserve, _ in found]
-    assert sum(p is None for p in preserved) == 1  # the paper as printed
+    assert sum(p is None for p in preserved) == 2  # one of them the paper as printed
     assert sum(p.rho == 1 for p in preserved if p) == 1
     assert sum(not p.unrelated for p in preserved if p) == 1
-    assert sum(about["hparams"]["keep_coef"] == 0 for *_, about in found) == 3
+    assert sum(about["hparams"]["keep_coef"] == 0 for *_, about in found) == 4
     assert sum(n.lamda.abs().max().item() == 0 for n in networks) == 1  # λ fixed
     assert sorted(n.coefficient for n in networks)[:2] == ["edit_only", "none"]
     assert {n.spread for n in networks} == set(SPREADS)
+    changed = [about["hparams"] for *_, about in found]
+    for key, own in settings.items():  # printed, one row, and MALMEN
+        assert sum(hp[key] != own for hp in changed) == 3, key
 
 
 def test_malmen_is_trained_on_as_many_records_in_no_fewer_steps_than_horse():

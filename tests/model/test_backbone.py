@@ -222,13 +222,14 @@ def test_a_device_that_is_not_there_is_named(device):
 
 
 def test_keys_are_read_where_the_subject_ends():
-    """With ``token: subject`` one key a fact, at the last token of its subject."""
+    """With ``token: subject`` the first answer token is predicted from the subject's last one."""
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
-    records = [replace(r, subject=" ".join(r.prompt.split()[3:-1])) for r in tiny.records()]
+    records = tiny.records()
     prompts = backbone.prepare(records, ["edit"]).flat()
     captured = capture(backbone, prompts)
-    name = MIDDLE[0]
-    for i, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
+    name, rows = MIDDLE[0], captured.keys[0].split([len(p.answer) for p in prompts])
+    assert {len(p.answer) for p in prompts} > {1}
+    for record, prompt, found in zip(records, prompts, rows, strict=True):
         before = backbone.tokenizer(f"the capital of {record.subject}")["input_ids"]
         keys = []
         hook = backbone.modules[name].register_forward_pre_hook(
@@ -236,22 +237,23 @@ def test_keys_are_read_where_the_subject_ends():
         )
         backbone.model(torch.tensor([prompt.inputs]))
         hook.remove()
-        torch.testing.assert_close(captured.keys[0][i], keys[0][len(before) - 1].detach())
-    assert len(captured.keys[0]) == len(records)
+        wanted = [keys[0][len(before) - 1], *keys[0][prompt.start :]]
+        torch.testing.assert_close(found, torch.stack(wanted).detach())
     HorseEditor.from_backbone(backbone, tiny.hparams(token="subject")).edit(records)
 
 
 def test_without_a_subject_keys_are_read_at_the_answer_tokens():
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
-    first, second = tiny.records(2)
+    first, second = (replace(r, subject=None) for r in tiny.records(2))
     with pytest.warns(UserWarning, match=r"2 of 2 prompts hold no subject \(record 0, 1\)"):
         prompts = backbone.prepare([first, replace(second, subject="Atlantis")], ["edit"]).flat()
-    assert [p.keys_at for p in prompts] == [range(p.start - 1, len(p.inputs)) for p in prompts]
+    answers = [tuple(range(p.start - 1, len(p.inputs))) for p in prompts]
+    assert [p.keys_at for p in prompts] == answers
     with pytest.warns(UserWarning, match=r"1 of 2 prompts hold no subject \(record 1\)"):
         prompts = backbone.prepare([replace(first, subject="capital"), second], ["edit"]).flat()
-    assert len(prompts[0].keys_at) == 1
+    assert prompts[0].keys_at[0] == prompts[0].subject < prompts[0].start - 1
     captured = capture(backbone, prompts)
-    assert len(captured.keys[0]) == 1 + len(prompts[1].answer)
+    assert len(captured.keys[0]) == sum(len(p.answer) for p in prompts)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,10 @@ def test_a_subject_is_found_as_people_would_find_it(text, subject, before):
 
 
 def test_a_subject_must_be_read_below_the_last_block():
-    last = Backbone(tiny.model(), tiny.bpe_tokenizer(), token="subject")
+    model = tiny.model()
+    found = Backbone(model, tiny.bpe_tokenizer(), token="subject")
+    assert list(found.modules) == ["model.layers.6.mlp.down_proj"]  # of 8 blocks
+    last = Backbone(model, tiny.bpe_tokenizer(), ["model.layers.7.mlp.down_proj"], token="subject")
     records = [replace(r, subject="capital") for r in tiny.records()]
     with pytest.raises(UsageError, match="in the last block"):
         capture(last, last.prepare(records, ["edit"]).flat())
