@@ -65,7 +65,7 @@ def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) 
 
     with torch.no_grad():
         edits = clock("tokenise", lambda: backbone.prepare(records, kinds=["edit"]))
-        prompts = edits.flat("edit")
+        prompts = edits.to_capture()
         clock("trunk", lambda: backbone.cache_trunk_states(prompts))
         captured = clock("capture", lambda: capture(backbone, prompts))
         keys, grads = captured.keys, captured.grads

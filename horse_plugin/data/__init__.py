@@ -5,6 +5,7 @@
     formats   from a plain object to a record, one function a format
     corpus    ordinary text, shipped or from a file or the hub
     prompts   records as tokens, where each answer lies, and batches
+    subjects  where the keys of a fact lie, and where its edit must do nothing
 
 This package imports ``errors`` and ``assets`` only.
 """

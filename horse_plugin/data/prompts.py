@@ -1,10 +1,8 @@
 """Queries as tokens: where the answer lies, and batches that waste little on padding."""
 
 import bisect
-import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,12 +20,14 @@ class Prompt:
         start: the index of the first answer token.
         n_cut: the number of tokens that the prompt lost at its beginning, as it was too long.
         subject: the index of the last token of the subject, if keys are read there; else None.
+        still: whether an edit must do nothing here, instead of teaching the answer.
     """
 
     ids: tuple[int, ...]
     start: int
     n_cut: int = 0
     subject: int | None = None
+    still: bool = False
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -44,8 +44,10 @@ class Prompt:
         """The positions where an edit reads keys.
 
         They are the answer positions. With a subject, its last token stands for the position that
-        predicts the first answer token.
+        predicts the first answer token. Where an edit must do nothing, only that position counts.
         """
+        if self.still:
+            return (self.start - 1,)
         first = self.start - 1 if self.subject is None else self.subject
         return first, *range(self.start, len(self.inputs))
 
@@ -68,11 +70,13 @@ class PreparedEdits:
         prompts: kind of prompt → for each record, its prompts of that kind.
         errors: index of a record → why its prompts could not be tokenised. Such a record has no
             prompts.
+        contrasts: for each record, prompts where an edit of it must do nothing; mostly none.
     """
 
     records: list[EditRecord]
     prompts: dict[str, list[tuple[Prompt, ...]]]
     errors: dict[int, UsageError] = field(default_factory=dict)
+    contrasts: list[tuple[Prompt, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -85,6 +89,7 @@ class PreparedEdits:
             [self.records[i] for i in indices],
             {kind: [groups[i] for i in indices] for kind, groups in self.prompts.items()},
             {k: self.errors[i] for k, i in enumerate(indices) if i in self.errors},
+            [self.contrasts[i] for i in indices] if self.contrasts else [],
         )
 
     def flat(self, *kinds: str) -> list[Prompt]:
@@ -94,6 +99,10 @@ class PreparedEdits:
     def of(self, kind: str, i: int) -> tuple[Prompt, ...]:
         """Return the prompts of that kind of record i, none if the kind was not wanted."""
         return self.prompts[kind][i] if kind in self.prompts else ()
+
+    def to_capture(self) -> list[Prompt]:
+        """Return what an edit of these records reads: the edit prompts, then the contrasts."""
+        return self.flat("edit") + [p for group in self.contrasts for p in group]
 
     def check(self):
         """Refuse records whose prompts could not be tokenised.
@@ -110,60 +119,21 @@ def prepare(
     records: Sequence[EditRecord],
     max_length: int | None = None,
     kinds: Sequence[str] = tuple(KINDS),
-    token: str = "ans",
 ) -> PreparedEdits:
     """Tokenise the records' queries of these kinds, each once.
 
     Args:
         max_length: the most tokens of prompt and answer; None is no limit.
-        token: where edits read keys: at the answer tokens (``ans``), or at the last token of the
-            subject in the edit prompt (``subject``), as MEMIT does. A record whose prompt holds no
-            subject has its keys at the answer tokens then; a warning counts such records.
     """
     prepared = PreparedEdits(list(records), {kind: [] for kind in kinds})
-    without = []
     for i, record in enumerate(prepared.records):
         try:
             groups = [tuple(tokenize(tokenizer, KINDS[k](record), max_length)) for k in kinds]
-            if token == "subject" and "edit" in kinds:
-                at = list(kinds).index("edit")
-                groups[at] = tuple(_at_subject(tokenizer, p, record) for p in groups[at])
-                if any(p.subject is None for p in groups[at]):
-                    without.append(i)
         except UsageError as error:
             prepared.errors[i], groups = error, [()] * len(kinds)
         for kind, group in zip(kinds, groups, strict=True):
             prepared.prompts[kind].append(group)
-    if without:
-        warnings.warn(
-            f"token: subject: {len(without)} of {len(prepared)} prompts hold no subject (record "
-            f"{', '.join(map(str, without[:5]))}{', …' if len(without) > 5 else ''}), and have "
-            "their keys at the answer tokens. Name a subject: such edits generalise better.",
-            stacklevel=3,
-        )
     return prepared
-
-
-def _at_subject(tokenizer, prompt: Prompt, record: EditRecord) -> Prompt:
-    """Return the edit prompt with the last token of its subject, or as it is if it holds none."""
-    text = record.prompt.rstrip()
-    found = _find_words(record.subject or "", text)
-    if not found:
-        return prompt
-    ids = _without_eos(tokenizer(text[: found.end()])["input_ids"], tokenizer)
-    index = len(ids) - _n_extra_bos(ids, tokenizer) - 1 - prompt.n_cut
-    if index < 0:  # a long prompt lost it with its beginning
-        return prompt
-    return replace(prompt, subject=min(index, prompt.start - 1))
-
-
-def _find_words(words: str, text: str) -> re.Match | None:
-    """Find words in a text: as whole words if possible, then inside others, then in any case."""
-    words = re.escape(words.strip())
-    whole = rf"(?<!\w){words}(?!\w)"
-    tries = (whole, 0), (words, 0), (whole, re.IGNORECASE)
-    found = (re.search(pattern, text, flags) for pattern, flags in tries if words)
-    return next((match for match in found if match), None)
 
 
 class AnswerTooLongError(UsageError):
@@ -213,6 +183,12 @@ def text_prompts(ids: Sequence[int], size: int) -> list[Prompt]:
     """Return a text in pieces of at most ``size`` tokens, of which all positions count."""
     pieces = (tuple(ids[i : i + size]) for i in range(0, len(ids), size))
     return [Prompt(piece, 1) for piece in pieces if len(piece) > 1]
+
+
+def n_tokens(tokenizer, text: str) -> int:
+    """Return the number of tokens of a prompt's beginning, counted as :func:`tokenize` does."""
+    ids = _without_eos(tokenizer(text)["input_ids"], tokenizer)
+    return len(ids) - _n_extra_bos(ids, tokenizer)
 
 
 def _n_extra_bos(ids: Sequence[int], tokenizer) -> int:

@@ -123,7 +123,7 @@ class HorseEditor:
         """Return the keys and gradients of an edit of these records on the model as it is now."""
         edits = self.backbone.prepare(records, kinds=["edit"])
         edits.check()
-        return capture(self.backbone, edits.flat("edit"))
+        return capture(self.backbone, edits.to_capture())
 
     def edit(self, records, name: str | None = None, captured: Capture | None = None) -> EditDelta:
         """Write all records into the model in one edit.
@@ -151,8 +151,8 @@ class HorseEditor:
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
         captured = captured or self.capture(edits)
-        prompts = edits.flat("edit")
-        if list(captured.predicted) != list(dict.fromkeys(prompts)):
+        prompts = edits.to_capture()
+        if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
             raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)
         parts = self.backbone, network, prompts, captured, hp, self.roots

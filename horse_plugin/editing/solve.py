@@ -47,14 +47,17 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
     Args:
         roots: W with W Wᵀ = C̄⁻¹ for each edit module, or None for C̄ = I.
     """
+    keys, grads = captured.keys, captured.grads
+    if captured.still.any():
+        keys, grads = ([x[~captured.still.to(x.device)] for x in xs] for xs in (keys, grads))
     if hparams.ridge is not None and not network.has_statistics:
-        keys = [h if w is None else h @ w for h, w in zip(captured.keys, roots, strict=True)]
-        network.calibrate_ridge(keys, hparams.ridge)
-    network.update_normalizers(captured.keys, captured.grads)
+        in_metric = [h if w is None else h @ w for h, w in zip(keys, roots, strict=True)]
+        network.calibrate_ridge(in_metric, hparams.ridge)
+    network.update_normalizers(keys, grads)
     if not network.has_eta:
         network.calibrate_eta(
-            captured.keys,
-            captured.grads,
+            keys,
+            grads,
             captured.value_norms,
             hparams.strength,
             hparams.editor_batch_size,
@@ -79,7 +82,7 @@ def sweeps(
     and theirs are added.
 
     Args:
-        prompts: the edit prompts.
+        prompts: the edit prompts and the contrasts.
         captured: their capture on the model as it is now, the first to be yielded.
         roots: as in :func:`calibrate`.
 
@@ -100,16 +103,30 @@ def sweeps(
             yield captured, total
 
 
+def residuals_of(
+    network: HyperNetwork, captured: Capture, rows: int | None = None, in_loss: bool = False
+) -> list[torch.Tensor]:
+    """Return R'_1 … R'_T, n×d' each (Eq. 4, then Eq. 5 or 6); 0 where the edit must do nothing.
+
+    Args:
+        rows, in_loss: as in :meth:`HyperNetwork.residuals`.
+    """
+    residuals = network.residuals(captured.keys, captured.grads, rows, in_loss)
+    if not captured.still.any():
+        return residuals
+    return [r.masked_fill(captured.still.to(r.device)[:, None], 0) for r in residuals]
+
+
 @torch.no_grad()
 def edit_residuals(
     backbone: Backbone, network: HyperNetwork, captured: Capture, hparams: HORSEHyperParams
 ) -> list[torch.Tensor]:
-    """Return R'_1 … R'_T of the edit, n×d' each (Eq. 4, then Eq. 5 or 6).
+    """Return :func:`residuals_of` the edit, checked.
 
     Raises:
         HorseError: a residual is not finite; the message names the record and the module.
     """
-    residuals = network.residuals(captured.keys, captured.grads, hparams.editor_batch_size)
+    residuals = residuals_of(network, captured, hparams.editor_batch_size)
     with raise_on_all_ranks():
         for name, r in zip(backbone.modules, residuals, strict=True):
             if (bad := ~r.isfinite().all(-1)).any():

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.prompts import KINDS, Batch, PreparedEdits, Prompt, batches, prepare
+from horse_plugin.data.subjects import at_subjects
 from horse_plugin.distributed import local_indices
 from horse_plugin.errors import UsageError
 from horse_plugin.model.fingerprint import fingerprint
@@ -57,7 +58,8 @@ class Backbone:
         trunk_cache_gb, trunk_disk_gb, trunk_dir: room for trunk states, see
             :class:`horse_plugin.model.trunk_cache.TrunkCache`.
         progress: whether to show a bar while prompts run through the model.
-        token: where edits read keys, see :func:`horse_plugin.data.prompts.prepare`.
+        token: where edits read keys, at the answer tokens (``ans``) or where the subject ends
+            (``subject``), see :mod:`horse_plugin.data.subjects`.
 
     Attributes:
         modules: name → edit module, from the lowest block to the highest.
@@ -142,7 +144,10 @@ class Backbone:
         """
         if isinstance(records, PreparedEdits):
             return records
-        return prepare(self.tokenizer, load_records(records), self.max_length, kinds, self.token)
+        edits = prepare(self.tokenizer, load_records(records), self.max_length, kinds)
+        if self.token == "subject":
+            edits = at_subjects(self.tokenizer, edits, self.max_length)
+        return edits
 
     def batches(
         self, prompts: Sequence[Prompt], task: str, progress: bool | None = None

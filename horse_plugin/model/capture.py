@@ -12,6 +12,8 @@ from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.model.backbone import Backbone
 
+IGNORED = -100  # the label that cross_entropy leaves out
+
 
 @dataclass
 class Capture:
@@ -26,7 +28,9 @@ class Capture:
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
         value_norms: the mean norm of a row of each module's outputs there.
         prompt_of_row: n, the index of the prompt that each row belongs to, on the CPU.
-        predicted: prompt → the tokens that the model predicts for its answer, on the CPU.
+        still: n, whether the edit must do nothing at the row, whose gradient is 0 then.
+        predicted: prompt → the tokens that the model predicts for its answer, on the CPU; those
+            where the edit must do nothing are left out.
         seconds: how long the capture took.
     """
 
@@ -34,6 +38,7 @@ class Capture:
     grads: list[torch.Tensor]
     value_norms: list[float]
     prompt_of_row: torch.Tensor
+    still: torch.Tensor
     predicted: dict[Prompt, torch.Tensor]
     seconds: float
 
@@ -72,7 +77,9 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
             try:
                 with torch.enable_grad():
                     logits = backbone.top(batch, states)
-                    labels = batch.labels.to(logits.device)
+                    still = torch.tensor([p.still for p in batch.prompts])[batch.rows.cpu()]
+                    labels = batch.labels.masked_fill(still.to(batch.labels.device), IGNORED)
+                    labels = labels.to(logits.device)
                     logits = logits.to(backbone.edit_dtype)
                     F.cross_entropy(logits, labels, reduction="sum").backward()
             finally:
@@ -99,7 +106,8 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
         grads=[module_rows.grads for module_rows in captured.values()],
         value_norms=distributed.mean_of_rows(norms).tolist(),
         prompt_of_row=prompt_of_row,
-        predicted=dict(zip(prompts, answers, strict=True)),
+        still=torch.tensor([prompts[i].still for i in local]).repeat_interleave(sizes),
+        predicted={p: a for p, a in zip(prompts, answers, strict=True) if not p.still},
         seconds=time.perf_counter() - start,
     )
 

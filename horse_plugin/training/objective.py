@@ -11,6 +11,7 @@ import torch
 
 from horse_plugin import distributed
 from horse_plugin.data.prompts import Batch, PreparedEdits, Prompt, batches
+from horse_plugin.editing.solve import residuals_of
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
@@ -94,13 +95,13 @@ class Objective:
         terms = zip(keys, lamdas, self.roots, strict=True)
         ridges = [Ridge(h, lamda.exp(), root) for h, lamda, root in terms]
         with torch.no_grad():
-            residuals = _summed(network.residuals(c.keys, c.grads) for c in captures)  # Eq. 4, 6
+            residuals = _summed(residuals_of(network, c) for c in captures)  # Eq. 4 and 6
             shifts = [ridge.shift(r) for ridge, r in zip(ridges, residuals, strict=True)]  # Eq. 2
         del residuals
         with self.backbone.weights.shifted(dict(zip(self.backbone.modules, shifts, strict=True))):
             losses, weight_grads = self.weight_gradients()
         # Made only now, so that their graph takes no memory while the model's own does.
-        residuals = _summed(network.residuals(c.keys, c.grads, in_loss=True) for c in captures)
+        residuals = _summed(residuals_of(network, c, in_loss=True) for c in captures)
         lamdas = network.lamda / distributed.world_size()  # of which each rank adds its part
         terms = zip(ridges, weight_grads, residuals, shifts, lamdas, strict=True)
         surrogate = sum(

@@ -165,7 +165,7 @@ class HORSETrainer:
         """
         edits = self.backbone.prepare(records, TRAINED_ON)
         edits.check()
-        prompts = edits.flat("edit")
+        prompts = edits.to_capture()
         captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
         hp = replace(self.hparams, edit_ridge=1.0)  # of which only edits take a share

@@ -1,7 +1,5 @@
 """The model cut in two equals the model, for every architecture; edits come off bit for bit."""
 
-from dataclasses import replace
-
 import accelerate
 import pytest
 import torch
@@ -242,40 +240,10 @@ def test_keys_are_read_where_the_subject_ends():
     HorseEditor.from_backbone(backbone, tiny.hparams(token="subject")).edit(records)
 
 
-def test_without_a_subject_keys_are_read_at_the_answer_tokens():
-    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
-    first, second = (replace(r, subject=None) for r in tiny.records(2))
-    with pytest.warns(UserWarning, match=r"2 of 2 prompts hold no subject \(record 0, 1\)"):
-        prompts = backbone.prepare([first, replace(second, subject="Atlantis")], ["edit"]).flat()
-    answers = [tuple(range(p.start - 1, len(p.inputs))) for p in prompts]
-    assert [p.keys_at for p in prompts] == answers
-    with pytest.warns(UserWarning, match=r"1 of 2 prompts hold no subject \(record 1\)"):
-        prompts = backbone.prepare([replace(first, subject="capital"), second], ["edit"]).flat()
-    assert prompts[0].keys_at[0] == prompts[0].subject < prompts[0].start - 1
-    captured = capture(backbone, prompts)
-    assert len(captured.keys[0]) == sum(len(p.answer) for p in prompts)
-
-
-@pytest.mark.parametrize(
-    ("text", "subject", "before"),
-    [
-        ("Many seats: Ma sits", "Ma", "Many seats: Ma"),  # a whole word, not the beginning of one
-        ("北京的人口是", "北京", "北京"),  # scripts without spaces
-        ("is THE thing", "the thing", "is THE thing"),
-    ],
-)
-def test_a_subject_is_found_as_people_would_find_it(text, subject, before):
-    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
-    record = {"prompt": text, "subject": subject, "target_new": "x"}
-    (prompt,) = backbone.prepare([record], ["edit"]).flat()
-    assert prompt.subject == len(backbone.tokenizer(before)["input_ids"]) - 1
-
-
 def test_a_subject_must_be_read_below_the_last_block():
     model = tiny.model()
     found = Backbone(model, tiny.bpe_tokenizer(), token="subject")
     assert list(found.modules) == ["model.layers.6.mlp.down_proj"]  # of 8 blocks
     last = Backbone(model, tiny.bpe_tokenizer(), ["model.layers.7.mlp.down_proj"], token="subject")
-    records = [replace(r, subject="capital") for r in tiny.records()]
     with pytest.raises(UsageError, match="in the last block"):
-        capture(last, last.prepare(records, ["edit"]).flat())
+        capture(last, last.prepare(tiny.records(), ["edit"]).flat())
