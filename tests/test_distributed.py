@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def edit(spread: str, n: int) -> dict:
         hparams.lr = 1e-3
     editor = HorseEditor(tiny.model(), tiny.bpe_tokenizer(), hparams)
     return editor.edit(tiny.records(n)).shifts
+
+
+def swept() -> dict:
+    """An edit in sweeps with its keys at subjects, of which two are one, and with contrasts."""
+    settings = {"token": "subject", "edit_sweeps": 3, "normalizer": "scale", "residual_cap": 0.5}
+    names = [f"model.layers.{i}.mlp.down_proj" for i in (4, 6)]
+    hparams = tiny.hparams(inner_params=names, ridge=0.1, **settings)
+    records = tiny.records(12)
+    records[5] = replace(records[5], subject=records[4].subject, prompt=records[4].prompt)
+    return HorseEditor(tiny.model(), tiny.bpe_tokenizer(), hparams).edit(records).shifts
 
 
 def train(out, settings: dict) -> dict:
@@ -67,6 +78,7 @@ def work(folder) -> dict:
     )
     return {
         "edits": {(kind, n): edit(kind, n) for kind in SPREADS for n in N_EDITS},
+        "swept": swept(),
         "trained": {name: train(folder / name, changes) for name, changes in TRAINED.items()},
         "figures": evaluator.evaluate().records,
         "failure": failure(),
@@ -111,6 +123,12 @@ def test_two_processes_make_the_delta_of_one(both, spread, n):
         for name, shift in alone.items():
             assert shift.abs().max() > 0
             assert (shifts[name] - shift).abs().max() / largest < 1e-5, name
+
+
+def test_two_processes_sweep_as_one(both):
+    alone, *two = (found["swept"] for found in both)
+    for shifts in two:
+        close(alone, shifts)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -22,8 +22,8 @@ from horse_plugin.editing.solve import (
     new_network,
     predicted_cost,
     solve,
-    sweeps,
 )
+from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation.drift import OrdinaryText, Pieces
 from horse_plugin.evaluation.metrics import mean, predict

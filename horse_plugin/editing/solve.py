@@ -1,11 +1,10 @@
 """From the captured keys and gradients of an edit to the tensors of its delta (Eq. 4, 6, 2)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from horse_plugin.data.prompts import Prompt
 from horse_plugin.distributed import gather_rows, raise_on_all_ranks, sum_over_ranks
 from horse_plugin.editing.archive import to_edit_device
 from horse_plugin.editing.delta import EditDelta
@@ -14,7 +13,7 @@ from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.capture import Capture, capture
+from horse_plugin.model.capture import Capture
 
 Roots = Sequence[torch.Tensor | None]
 
@@ -66,47 +65,10 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
         network.calibrate_cap(captured.value_norms, hparams.residual_cap)
 
 
-@torch.no_grad()
-def sweeps(
-    backbone: Backbone,
-    network: HyperNetwork,
-    prompts: Sequence[Prompt],
-    captured: Capture,
-    hparams: HORSEHyperParams,
-    roots: Roots,
-) -> Iterator[tuple[Capture, list[torch.Tensor]]]:
-    """Yield, ``edit_sweeps`` times, a capture and the sum of the residuals up to it.
-
-    One step along a gradient at the subject writes few answers, however long it is. So the keys and
-    gradients are read again in the model with the shifts that all residuals so far make (Eq. 2),
-    and theirs are added.
-
-    Args:
-        prompts: the edit prompts and the contrasts.
-        captured: their capture on the model as it is now, the first to be yielded.
-        roots: as in :func:`calibrate`.
-
-    Yields:
-        The capture, and Σ R'_1 … Σ R'_T over the sweeps so far, n×d' each.
-    """
-    total = edit_residuals(backbone, network, captured, hparams)
-    yield captured, total
-    with backbone.trunk_cache.for_a_while():
-        if hparams.edit_sweeps > 1:
-            backbone.cache_trunk_states(prompts, progress=False)
-        for _ in range(hparams.edit_sweeps - 1):
-            tensors = solve(backbone, network, captured, total, hparams, roots)
-            with backbone.weights.shifted(EditDelta(tensors, []).shifts):
-                captured = capture(backbone, prompts)
-            more = edit_residuals(backbone, network, captured, hparams)
-            total = [r + m for r, m in zip(total, more, strict=True)]
-            yield captured, total
-
-
 def residuals_of(
     network: HyperNetwork, captured: Capture, rows: int | None = None, in_loss: bool = False
 ) -> list[torch.Tensor]:
-    """Return R'_1 … R'_T, n×d' each (Eq. 4, then Eq. 5 or 6); 0 where the edit must do nothing.
+    """Return R'_1 … R'_T, n×d' each (Eq. 4, then Eq. 5 or 6); 0 at the capture's ``still`` rows.
 
     Args:
         rows, in_loss: as in :meth:`HyperNetwork.residuals`.

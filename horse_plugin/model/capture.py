@@ -1,5 +1,6 @@
 """Keys and gradients at the answer tokens, for all edit modules in one pass (Sec. 2.1)."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.model.backbone import Backbone
 
 IGNORED = -100  # the label that cross_entropy leaves out
+HOLDS = 0.9  # the probability from which on an answer needs no more
 
 
 @dataclass
@@ -28,7 +30,9 @@ class Capture:
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
         value_norms: the mean norm of a row of each module's outputs there.
         prompt_of_row: n, the index of the prompt that each row belongs to, on the CPU.
-        still: n, whether the edit must do nothing at the row, whose gradient is 0 then.
+        still: n, on the CPU, whether the edit must do nothing at the row.
+        holds: n, on the CPU, whether the model gives each token of the row's answer a probability
+            of at least ``HOLDS``, or must do nothing there.
         predicted: prompt → the tokens that the model predicts for its answer, on the CPU; those
             where the edit must do nothing are left out.
         seconds: how long the capture took.
@@ -39,15 +43,20 @@ class Capture:
     value_norms: list[float]
     prompt_of_row: torch.Tensor
     still: torch.Tensor
+    holds: torch.Tensor
     predicted: dict[Prompt, torch.Tensor]
     seconds: float
 
 
-def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
+def capture(backbone: Backbone, prompts: Sequence[Prompt], known: Capture | None = None) -> Capture:
     """Run the prompts through the model as it is, forward and backward.
 
     The graph starts at the lowest edit module's output, since nothing below it needs a gradient.
     The cross-entropy is summed, so that a token's gradient does not depend on its batch.
+
+    Args:
+        known: an earlier capture of the same prompts. Those that hold in it are not run. Their keys
+            and what the model predicts are as they were, and their gradients are 0.
 
     Raises:
         HorseError: a key or a gradient is not finite; the message names the record and the module.
@@ -57,16 +66,24 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
     sizes = torch.tensor([len(prompts[i].keys_at) for i in local], dtype=torch.long)
     prompt_of_row = torch.tensor(local, dtype=torch.long).repeat_interleave(sizes)
     first_rows = sizes.cumsum(0) - sizes
+    still = torch.tensor([prompts[i].still for i in local], dtype=torch.bool)
+    holds = known.holds[first_rows] if known else torch.zeros_like(still)
+    run = (~holds).nonzero()[:, 0].tolist()  # indices into ``local``
     where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
     captured = {
         name: _ModuleRows(len(prompt_of_row), *shape, where)
         for name, shape in zip(backbone.modules, backbone.shapes, strict=True)
     }
-    predicted = [None] * len(local)
+    if known:
+        for module_rows, keys in zip(captured.values(), known.keys, strict=True):
+            module_rows.keys.copy_(keys)
+            module_rows.grads.zero_()
+    predicted = [known.predicted.get(prompts[i]) if known else None for i in local]
     with distributed.raise_on_all_ranks():
-        for batch in backbone.batches([prompts[i] for i in local], "capture"):
+        for batch in backbone.batches([prompts[local[i]] for i in run], "capture"):
+            index = [run[i] for i in batch.index]
             states = backbone.trunk(batch)
-            rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in batch.index])
+            rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in index])
             rows = rows.to(backbone.edit_device)
             hooks = [
                 module.register_forward_hook(
@@ -77,19 +94,22 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
             try:
                 with torch.enable_grad():
                     logits = backbone.top(batch, states)
-                    still = torch.tensor([p.still for p in batch.prompts])[batch.rows.cpu()]
-                    labels = batch.labels.masked_fill(still.to(batch.labels.device), IGNORED)
-                    labels = labels.to(logits.device)
+                    ignored = still[index].to(batch.rows.device)[batch.rows]
+                    labels = batch.labels.masked_fill(ignored, IGNORED).to(logits.device)
                     logits = logits.to(backbone.edit_dtype)
-                    F.cross_entropy(logits, labels, reduction="sum").backward()
+                    losses = F.cross_entropy(logits, labels, reduction="none")
+                    losses.sum().backward()
             finally:
                 for hook in hooks:
                     hook.remove()
             for module_rows in captured.values():
                 module_rows.collect()
             tokens = logits.detach().argmax(-1).split([len(p.answer) for p in batch.prompts])
-            for i, part in zip(batch.index, tokens, strict=True):
+            for i, part in zip(index, tokens, strict=True):
                 predicted[i] = part
+            worst = torch.zeros(len(index)).to(losses)  # of each answer: its least likely token's
+            worst.scatter_reduce_(0, batch.rows.to(losses.device), losses.detach(), "amax")
+            holds[index] = (worst <= -math.log(HOLDS)).cpu()
         for name, module_rows in captured.items():
             for what, values in (("keys", module_rows.keys), ("gradient", module_rows.grads)):
                 bad = ~values.isfinite().all(-1).cpu()
@@ -101,12 +121,14 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt]) -> Capture:
                     )
     answers = distributed.gather_answers(prompts, predicted)
     norms = torch.stack([module_rows.norms for module_rows in captured.values()], -1)
+    norms = known.value_norms if known else distributed.mean_of_rows(norms).tolist()
     return Capture(
         keys=[module_rows.keys for module_rows in captured.values()],
         grads=[module_rows.grads for module_rows in captured.values()],
-        value_norms=distributed.mean_of_rows(norms).tolist(),
+        value_norms=norms,
         prompt_of_row=prompt_of_row,
-        still=torch.tensor([prompts[i].still for i in local]).repeat_interleave(sizes),
+        still=still.repeat_interleave(sizes),
+        holds=holds.repeat_interleave(sizes),
         predicted={p: a for p, a in zip(prompts, answers, strict=True) if not p.still},
         seconds=time.perf_counter() - start,
     )

@@ -24,7 +24,8 @@ from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.distributed import is_main_process, sum_over_ranks
 from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
 from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.editing.solve import Roots, calibrate, new_network, sweeps
+from horse_plugin.editing.solve import Roots, calibrate, new_network
+from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.metrics import Evaluator, mean

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.editing.solve import new_network, sweeps
+from horse_plugin.editing.solve import new_network, residuals_of
+from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.method.metric import inverse_root, metric_of
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
@@ -20,7 +21,7 @@ def differentiable_loss(backbone, network, captures, prompts, hparams, ordinary=
     """The loss of the edited model as one graph: plain solve, functional call, full logits."""
     model, weights = backbone.model, {}
     captures = captures if isinstance(captures, list) else [captures]
-    swept = [network.residuals(c.keys, c.grads) for c in captures]
+    swept = [residuals_of(network, c) for c in captures]
     for l, (name, module) in enumerate(backbone.modules.items()):
         h, r = captures[-1].keys[l], torch.stack([rs[l] for rs in swept]).sum(0)
         metric = torch.eye(h.shape[1], dtype=h.dtype) if metrics is None else metrics[l]
