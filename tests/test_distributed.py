@@ -39,7 +39,7 @@ def edit(spread: str, n: int) -> dict:
 
 def swept() -> dict:
     """An edit in sweeps with its keys at subjects, of which two are one, and with contrasts."""
-    settings = {"token": "subject", "edit_sweeps": 3, "normalizer": "scale", "residual_cap": 0.5}
+    settings = {"token": "subject", "edit_sweeps": 4, "normalizer": "scale", "residual_cap": 0.5}
     names = [f"model.layers.{i}.mlp.down_proj" for i in (4, 6)]
     hparams = tiny.hparams(inner_params=names, ridge=0.1, **settings)
     records = tiny.records(12)

@@ -78,7 +78,9 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], known: Capture | None
         for module_rows, keys in zip(captured.values(), known.keys, strict=True):
             module_rows.keys.copy_(keys)
             module_rows.grads.zero_()
-    predicted = [known.predicted.get(prompts[i]) if known else None for i in local]
+    unread = [torch.tensor(prompts[i].answer) for i in local]  # of prompts that are not run
+    found = known.predicted if known else {}
+    predicted = [found.get(prompts[i], u) for i, u in zip(local, unread, strict=True)]
     with distributed.raise_on_all_ranks():
         for batch in backbone.batches([prompts[local[i]] for i in run], "capture"):
             index = [run[i] for i in batch.index]

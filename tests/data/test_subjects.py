@@ -81,7 +81,7 @@ def test_facts_that_share_a_subject_have_keys_and_contrasts_of_their_own(backbon
 
 def test_an_edit_does_nothing_at_contrasts(backbone):
     """Their rows have no gradient and no residual, and take part in Eq. 2."""
-    settings = {"token": "subject", "normalizer": "scale", "edit_sweeps": 2, "ridge": 0.01}
+    settings = {"token": "subject", "normalizer": "scale", "edit_sweeps": 4, "ridge": 0.01}
     hparams = tiny.hparams(residual_cap=0.5, **settings)
     editor = HorseEditor.from_backbone(backbone, hparams)
     edits = backbone.prepare(shared(), ["edit"])
