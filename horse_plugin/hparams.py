@@ -33,7 +33,7 @@ ALIASES = {"alg": "alg_name", "n_edits": "edits_per_step", "val_steps": "val_rec
 AT_LEAST = dict.fromkeys(
     """rank n_blocks edits_per_step max_epochs max_iters val_interval val_records val_edits
         early_stop_patience batch_size editor_batch_size batch_tokens max_length preserve_tokens
-        keep_tokens edit_sweeps""".split(),
+        keep_tokens edit_sweeps train_sweeps""".split(),
     1,
 ) | dict.fromkeys(
     """edit_coef gen_coef loc_coef keep_coef spread_strength trunk_cache_gb trunk_disk_gb
@@ -95,8 +95,9 @@ class HORSEHyperParams:
     lr: float | None = None  # absolute eta (Eq. 4); given, it replaces `strength`
     ridge: float | None = None  # e^lambda (Eq. 2) at the start, over a typical key's squared norm;
     # null: e^lambda starts at 1
-    edit_sweeps: int = 1  # times that keys and gradients are read, each time in the model with what
-    # the residuals so far write; 1: the paper's single step
+    edit_sweeps: int = 1  # most times that keys and gradients are read, each time in the model with
+    # what the residuals so far write; 1: the paper's single step
+    train_sweeps: int | None = None  # ... in a training step; null: edit_sweeps
     residual_cap: float | None = None  # greatest row norm of R over the mean one of the module's
     # output; null: none
     normalizer: str = "feature"  # what the network reads: each feature standardised, or all keys

@@ -169,7 +169,8 @@ class HORSETrainer:
         prompts = edits.to_capture()
         captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
-        hp = replace(self.hparams, edit_ridge=1.0)  # of which only edits take a share
+        n = self.hparams.train_sweeps or self.hparams.edit_sweeps
+        hp = replace(self.hparams, edit_sweeps=n, edit_ridge=1.0)  # only edits take a share
         parts = self.backbone, self.network, prompts, captured, hp, self.roots
         captures = [captured for captured, _ in sweeps(*parts)]
         edits = one_prompt_a_kind(edits, self.step // self.steps_per_epoch)
@@ -252,9 +253,9 @@ class HORSETrainer:
         """Edit the validation records with the network as it is; keep it if it is the best."""
         figures, scores = [], []
         for evaluator in evaluators:
-            editor = HorseEditor.from_backbone(
-                self.backbone, self.hparams, self.network, self.preserve, self.roots
-            )
+            hp = replace(self.hparams, max_drift=None)  # a search for each validation
+            parts = hp, self.network, self.preserve, self.roots
+            editor = HorseEditor.from_backbone(self.backbone, *parts)
             editor.edit(evaluator.edits)
             try:
                 evaluation = evaluator.evaluate()

@@ -8,6 +8,7 @@ import torch
 
 from horse_plugin import EditRecord, HorseEditor, HorseError, HORSETrainer, UsageError
 from horse_plugin.editing.archive import ARCHIVE, load_network
+from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.tensors import load_tensors
 from horse_plugin.training.checkpoint import CHECKPOINT
@@ -277,3 +278,44 @@ def test_lambda_starts_where_ridge_says_once(tmp_path):
     assert start.isfinite().all() and (start.abs() > 0.1).all()
     t.train_step(t.batch(1))
     assert torch.equal(t.network.lamda, start)
+
+
+SWEPT = {
+    "token": "subject",
+    "inner_params": [f"model.layers.{i}.mlp.down_proj" for i in (4, 6)],
+    "normalizer": "scale",
+    "residual_cap": 0.5,
+    "edit_sweeps": 3,
+}
+
+
+def test_a_step_and_a_validation_make_their_own_number_of_sweeps(tmp_path, monkeypatch):
+    made = {"training.trainer": [], "editing.editor": []}
+    for where, numbers in made.items():
+
+        def counted(*parts, numbers=numbers):
+            numbers.append(parts[4].edit_sweeps)
+            return sweeps(*parts)
+
+        monkeypatch.setattr(f"horse_plugin.{where}.sweeps", counted)
+    trainer(tmp_path, max_epochs=1, val_interval=2, train_sweeps=2, **SWEPT).run()
+    assert made == {"training.trainer": [2, 2], "editing.editor": [3]}
+    trainer(tmp_path / "same", max_epochs=1, val_interval=2, **SWEPT).run()
+    assert made["training.trainer"][2:] == [3, 3]
+
+
+def test_an_archive_of_a_capped_network_edits_as_it_was_trained(tmp_path):
+    t = trainer(tmp_path, **SWEPT)
+    t.run()
+    network, *_ = load_network(tmp_path, t.backbone)
+    assert network.normalizer == "scale" and network.has_cap
+    best = t.best["step"] == t.step
+    assert best, "the last network is the best one here, so that both are the same"
+    found = []
+    for edits_with in (network, t.network):
+        editor = HorseEditor.from_backbone(t.backbone, t.hparams, edits_with)
+        found.append(editor.edit(tiny.records(4)).shifts)
+        editor.undo()
+    for name, shift in found[0].items():
+        assert shift.abs().max() > 0
+        assert torch.equal(shift, found[1][name])
