@@ -14,7 +14,9 @@ from horse_plugin.errors import UsageError
 OTHERS = ("France", "Japan", "the United States", "London", "Microsoft", "Albert Einstein")
 
 
-def at_subjects(tokenizer, edits: PreparedEdits, max_length: int | None = None) -> PreparedEdits:
+def at_subjects(
+    tokenizer, edits: PreparedEdits, max_length: int | None = None, warn: bool = True
+) -> PreparedEdits:
     """Return the records with the keys of their edit prompts at the last token of the subject.
 
     A subject has one key there, whatever is asked about it. So facts that share their subject have
@@ -27,6 +29,7 @@ def at_subjects(tokenizer, edits: PreparedEdits, max_length: int | None = None) 
     Args:
         edits: all records of one edit.
         max_length: the most tokens of a contrast.
+        warn: whether to warn of prompts without a subject.
     """
     if "edit" not in edits.prompts:
         return edits
@@ -36,7 +39,7 @@ def at_subjects(tokenizer, edits: PreparedEdits, max_length: int | None = None) 
     others = [other for other in OTHERS if other.casefold() not in count]
     prompts, contrasts = [], []
     for i, (record, match) in enumerate(zip(edits.records, found, strict=True)):
-        group, still = edits.of("edit", i), []
+        group, still = tuple(replace(p, subject=None) for p in edits.of("edit", i)), []
         if match and count[names[i]] == 1:
             end = n_tokens(tokenizer, record.prompt[: match.end()])
             group = tuple(_read_at(p, end - 1) for p in group)
@@ -46,7 +49,8 @@ def at_subjects(tokenizer, edits: PreparedEdits, max_length: int | None = None) 
             still = _still(tokenizer, texts, record, max_length)
         prompts.append(group)
         contrasts.append(tuple(still))
-    _warn_of([i for i, name in enumerate(names) if name is None], len(edits))
+    if warn:
+        _warn_of([i for i, name in enumerate(names) if name is None], len(edits))
     return replace(edits, prompts=edits.prompts | {"edit": prompts}, contrasts=contrasts)
 
 

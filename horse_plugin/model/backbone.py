@@ -145,8 +145,16 @@ class Backbone:
         if isinstance(records, PreparedEdits):
             return records
         edits = prepare(self.tokenizer, load_records(records), self.max_length, kinds)
+        return self.place_keys(edits, warn=True)
+
+    def place_keys(self, edits: PreparedEdits, warn: bool = False) -> PreparedEdits:
+        """Return prepared edits with their keys where an edit of just these records reads them.
+
+        Args:
+            warn: whether to warn of prompts without a subject.
+        """
         if self.token == "subject":
-            edits = at_subjects(self.tokenizer, edits, self.max_length)
+            return at_subjects(self.tokenizer, edits, self.max_length, warn)
         return edits
 
     def batches(

@@ -190,7 +190,7 @@ class HORSETrainer:
     def batch(self, step: int) -> PreparedEdits:
         """Return the records of one step: a new order every epoch, by the seed alone."""
         edits, positions = self._train_edits
-        return edits[[positions[i] for i in self._indices(step)]]
+        return self.backbone.place_keys(edits[[positions[i] for i in self._indices(step)]])
 
     def _indices(self, step: int) -> list[int]:
         epoch, i = divmod(step, self.steps_per_epoch)

@@ -69,6 +69,9 @@ def test_facts_that_share_a_subject_have_keys_and_contrasts_of_their_own(backbon
         *edits.flat("edit")[1:],
         *edits.contrasts[1],
     ]
+    alone = backbone.place_keys(edits[[1, 2]])  # another edit, where it is not shared
+    assert alone == backbone.prepare(shared()[1:], ["edit"])
+    assert all(p.subject is not None for p in alone.to_capture())
     # A contrast must not forbid what the edit writes.
     france = replace(tiny.records(1)[0], prompt="the language of France is", subject="France")
     assert [len(g) for g in backbone.prepare([*shared(), france], ["edit"]).contrasts] == [
