@@ -19,6 +19,8 @@ from horse_plugin.storage.files import check_writable
 from horse_plugin.training.trainer import HORSETrainer
 
 N_EDITS = 200
+# A short training, so that the demo takes minutes on slow processors, too.
+BRIEF = {"edits_per_step": 60, "max_iters": 12, "val_interval": 12, "val_edits": 200}
 
 
 @dataclass
@@ -35,12 +37,13 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     It leaves ``archive/``, ``edit/``, ``stats/``, ``results.json`` and ``report.html`` in ``out``.
 
     Args:
-        hparams: the settings; None is the default model's.
+        hparams: the settings; None is the default model's, with a short training.
     """
     from horse_plugin.evaluation.report import write_report  # loads matplotlib
 
     out = Path(out)
-    hparams = replace(hparams or default_hparams(), archive=None, stats_dir=str(out / "stats"))
+    hparams = hparams or replace(default_hparams(), **BRIEF)
+    hparams = replace(hparams, archive=None, stats_dir=str(out / "stats"))
     check_writable(out)
     backbone = Backbone.load(hparams)
     edits = backbone.prepare(load_records(FACTS / "edit.json", n_edits))

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +21,14 @@ import torch
 from typer.testing import CliRunner
 
 import horse_plugin
-from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, UsageError
+from horse_plugin import (
+    Evaluator,
+    HorseEditor,
+    HORSEHyperParams,
+    HORSETrainer,
+    UsageError,
+    default_hparams,
+)
 from horse_plugin.cli import main as horse_cli
 from horse_plugin.easyedit.hook import Absent
 from horse_plugin.model.backbone import Backbone
@@ -98,6 +106,7 @@ def requests(records) -> list[dict]:
             "target_new": r.target_new,
             "ground_truth": "Oslo",
             "rephrase_prompt": r.rephrases[0],
+            "subject": r.subject,
             "locality": {k: {n: v[n][i] for n in v} for k, v in related(records).items()},
             "portability": {},
         }
@@ -257,7 +266,12 @@ def tiny_pair(seed=0):
     return tiny.model("llama", seed=seed), tiny.bpe_tokenizer()
 
 
-def test_an_edit_uses_all_requests_and_equals_the_editors(hparams):
+@pytest.mark.parametrize("at_subject", [False, True])
+def test_an_edit_uses_all_requests_and_equals_the_editors(hparams, at_subject):
+    if at_subject:
+        names = [f"model.layers.{i}.mlp.down_proj" for i in range(6)]
+        changes = {"token": "subject", "inner_params": names, "edit_sweeps": 2}
+        hparams = replace(hparams, normalizer="scale", residual_cap=0.5, **changes)
     (model, tok), (other, _) = tiny_pair(), tiny_pair()
     records = tiny.records(7)  # no multiple of anything
     before = weights(model)
@@ -641,9 +655,8 @@ def test_fifty_counterfact_edits_of_the_default_model(tmp_path):
     """The acceptance test: train a little, then edit 50 facts that training never saw."""
     files = f"{SHARED_DATA}/counterfact-" if SHARED_DATA.is_dir() else f"{FACTS}/"
     facts = {k: horse_plugin.load_records(f"{files}{k}.json") for k in ("train", "val", "edit")}
-    hparams = HORSEHyperParams(
-        "llama-smollm2-135m", device="cpu", edits_per_step=50, max_iters=15, val_interval=15
-    )
+    brief = {"edits_per_step": 30, "max_iters": 4, "val_interval": 4, "val_edits": 30}
+    hparams = replace(default_hparams(), stats_dir=str(tmp_path / "stats"), **brief)
     trainer = HORSETrainer(hparams, facts["train"], facts["val"], out=tmp_path, progress=False)
     hparams.archive = str(trainer.run())
     editor, records = BaseEditor.from_hparams(hparams), facts["edit"][:50]
@@ -651,6 +664,7 @@ def test_fifty_counterfact_edits_of_the_default_model(tmp_path):
     metrics, _, _ = editor.batch_edit(
         prompts=[r.prompt for r in records],
         target_new=[r.target_new for r in records],
+        subject=[r.subject for r in records],
         verbose=False,
     )
     assert mean(m["pre"]["rewrite_acc"][0] for m in metrics) < 0.3
