@@ -72,7 +72,7 @@ def undisturbed(tmp_path_factory):
 
 
 # Four steps, each saved as checkpoint, and some as archive, with four calls a file; or the clock.
-@pytest.mark.parametrize("moment", range(20))
+@pytest.mark.parametrize("moment", range(12))
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path, undisturbed, moment):
     wanted, seconds = undisturbed
     chance = random.Random(moment)
