@@ -37,6 +37,7 @@ if __name__ == "__main__":
     metrics, edited_model, _ = editor.batch_edit(
         prompts=[data["prompt"] for data in test_data],
         target_new=[data["target_new"] for data in test_data],
+        subject=[data["subject"] for data in test_data],
         ground_truth=[data["ground_truth"] for data in test_data],
         rephrase_prompts=[data["rephrase_prompt"] for data in test_data],
         locality_inputs={

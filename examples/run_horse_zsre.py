@@ -36,6 +36,7 @@ if __name__ == "__main__":
     editor.batch_edit(
         prompts=[r.prompt for r in records],
         target_new=[r.target_new for r in records],
+        subject=[r.subject for r in records],
         rephrase_prompts=[r.rephrases[0] for r in records],
         sequential_edit=True,
         verbose=False,

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -13,15 +14,17 @@ from tests import tiny
 STAGES = "tokenise trunk capture network residual and spread solve apply"
 
 
-def test_every_stage_is_measured_and_the_model_left_as_it_was():
+@pytest.mark.parametrize("sweeps", [1, 3])
+def test_every_stage_is_measured_and_the_model_left_as_it_was(sweeps):
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), trunk_cache_gb=1)
     before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
     records = tiny.records(20)
-    found = bench(backbone, tiny.hparams(edits_per_step=20), records)
-    assert " ".join(s["name"] for s in found["stages"]) == STAGES
+    found = bench(backbone, tiny.hparams(edits_per_step=20, edit_sweeps=sweeps), records)
+    wanted = STAGES if sweeps == 1 else STAGES.replace("solve", "further sweeps solve")
+    assert " ".join(s["name"] for s in found["stages"]) == wanted
     for stage in found["stages"]:
         assert stage["seconds"] > 0 and stage["peak_memory_mb"] > 0
-        assert stage["name"] == "tokenise" or stage["floor_seconds"] > 0
+        assert stage["name"] in ("tokenise", "further sweeps") or stage["floor_seconds"] > 0
     assert [s["name"] for s in found["others"]] == [
         "metric",
         "evaluation before",
