@@ -74,13 +74,15 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], known: Capture | None
         name: _ModuleRows(len(prompt_of_row), *shape, where)
         for name, shape in zip(backbone.modules, backbone.shapes, strict=True)
     }
+    predicted = [None] * len(local)
     if known:
+        predicted = [  # nothing reads what is predicted at a contrast
+            torch.tensor(prompts[i].answer) if prompts[i].still else known.predicted[prompts[i]]
+            for i in local
+        ]
         for module_rows, keys in zip(captured.values(), known.keys, strict=True):
             module_rows.keys.copy_(keys)
             module_rows.grads.zero_()
-    unread = [torch.tensor(prompts[i].answer) for i in local]  # of prompts that are not run
-    found = known.predicted if known else {}
-    predicted = [found.get(prompts[i], u) for i, u in zip(local, unread, strict=True)]
     with distributed.raise_on_all_ranks():
         for batch in backbone.batches([prompts[local[i]] for i in run], "capture"):
             index = [run[i] for i in batch.index]

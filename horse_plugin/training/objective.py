@@ -5,7 +5,7 @@ model's losses and their gradient g at the edited weights, and the surrogate
 Σ_l ⟨H_l (HᵀH + e^λ C̄)⁻¹ g_l, R'_l⟩ whose gradient is that of the losses.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -73,7 +73,10 @@ class Objective:
         self.references = [self._reference(batch) for batch in self.batches]
 
     def backward(
-        self, network: HyperNetwork, captures: Sequence[Capture]
+        self,
+        network: HyperNetwork,
+        captures: Sequence[Capture],
+        residuals: Sequence[torch.Tensor],
     ) -> dict[str, float | None]:
         """Leave the gradient of the losses, through the whole edit, in the network's parameters.
 
@@ -87,6 +90,7 @@ class Objective:
         Args:
             captures: keys and gradients of the step's edit prompts, first on the unedited model,
                 then in each further sweep.
+            residuals: Σ R'_1 … Σ R'_T over the captures, as the edit has them (Eq. 4 and 6).
 
         Returns:
             The mean loss per answer token of each kind in nats, None for a kind without prompts.
@@ -95,13 +99,12 @@ class Objective:
         terms = zip(keys, lamdas, self.roots, strict=True)
         ridges = [Ridge(h, lamda.exp(), root) for h, lamda, root in terms]
         with torch.no_grad():
-            residuals = _summed(residuals_of(network, c) for c in captures)  # Eq. 4 and 6
             shifts = [ridge.shift(r) for ridge, r in zip(ridges, residuals, strict=True)]  # Eq. 2
-        del residuals
         with self.backbone.weights.shifted(dict(zip(self.backbone.modules, shifts, strict=True))):
             losses, weight_grads = self.weight_gradients()
         # Made only now, so that their graph takes no memory while the model's own does.
-        residuals = _summed(residuals_of(network, c, in_loss=True) for c in captures)
+        swept = [residuals_of(network, c, in_loss=True) for c in captures]
+        residuals = [sum(of_module) for of_module in zip(*swept, strict=True)]
         lamdas = network.lamda / distributed.world_size()  # of which each rank adds its part
         terms = zip(ridges, weight_grads, residuals, shifts, lamdas, strict=True)
         surrogate = sum(
@@ -196,11 +199,6 @@ class Objective:
             if kind == ORDINARY:
                 where = f"piece {i} of ordinary text: the loss on it"
             raise HorseError(f"{where} is not finite. {HALF_PRECISION_HINT}")
-
-
-def _summed(residuals: Iterable[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Return, for each edit module, the sum over the sweeps."""
-    return [sum(of_module) for of_module in zip(*residuals, strict=True)]
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

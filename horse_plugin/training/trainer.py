@@ -172,12 +172,14 @@ class HORSETrainer:
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps
         hp = replace(self.hparams, edit_sweeps=n, edit_ridge=1.0)  # only edits take a share
         parts = self.backbone, self.network, prompts, captured, hp, self.roots
-        captures = [captured for captured, _ in sweeps(*parts)]
+        captures = []
+        for each, residuals in sweeps(*parts):  # the residuals of the last one are of all
+            captures.append(each)
         edits = one_prompt_a_kind(edits, self.step // self.steps_per_epoch)
         ordinary = self._ordinary_text(self.step)
         objective = Objective(self.backbone, edits, self.hparams, ordinary, self.roots)
         self.optimizer.zero_grad()
-        losses = objective.backward(self.network, captures)
+        losses = objective.backward(self.network, captures, residuals)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.hparams.max_grad_norm)
         if not norm.isfinite():
             raise HorseError(f"the network's gradient is not finite. {HALF_PRECISION_HINT}")

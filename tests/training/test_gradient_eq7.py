@@ -20,7 +20,7 @@ TOLERANCE = {"llama": 1e-4, "gpt2": 1e-8}
 def differentiable_loss(backbone, network, captures, prompts, hparams, ordinary=(), metrics=None):
     """The loss of the edited model as one graph: plain solve, functional call, full logits."""
     model, weights = backbone.model, {}
-    captures = captures if isinstance(captures, list) else [captures]
+    captures = captures if isinstance(captures, tuple) else (captures,)
     swept = [residuals_of(network, c) for c in captures]
     for l, (name, module) in enumerate(backbone.modules.items()):
         h, r = captures[-1].keys[l], torch.stack([rs[l] for rs in swept]).sum(0)
@@ -48,6 +48,12 @@ def differentiable_loss(backbone, network, captures, prompts, hparams, ordinary=
         if losses:
             total = total + coef * torch.cat(losses).mean()
     return total
+
+
+def alone(network, captured):
+    """What ``backward`` takes for an edit of one sweep."""
+    with torch.no_grad():
+        return (captured,), residuals_of(network, captured)
 
 
 def coefs_of(hparams):
@@ -82,7 +88,7 @@ def test_the_training_gradient_is_the_gradient(architecture, spread, loc_loss):
     names = [n for n, _ in network.named_parameters()]
     want = torch.autograd.grad(want_loss, list(network.parameters()), allow_unused=True)
 
-    losses = Objective(backbone, prompts, hparams).backward(network, [captured])
+    losses = Objective(backbone, prompts, hparams).backward(network, *alone(network, captured))
     assert losses.pop("ordinary") is None
     assert weighted(losses, hparams) == pytest.approx(want_loss.item())
     for name, p, g in zip(names, network.parameters(), want, strict=True):
@@ -118,7 +124,9 @@ def test_with_a_metric_and_ordinary_text_it_is_the_gradient_too(architecture, lo
         backbone, network, captured, prompts, hparams, ordinary, metrics
     )
     want = torch.autograd.grad(want_loss, list(network.parameters()))
-    losses = Objective(backbone, prompts, hparams, ordinary, roots).backward(network, [captured])
+    losses = Objective(backbone, prompts, hparams, ordinary, roots).backward(
+        network, *alone(network, captured)
+    )
     assert losses["ordinary"] > 0
     assert weighted(losses, hparams) == pytest.approx(want_loss.item())
     for (name, p), g in zip(network.named_parameters(), want, strict=True):
@@ -135,12 +143,12 @@ def test_of_several_sweeps_each_adds_its_residuals(cap):
         network.calibrate_cap(captured.value_norms, cap)
     roots = [None] * len(backbone.modules)
     parts = prompts.flat("edit"), captured, hparams, roots
-    captures = [c for c, _ in sweeps(backbone, network, *parts)]
+    captures, totals = zip(*sweeps(backbone, network, *parts), strict=True)
     assert len(captures) == 3
     assert not torch.equal(captures[1].grads[0], captures[2].grads[0])
     want_loss = differentiable_loss(backbone, network, captures, prompts, hparams)
     want = torch.autograd.grad(want_loss, list(network.parameters()))
-    losses = Objective(backbone, prompts, hparams).backward(network, captures)
+    losses = Objective(backbone, prompts, hparams).backward(network, captures, totals[-1])
     assert losses.pop("ordinary") is None
     assert weighted(losses, hparams) == pytest.approx(want_loss.item())
     for (name, p), g in zip(network.named_parameters(), want, strict=True):
@@ -154,7 +162,7 @@ def test_more_tokens_than_features_uses_the_primal_and_agrees():
     assert len(captured.keys[0]) > captured.keys[0].shape[1]
     want = differentiable_loss(backbone, network, captured, prompts, hparams)
     want = torch.autograd.grad(want, [network.lamda, network.log_eta])
-    Objective(backbone, prompts, hparams).backward(network, [captured])
+    Objective(backbone, prompts, hparams).backward(network, *alone(network, captured))
     torch.testing.assert_close(network.lamda.grad, want[0], atol=1e-12, rtol=1e-6)
     torch.testing.assert_close(network.log_eta.grad, want[1], atol=1e-12, rtol=1e-6)
 
@@ -172,5 +180,5 @@ def test_without_c_i_of_eq_4_the_residual_is_eta_times_the_gradient(coefficient)
     assert torch.allclose(edit, -0.5 * pseudo) == (coefficient == "none")
     assert torch.allclose(loss, -0.5 * pseudo) == (coefficient != "token")
     edits = backbone.prepare(tiny.records(), TRAINED_ON)
-    Objective(backbone, edits, hparams).backward(network, [captured])
+    Objective(backbone, edits, hparams).backward(network, *alone(network, captured))
     assert network.log_eta.grad.abs().sum() > 0
