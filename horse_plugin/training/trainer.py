@@ -172,9 +172,10 @@ class HORSETrainer:
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps
         hp = replace(self.hparams, edit_sweeps=n, edit_ridge=1.0)  # only edits take a share
         parts = self.backbone, self.network, prompts, captured, hp, self.roots
-        captures = []
-        for each, residuals in sweeps(*parts):  # the residuals of the last one are of all
+        captures, residuals = [], []
+        for each, total in sweeps(*parts):
             captures.append(each)
+            residuals = total  # of all sweeps so far
         edits = one_prompt_a_kind(edits, self.step // self.steps_per_epoch)
         ordinary = self._ordinary_text(self.step)
         objective = Objective(self.backbone, edits, self.hparams, ordinary, self.roots)
