@@ -98,6 +98,7 @@ class HORSEHyperParams:
     edit_sweeps: int = 1  # most times that keys and gradients are read, each time in the model with
     # what the residuals so far write; 1: the paper's single step
     train_sweeps: int | None = None  # ... in a training step; null: edit_sweeps
+    keep_next: bool = False  # sweeps also keep likely what followed an answer before the edit
     residual_cap: float | None = None  # greatest row norm of R over the mean one of the module's
     # output; null: none
     normalizer: str = "feature"  # what the network reads: each feature standardised, or all keys

@@ -67,7 +67,7 @@ def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) 
 
     with torch.no_grad():
         edits = clock("tokenise", lambda: backbone.prepare(records, kinds=["edit"]))
-        prompts = edits.to_capture()
+        prompts = edits.to_capture(hp.keep_next)
         clock("trunk", lambda: backbone.cache_trunk_states(prompts))
         captured = clock("capture", lambda: capture(backbone, prompts))
         keys, grads = captured.keys, captured.grads

@@ -2,12 +2,15 @@
 
 import bisect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.errors import UsageError
+
+
+UNKNOWN = -100  # in place of a token that only the model knows
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Prompt:
         n_cut: the number of tokens that the prompt lost at its beginning, as it was too long.
         subject: the index of the last token of the subject, if keys are read there; else None.
         still: whether an edit must do nothing here, instead of teaching the answer.
+        ends: whether the model is also asked what follows the answer, which an edit keeps likely.
     """
 
     ids: tuple[int, ...]
@@ -28,11 +32,12 @@ class Prompt:
     n_cut: int = 0
     subject: int | None = None
     still: bool = False
+    ends: bool = False
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """The tokens that the model reads: all but the last, which is only ever predicted."""
-        return self.ids[:-1]
+        """The tokens that the model reads: all but the last, if that is only ever predicted."""
+        return self.ids if self.ends else self.ids[:-1]
 
     @property
     def answer(self) -> tuple[int, ...]:
@@ -50,6 +55,11 @@ class Prompt:
             return (self.start - 1,)
         first = self.start - 1 if self.subject is None else self.subject
         return first, *range(self.start, len(self.inputs))
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """What is predicted from the first answer token on; ``UNKNOWN`` is what follows it."""
+        return self.answer + (UNKNOWN,) * self.ends
 
 
 # kind of prompt → a record's queries of that kind
@@ -100,9 +110,13 @@ class PreparedEdits:
         """Return the prompts of that kind of record i, none if the kind was not wanted."""
         return self.prompts[kind][i] if kind in self.prompts else ()
 
-    def to_capture(self) -> list[Prompt]:
-        """Return what an edit of these records reads: the edit prompts, then the contrasts."""
-        return self.flat("edit") + [p for group in self.contrasts for p in group]
+    def to_capture(self, ends: bool = False) -> list[Prompt]:
+        """Return what an edit of these records reads: the edit prompts, then the contrasts.
+
+        Args:
+            ends: whether an edit also reads what follows an answer.
+        """
+        return [replace(p, ends=ends) for p in self.flat("edit")] + [p for group in self.contrasts for p in group]
 
     def check(self):
         """Refuse records whose prompts could not be tokenised.
@@ -229,7 +243,7 @@ class Batch:
         index: the index of each row's prompt in the sequence that was batched.
         ids: B×L token ids.
         rows, cols: the n answer positions; the i-th is ``ids[rows[i], cols[i]]``.
-        labels: the n answer tokens predicted there.
+        labels: the n answer tokens predicted there, ``UNKNOWN`` where an answer ends.
         key_rows, key_cols: the positions where an edit reads keys; without subjects, ``rows`` and
             ``cols``.
     """
@@ -266,10 +280,10 @@ def batches(prompts: Sequence[Prompt], max_tokens: int, device="cpu") -> Iterabl
 def _batch(prompts, index, width, device) -> Batch:
     chosen = tuple(prompts[i] for i in index)
     ids = torch.tensor([p.inputs + (0,) * (width - len(p.inputs)) for p in chosen])
-    n_answer = torch.tensor([len(p.answer) for p in chosen])
-    rows = torch.arange(len(chosen)).repeat_interleave(n_answer)
+    n_labels = torch.tensor([len(p.labels) for p in chosen])
+    rows = torch.arange(len(chosen)).repeat_interleave(n_labels)
     cols = torch.cat([torch.arange(p.start - 1, len(p.inputs)) for p in chosen])
-    labels = torch.tensor([token for p in chosen for token in p.answer])
+    labels = torch.tensor([token for p in chosen for token in p.labels])
     key_rows = torch.tensor([i for i, p in enumerate(chosen) for _ in p.keys_at])
     key_cols = torch.tensor([at for p in chosen for at in p.keys_at])
     tensors = ids, rows, cols, labels, key_rows, key_cols

@@ -123,7 +123,7 @@ class HorseEditor:
         """Return the keys and gradients of an edit of these records on the model as it is now."""
         edits = self.backbone.prepare(records, kinds=["edit"])
         edits.check()
-        return capture(self.backbone, edits.to_capture())
+        return capture(self.backbone, edits.to_capture(self.hparams.keep_next))
 
     def edit(self, records, name: str | None = None, captured: Capture | None = None) -> EditDelta:
         """Write all records into the model in one edit.
@@ -151,7 +151,7 @@ class HorseEditor:
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
         captured = captured or self.capture(edits)
-        prompts = edits.to_capture()
+        prompts = edits.to_capture(hp.keep_next)
         if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
             raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)

@@ -47,13 +47,13 @@ def sweeps(
         if n > 1:
             backbone.cache_trunk_states(prompts, progress=False)
         for sweep in range(1, n):
-            known = captured if left and sweep < n - 1 else None
+            some = bool(left) and sweep < n - 1
             tensors = solve(backbone, network, captured, total, hparams, roots)
             with backbone.weights.shifted(EditDelta(tensors, []).shifts):
-                captured = capture(backbone, prompts, known)
+                captured = capture(backbone, prompts, captured, skip_held=some)
             captured = replace(captured, still=captured.still | captured.holds)
             left = sum_over_ranks((~captured.holds).sum()).item()
-            if not left and known is None:
+            if not left and not some:
                 return
             more = edit_residuals(backbone, network, captured, hparams)
             total = [r + m for r, m in zip(total, more, strict=True)]

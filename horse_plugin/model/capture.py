@@ -3,18 +3,18 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from horse_plugin import distributed
-from horse_plugin.data.prompts import Prompt
+from horse_plugin.data.prompts import UNKNOWN, Prompt
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.model.backbone import Backbone
 
-IGNORED = -100  # the label that cross_entropy leaves out
-HOLDS = 0.9  # the probability from which on an answer needs no more
+HOLDS = 0.9  # the probability from which on an answer token needs no more
+KEPT = 0.5  # ... and the token that follows it, as a share of its probability before the edit
 
 
 @dataclass
@@ -31,8 +31,12 @@ class Capture:
         value_norms: the mean norm of a row of each module's outputs there.
         prompt_of_row: n, the index of the prompt that each row belongs to, on the CPU.
         still: n, on the CPU, whether the edit must do nothing at the row.
-        holds: n, on the CPU, whether the model gives each token of the row's answer a probability
-            of at least ``HOLDS``, or must do nothing there.
+        holds: n, on the CPU, whether the row's prompt needs no more: the model gives each token of
+            the answer a probability of at least ``HOLDS``, and the token that followed it at least
+            ``KEPT`` of the one it had. Where the edit must do nothing, there is no more to do.
+        followed: what followed each answer before the edit, if it is read: the likeliest token, and
+            the most that it may cost after the edit, in nats. On the CPU, one per prompt of this
+            process.
         predicted: prompt → the tokens that the model predicts for its answer, on the CPU; those
             where the edit must do nothing are left out.
         seconds: how long the capture took.
@@ -44,19 +48,27 @@ class Capture:
     prompt_of_row: torch.Tensor
     still: torch.Tensor
     holds: torch.Tensor
+    followed: tuple[torch.Tensor, torch.Tensor]
     predicted: dict[Prompt, torch.Tensor]
     seconds: float
 
 
-def capture(backbone: Backbone, prompts: Sequence[Prompt], known: Capture | None = None) -> Capture:
+def capture(
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    earlier: Capture | None = None,
+    skip_held: bool = False,
+) -> Capture:
     """Run the prompts through the model as it is, forward and backward.
 
     The graph starts at the lowest edit module's output, since nothing below it needs a gradient.
-    The cross-entropy is summed, so that a token's gradient does not depend on its batch.
+    The cross-entropy is summed, so that a token's gradient does not depend on its batch. That of a
+    token that follows an answer counts as far as it exceeds what it may cost.
 
     Args:
-        known: an earlier capture of the same prompts. Those that hold in it are not run. Their keys
-            and what the model predicts are as they were, and their gradients are 0.
+        earlier: a capture of the same prompts earlier in the same edit.
+        skip_held: whether to leave out those that held in it. Their keys and what the model
+            predicts are as they were, and their gradients are 0.
 
     Raises:
         HorseError: a key or a gradient is not finite; the message names the record and the module.
@@ -67,20 +79,25 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], known: Capture | None
     prompt_of_row = torch.tensor(local, dtype=torch.long).repeat_interleave(sizes)
     first_rows = sizes.cumsum(0) - sizes
     still = torch.tensor([prompts[i].still for i in local], dtype=torch.bool)
-    holds = known.holds[first_rows] if known else torch.zeros_like(still)
+    holds = earlier.holds[first_rows] if skip_held else torch.zeros_like(still)
     run = (~holds).nonzero()[:, 0].tolist()  # indices into ``local``
     where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
     captured = {
         name: _ModuleRows(len(prompt_of_row), *shape, where)
         for name, shape in zip(backbone.modules, backbone.shapes, strict=True)
     }
-    predicted = [None] * len(local)
-    if known:
+    if earlier:
+        followed, allowed = earlier.followed
+    else:
+        followed = torch.zeros(len(local), dtype=torch.long)
+        allowed = torch.zeros(len(local), dtype=backbone.edit_dtype)
+    still_rows, predicted = still.repeat_interleave(sizes), [None] * len(local)
+    if skip_held:
         predicted = [  # nothing reads what is predicted at a contrast
-            torch.tensor(prompts[i].answer) if prompts[i].still else known.predicted[prompts[i]]
+            torch.tensor(prompts[i].answer) if prompts[i].still else earlier.predicted[replace(prompts[i], ends=False)]
             for i in local
         ]
-        for module_rows, keys in zip(captured.values(), known.keys, strict=True):
+        for module_rows, keys in zip(captured.values(), earlier.keys, strict=True):
             module_rows.keys.copy_(keys)
             module_rows.grads.zero_()
     with distributed.raise_on_all_ranks():
@@ -97,23 +114,28 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], known: Capture | None
             ]
             try:
                 with torch.enable_grad():
-                    logits = backbone.top(batch, states)
-                    ignored = still[index].to(batch.rows.device)[batch.rows]
-                    labels = batch.labels.masked_fill(ignored, IGNORED).to(logits.device)
-                    logits = logits.to(backbone.edit_dtype)
-                    losses = F.cross_entropy(logits, labels, reduction="none")
-                    losses.sum().backward()
+                    logits = backbone.top(batch, states).to(backbone.edit_dtype)
+                    of, end = torch.tensor(index)[batch.rows.cpu()], batch.labels.cpu() == UNKNOWN
+                    if not earlier:
+                        _note_what_follows(logits, of, end, followed, allowed)
+                    labels = torch.where(end, followed[of], batch.labels.cpu())
+                    losses = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+                    losses = (losses - torch.where(end, allowed[of], 0).to(losses)).relu()
+                    losses.masked_fill(still[of].to(losses.device), 0).sum().backward()
             finally:
                 for hook in hooks:
                     hook.remove()
             for module_rows in captured.values():
                 module_rows.collect()
-            tokens = logits.detach().argmax(-1).split([len(p.answer) for p in batch.prompts])
-            for i, part in zip(index, tokens, strict=True):
-                predicted[i] = part
-            worst = torch.zeros(len(index)).to(losses)  # of each answer: its least likely token's
-            worst.scatter_reduce_(0, batch.rows.to(losses.device), losses.detach(), "amax")
-            holds[index] = (worst <= -math.log(HOLDS)).cpu()
+            tokens = logits.detach().argmax(-1).split([len(p.labels) for p in batch.prompts])
+            for i, p, part in zip(index, batch.prompts, tokens, strict=True):
+                predicted[i] = part[: len(p.answer)]
+            lacking = losses.detach().cpu() > torch.where(end, 0, -math.log(HOLDS))
+            holds[index] = True
+            holds[of[lacking]] = False
+            done = of[end & (losses.detach().cpu() == 0)]
+            still_rows[first_rows[done] + sizes[done] - 1] = True
+        holds |= still
         for name, module_rows in captured.items():
             for what, values in (("keys", module_rows.keys), ("gradient", module_rows.grads)):
                 bad = ~values.isfinite().all(-1).cpu()
@@ -125,17 +147,29 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], known: Capture | None
                     )
     answers = distributed.gather_answers(prompts, predicted)
     norms = torch.stack([module_rows.norms for module_rows in captured.values()], -1)
-    norms = known.value_norms if known else distributed.mean_of_rows(norms).tolist()
+    norms = earlier.value_norms if earlier else distributed.mean_of_rows(norms).tolist()
     return Capture(
         keys=[module_rows.keys for module_rows in captured.values()],
         grads=[module_rows.grads for module_rows in captured.values()],
         value_norms=norms,
         prompt_of_row=prompt_of_row,
-        still=still.repeat_interleave(sizes),
+        still=still_rows,
         holds=holds.repeat_interleave(sizes),
-        predicted={p: a for p, a in zip(prompts, answers, strict=True) if not p.still},
+        followed=(followed, allowed),
+        predicted={
+            replace(p, ends=False): a for p, a in zip(prompts, answers, strict=True) if not p.still
+        },
         seconds=time.perf_counter() - start,
     )
+
+
+@torch.no_grad()
+def _note_what_follows(logits, of_prompt, end, followed, allowed):
+    """Note the likeliest token after each answer of a batch, and the most that it may cost."""
+    at = end.nonzero()[:, 0]
+    best = logits[at.to(logits.device)].log_softmax(-1).max(-1)
+    followed[of_prompt[at]] = best.indices.cpu()
+    allowed[of_prompt[at]] = -best.values.cpu() - math.log(KEPT)
 
 
 class _ModuleRows:

@@ -166,7 +166,7 @@ class HORSETrainer:
         """
         edits = self.backbone.prepare(records, TRAINED_ON)
         edits.check()
-        prompts = edits.to_capture()
+        prompts = edits.to_capture(self.hparams.keep_next)
         captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps

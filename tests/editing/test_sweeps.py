@@ -1,6 +1,7 @@
 """Sweeps: what holds is left out, all is read again before the end, and the end comes early."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -27,9 +28,9 @@ def swept(editor, monkeypatch, probability):
     prompts = editor.backbone.prepare(tiny.records(), ["edit"]).to_capture()
     first, ran = capture(editor.backbone, prompts), []
 
-    def counted(backbone, prompts, known=None):
-        ran.append(int((~known.holds).sum()) if known else len(first.holds))
-        return capture(backbone, prompts, known)
+    def counted(backbone, prompts, earlier, skip_held):
+        ran.append(int((~earlier.holds).sum()) if skip_held else len(first.holds))
+        return capture(backbone, prompts, earlier, skip_held)
 
     monkeypatch.setattr(module, "capture", counted)
     network = editor.untrained_network(first)
@@ -45,7 +46,7 @@ def test_prompts_that_hold_are_not_run_again():
     read = []
     run, trunk = backbone.top, backbone.trunk
     backbone.trunk = lambda batch: (read.extend(batch.prompts), trunk(batch))[1]
-    again = capture(backbone, prompts, replace(first, holds=held))
+    again = capture(backbone, prompts, replace(first, holds=held), skip_held=True)
     assert backbone.top == run and sorted(map(prompts.index, read)) == [0, 2, 3, 4, 5]
     for l in range(len(first.keys)):
         torch.testing.assert_close(again.keys[l], first.keys[l])
@@ -99,3 +100,40 @@ def test_what_holds_adds_nothing_and_all_are_read_before_the_end(editor, monkeyp
         for r, total in zip(before, after, strict=True):
             assert torch.equal(r[captured.holds], total[captured.holds])
             assert not torch.equal(r[~captured.holds], total[~captured.holds])
+
+
+def test_what_follows_an_answer_counts_once_it_is_less_likely():
+    """Against plain forward and backward passes: its loss above what it may cost, and no more."""
+    model, tokenizer = tiny.model(), tiny.bpe_tokenizer()
+    backbone = Backbone(model, tokenizer)
+    edits = backbone.prepare(tiny.records(), ["edit"])
+    prompts = edits.to_capture(ends=True)
+    plain, first = capture(backbone, edits.flat()), capture(backbone, prompts)
+    ends = torch.tensor(
+        [i == n - 1 for n in (len(p.keys_at) for p in prompts) for i in range(n)]
+    )
+    assert torch.equal(first.still, ends)  # nothing is lost yet
+    assert list(first.predicted) == list(plain.predicted)
+    for with_end, without in zip(first.grads, plain.grads, strict=True):
+        torch.testing.assert_close(with_end[~ends], without)
+        assert (with_end[ends] == 0).all()
+
+    followed, allowed = first.followed
+    for p, token, most in zip(prompts, followed.tolist(), allowed.tolist(), strict=True):
+        said = model(torch.tensor([p.ids])).logits[0, -1].log_softmax(-1)
+        assert token == said.argmax().item()
+        assert most == pytest.approx(-said.max().item() + math.log(2), rel=1e-4)
+
+    less = allowed - 1.0  # as if it had been likelier by far
+    again = capture(backbone, prompts, replace(first, followed=(followed, less)))
+    name, module = next(iter(backbone.modules.items()))
+    p, rows = prompts[0], again.prompt_of_row == 0
+    kept = []
+    hook = module.register_forward_hook(lambda m, a, out: kept.append(out.requires_grad_()) or out)
+    logits = model(torch.tensor([p.ids])).logits[0, p.start - 1 :]
+    hook.remove()
+    losses = -logits.log_softmax(-1).gather(1, torch.tensor([*p.answer, followed[0]])[:, None])
+    loss = losses[:-1].sum() + (losses[-1] - less[0]).relu().sum()
+    (grad,) = torch.autograd.grad(loss, kept)
+    torch.testing.assert_close(again.grads[0][rows], grad[0, p.start - 1 :], atol=1e-5, rtol=1e-4)
+    assert not again.still.any() and not again.holds.any()
