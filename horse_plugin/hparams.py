@@ -114,6 +114,12 @@ class HORSEHyperParams:
     token: str = "ans"  # where keys and gradients are read: at the answer tokens, or at the last
     # token of the subject (subject), in blocks that inner_params names
 
+    # How the model is asked.
+    separator: str | None = None  # between prompt and answer; null: a space between words
+    chat_template: bool = False  # prompts are a user's turns in the tokenizer's chat template
+    system_prompt: str | None = None  # of that chat; null: the template's own
+    append_eos: bool = False  # the tokenizer's EOS token ends each answer
+
     # What an edit leaves alone: the metric of the ridge term.
     preserve: str | None = None  # ordinary text: shipped, model (the model writes it), a file or a
     # hub data set; none: the paper's ridge term (MALMEN)

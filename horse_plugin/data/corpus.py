@@ -7,6 +7,7 @@ from pathlib import Path
 from horse_plugin.assets import CALIBRATION, HELDOUT
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.records import EditRecord
+from horse_plugin.data.seam import join
 from horse_plugin.data.sources import read_items
 from horse_plugin.errors import UsageError, first_line
 
@@ -76,8 +77,8 @@ def _of_records(records: Iterable[EditRecord]) -> list[str]:
     """Return the records' true statements, without the edited ones."""
     texts = []
     for r in records:
-        texts += [f"{q.prompt} {q.answer}" for q in r.unrelated]
-        texts += [f"{p} {r.ground_truth or ''}".strip() for p in (r.prompt, *r.rephrases)]
+        texts += [join(q.prompt, q.answer) for q in r.unrelated]
+        texts += [join(p, r.ground_truth or "").strip() for p in (r.prompt, *r.rephrases)]
     return texts
 
 

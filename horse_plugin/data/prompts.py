@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from horse_plugin.data.records import EditRecord, Query
+from horse_plugin.data.seam import Seam
 from horse_plugin.errors import UsageError
 
-
+PLAIN = Seam()
 UNKNOWN = -100  # in place of a token that only the model knows
 
 
@@ -116,7 +117,9 @@ class PreparedEdits:
         Args:
             ends: whether an edit also reads what follows an answer.
         """
-        return [replace(p, ends=ends) for p in self.flat("edit")] + [p for group in self.contrasts for p in group]
+        return [replace(p, ends=ends) for p in self.flat("edit")] + [
+            p for group in self.contrasts for p in group
+        ]
 
     def check(self):
         """Refuse records whose prompts could not be tokenised.
@@ -133,16 +136,18 @@ def prepare(
     records: Sequence[EditRecord],
     max_length: int | None = None,
     kinds: Sequence[str] = tuple(KINDS),
+    seam: Seam = PLAIN,
 ) -> PreparedEdits:
     """Tokenise the records' queries of these kinds, each once.
 
     Args:
         max_length: the most tokens of prompt and answer; None is no limit.
+        seam: how the model is asked.
     """
     prepared = PreparedEdits(list(records), {kind: [] for kind in kinds})
     for i, record in enumerate(prepared.records):
         try:
-            groups = [tuple(tokenize(tokenizer, KINDS[k](record), max_length)) for k in kinds]
+            groups = [tuple(tokenize(tokenizer, KINDS[k](record), max_length, seam)) for k in kinds]
         except UsageError as error:
             prepared.errors[i], groups = error, [()] * len(kinds)
         for kind, group in zip(kinds, groups, strict=True):
@@ -154,43 +159,72 @@ class AnswerTooLongError(UsageError):
     """The answer alone exceeds the most tokens that a prompt may have."""
 
 
-def tokenize(tokenizer, queries: Sequence[Query], max_length: int | None = None) -> list[Prompt]:
-    """Tokenise each query as ``prompt + " " + answer`` in one piece.
+def tokenize(
+    tokenizer, queries: Sequence[Query], max_length: int | None = None, seam: Seam = PLAIN
+) -> list[Prompt]:
+    """Tokenise each query as the model reads it: prompt and answer as one text.
 
     The answer is found from the tokenizer's offsets, or from the prompt's own length where the
     tokenizer has none; never from the tokenizer's class. A BOS token appears once where the
-    tokenizer sets one, and an EOS token not at all. A prompt over ``max_length`` tokens loses its
-    beginning (after BOS), never its answer.
+    tokenizer sets one; an EOS token appears where the answer has one. A prompt over ``max_length``
+    tokens loses its beginning (after BOS), never its answer.
+
+    Args:
+        seam: how the model is asked.
 
     Raises:
         UsageError: the tokenizer has no tokens for an answer or a prompt.
         AnswerTooLongError: an answer exceeds ``max_length``.
     """
     return [
-        _shorten(_tokenize_whole(tokenizer, query), max_length, query, tokenizer)
+        _shorten(_tokenize_whole(tokenizer, query, seam), max_length, query, tokenizer)
         for query in queries
     ]
 
 
-def _tokenize_whole(tokenizer, query: Query) -> Prompt:
-    prompt = query.prompt.rstrip()
-    text = f"{prompt} {query.answer.strip()}"
-    if tokenizer.is_fast:
-        encoded = tokenizer(text, return_offsets_mapping=True)
-        ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
-    else:
-        ids = tokenizer(text)["input_ids"]
-        n_prompt = len(_without_eos(tokenizer(prompt)["input_ids"], tokenizer))
-        ends = [0] * n_prompt + [len(text)] * (len(ids) - n_prompt)
-    ids = _without_eos(ids, tokenizer)
-    extra = _n_extra_bos(ids, tokenizer)
-    ids, ends = ids[extra:], ends[extra : len(ids)]
-    start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+def _tokenize_whole(tokenizer, query: Query, seam: Seam) -> Prompt:
+    text, n_before = seam.join(tokenizer, query.prompt, query.answer)
+    ids, spans = _encode(tokenizer, text, n_before)
+    start = next((i for i, (_, end) in enumerate(spans) if end > n_before), len(ids))
+    if start < len(ids) and text[spans[start][0] : n_before].strip():
+        # The token begins within the prompt, which the model reads without knowing the answer.
+        ids, start = ask(tokenizer, text[:n_before]), _continuation(tokenizer, text[n_before:])
+        ids, start = (*ids, *start), len(ids)
     if start >= len(ids) or not query.answer.strip():
         raise UsageError(f"answer {query.answer!r}: the tokenizer has no tokens for it.")
     if start == 0:
         raise UsageError(f"prompt {query.prompt!r}: the tokenizer has no tokens for it.")
     return Prompt(tuple(ids), start)
+
+
+def _encode(tokenizer, text: str, n_before: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return a text's tokens, and where each begins and ends in it."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    else:
+        ids = tokenizer(text)["input_ids"]
+        n_prompt = len(_without_eos(tokenizer(text[:n_before])["input_ids"], text, tokenizer))
+        spans = [(0, 0)] * n_prompt + [(n_before, len(text))] * (len(ids) - n_prompt)
+    ids = _without_eos(ids, text, tokenizer)
+    extra = _n_extra_bos(ids, tokenizer)
+    return ids[extra:], spans[extra : len(ids)]
+
+
+def _continuation(tokenizer, text: str) -> list[int]:
+    """Return the tokens of a text that goes on without a space, which some tokenizers put first."""
+    for anchor in "\n,a":
+        ids, spans = _encode(tokenizer, anchor + text, 1)
+        start = next(i for i, (_, end) in enumerate(spans) if end > 1)
+        if spans[start][0] >= 1:
+            return ids[start:]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def ask(tokenizer, text: str) -> list[int]:
+    """Return the tokens of a text that a model is to go on with, as :func:`tokenize` has them."""
+    ids = _without_eos(tokenizer(text)["input_ids"], text, tokenizer)
+    return ids[_n_extra_bos(ids, tokenizer) :]
 
 
 def text_prompts(ids: Sequence[int], size: int) -> list[Prompt]:
@@ -199,23 +233,19 @@ def text_prompts(ids: Sequence[int], size: int) -> list[Prompt]:
     return [Prompt(piece, 1) for piece in pieces if len(piece) > 1]
 
 
-def n_tokens(tokenizer, text: str) -> int:
-    """Return the number of tokens of a prompt's beginning, counted as :func:`tokenize` does."""
-    ids = _without_eos(tokenizer(text)["input_ids"], tokenizer)
-    return len(ids) - _n_extra_bos(ids, tokenizer)
-
-
 def _n_extra_bos(ids: Sequence[int], tokenizer) -> int:
     """Return 1 if the text brought a BOS token of its own beside the tokenizer's, else 0."""
     bos = tokenizer.bos_token_id
     return int(bos is not None and list(ids[:2]) == [bos, bos])
 
 
-def _without_eos(ids: Sequence[int], tokenizer) -> Sequence[int]:
+def _without_eos(ids: list[int], text: str, tokenizer) -> list[int]:
+    """Return a text's tokens without the EOS token that a tokenizer appends."""
     eos = tokenizer.eos_token_id
-    if len(ids) > 1 and eos is not None and ids[-1] == eos:
-        return ids[:-1]
-    return ids
+    if eos is None or len(ids) < 2 or ids[-1] != eos:
+        return ids
+    is_own = text.endswith(str(tokenizer.eos_token)) and ids[-2] != eos
+    return ids if is_own else ids[:-1]
 
 
 def _shorten(prompt: Prompt, max_length: int | None, query: Query, tokenizer) -> Prompt:

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from horse_plugin.data.prompts import PreparedEdits, Prompt, n_tokens, tokenize
+from horse_plugin.data.prompts import PLAIN, PreparedEdits, Prompt, ask, tokenize
 from horse_plugin.data.records import EditRecord, Query
+from horse_plugin.data.seam import Seam
 from horse_plugin.errors import UsageError
 
 # Who stands in a contrast for the subject of an edit.
@@ -15,7 +16,11 @@ OTHERS = ("France", "Japan", "the United States", "London", "Microsoft", "Albert
 
 
 def at_subjects(
-    tokenizer, edits: PreparedEdits, max_length: int | None = None, warn: bool = True
+    tokenizer,
+    edits: PreparedEdits,
+    max_length: int | None = None,
+    warn: bool = True,
+    seam: Seam = PLAIN,
 ) -> PreparedEdits:
     """Return the records with the keys of their edit prompts at the last token of the subject.
 
@@ -30,6 +35,7 @@ def at_subjects(
         edits: all records of one edit.
         max_length: the most tokens of a contrast.
         warn: whether to warn of prompts without a subject.
+        seam: how the model is asked.
     """
     if "edit" not in edits.prompts:
         return edits
@@ -41,12 +47,14 @@ def at_subjects(
     for i, (record, match) in enumerate(zip(edits.records, found, strict=True)):
         group, still = tuple(replace(p, subject=None) for p in edits.of("edit", i)), []
         if match and count[names[i]] == 1:
-            end = n_tokens(tokenizer, record.prompt[: match.end()])
+            asked = seam.ask(tokenizer, record.prompt)
+            before = asked.rfind(record.prompt.rstrip()) + match.end()
+            end = len(ask(tokenizer, asked[:before]))
             group = tuple(_read_at(p, end - 1) for p in group)
         elif match and group:
             before, after = record.prompt[: match.start()], record.prompt[match.end() :]
             texts = [before + other + after for other in others]
-            still = _still(tokenizer, texts, record, max_length)
+            still = _still(tokenizer, texts, record, max_length, seam)
         prompts.append(group)
         contrasts.append(tuple(still))
     if warn:
@@ -61,11 +69,12 @@ def _read_at(prompt: Prompt, index: int) -> Prompt:
 
 
 def _still(
-    tokenizer, texts: Sequence[str], record: EditRecord, max_length: int | None
+    tokenizer, texts: Sequence[str], record: EditRecord, max_length: int | None, seam: Seam
 ) -> list[Prompt]:
     """Return these texts as prompts where an edit must do nothing."""
     try:
-        made = tokenize(tokenizer, [Query(t, record.target_new) for t in texts], max_length)
+        queries = [Query(t, record.target_new) for t in texts]
+        made = tokenize(tokenizer, queries, max_length, seam)
     except UsageError:  # too long with one of these subjects
         return []
     return [Prompt(p.ids[: p.start + 1], p.start, still=True) for p in made]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from horse_plugin.data.corpus import shipped_pieces
+from horse_plugin.data.prompts import ask
 from horse_plugin.data.records import EditRecord
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import quiet_transformers
@@ -109,7 +110,10 @@ class Writing:
             for kind, n in N_OF_KIND.items()
             for pair in asked[kind][:: max(1, len(asked[kind]) // n)][:n]
         ]
-        self._ids = [tuple(backbone.tokenizer(p)["input_ids"]) for _, p, _ in self._asked]
+        self._ids = [
+            tuple(backbone.ask(p) if kind != "opening" else ask(backbone.tokenizer, p))
+            for kind, p, _ in self._asked
+        ]
         self._before = continuations(backbone, self._ids, LENGTH)
         self.before = self.fluency(self._before)
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 
 import torch
 from torch import nn
@@ -17,7 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from horse_plugin.data.formats import load_records
-from horse_plugin.data.prompts import KINDS, Batch, PreparedEdits, Prompt, batches, prepare
+from horse_plugin.data.prompts import (
+    KINDS,
+    PLAIN,
+    Batch,
+    PreparedEdits,
+    Prompt,
+    ask,
+    batches,
+    prepare,
+)
+from horse_plugin.data.seam import Seam
 from horse_plugin.data.subjects import at_subjects
 from horse_plugin.distributed import local_indices
 from horse_plugin.errors import UsageError
@@ -60,6 +71,7 @@ class Backbone:
         progress: whether to show a bar while prompts run through the model.
         token: where edits read keys, at the answer tokens (``ans``) or where the subject ends
             (``subject``), see :mod:`horse_plugin.data.subjects`.
+        seam: how the model is asked, see :class:`horse_plugin.data.seam.Seam`.
 
     Attributes:
         modules: name → edit module, from the lowest block to the highest.
@@ -89,8 +101,9 @@ class Backbone:
         trunk_dir=None,
         progress: bool = False,
         token: str = "ans",
+        seam: Seam = PLAIN,
     ):
-        self.token = token
+        self.token, self.seam = token, seam
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.batch_tokens, self._max_length = batch_tokens, max_length
         self.progress = progress
@@ -118,7 +131,8 @@ class Backbone:
         names = """inner_params batch_tokens max_length trunk_cache_gb trunk_disk_gb trunk_dir
             token""".split()
         settings = {name: getattr(hparams, name) for name in names}
-        return cls(model, tokenizer, **settings, progress=progress)
+        seam = Seam(**{f.name: getattr(hparams, f.name) for f in fields(Seam)})
+        return cls(model, tokenizer, **settings, seam=seam, progress=progress)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -144,8 +158,13 @@ class Backbone:
         """
         if isinstance(records, PreparedEdits):
             return records
-        edits = prepare(self.tokenizer, load_records(records), self.max_length, kinds)
+        records = load_records(records)
+        edits = prepare(self.tokenizer, records, self.max_length, kinds, self.seam)
         return self.place_keys(edits, warn=True)
+
+    def ask(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt as the model is asked it, up to where the answer begins."""
+        return ask(self.tokenizer, self.seam.ask(self.tokenizer, prompt))
 
     def place_keys(self, edits: PreparedEdits, warn: bool = False) -> PreparedEdits:
         """Return prepared edits with their keys where an edit of just these records reads them.
@@ -154,7 +173,7 @@ class Backbone:
             warn: whether to warn of prompts without a subject.
         """
         if self.token == "subject":
-            return at_subjects(self.tokenizer, edits, self.max_length, warn)
+            return at_subjects(self.tokenizer, edits, self.max_length, warn, self.seam)
         return edits
 
     def batches(

@@ -93,8 +93,9 @@ def capture(
         allowed = torch.zeros(len(local), dtype=backbone.edit_dtype)
     still_rows, predicted = still.repeat_interleave(sizes), [None] * len(local)
     if skip_held:
+        known = {p: earlier.predicted.get(replace(p, ends=False)) for p in prompts}
         predicted = [  # nothing reads what is predicted at a contrast
-            torch.tensor(prompts[i].answer) if prompts[i].still else earlier.predicted[replace(prompts[i], ends=False)]
+            torch.tensor(prompts[i].answer) if prompts[i].still else known[prompts[i]]
             for i in local
         ]
         for module_rows, keys in zip(captured.values(), earlier.keys, strict=True):

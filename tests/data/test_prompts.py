@@ -27,6 +27,7 @@ class Slow:
     def __init__(self, fast):
         self.fast, self.is_fast = fast, False
         self.bos_token_id, self.eos_token_id = fast.bos_token_id, fast.eos_token_id
+        self.eos_token = fast.eos_token
 
     def __call__(self, text):
         return self.fast(text)

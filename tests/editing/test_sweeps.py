@@ -109,9 +109,7 @@ def test_what_follows_an_answer_counts_once_it_is_less_likely():
     edits = backbone.prepare(tiny.records(), ["edit"])
     prompts = edits.to_capture(ends=True)
     plain, first = capture(backbone, edits.flat()), capture(backbone, prompts)
-    ends = torch.tensor(
-        [i == n - 1 for n in (len(p.keys_at) for p in prompts) for i in range(n)]
-    )
+    ends = torch.tensor([i == n - 1 for n in (len(p.keys_at) for p in prompts) for i in range(n)])
     assert torch.equal(first.still, ends)  # nothing is lost yet
     assert list(first.predicted) == list(plain.predicted)
     for with_end, without in zip(first.grads, plain.grads, strict=True):
@@ -126,7 +124,7 @@ def test_what_follows_an_answer_counts_once_it_is_less_likely():
 
     less = allowed - 1.0  # as if it had been likelier by far
     again = capture(backbone, prompts, replace(first, followed=(followed, less)))
-    name, module = next(iter(backbone.modules.items()))
+    module = next(iter(backbone.modules.values()))
     p, rows = prompts[0], again.prompt_of_row == 0
     kept = []
     hook = module.register_forward_hook(lambda m, a, out: kept.append(out.requires_grad_()) or out)

@@ -147,8 +147,9 @@ def edit(
     if not all(p.isfinite().all() for p in model.parameters()):
         raise HorseError(f"{method} left weights that are not finite.")
     model = model.to(backbone.model.dtype)
-    limits = backbone.batch_tokens, backbone.max_length
-    return Backbone(model, backbone.tokenizer, list(backbone.modules), *limits), seconds
+    limits, modules = (backbone.batch_tokens, backbone.max_length), list(backbone.modules)
+    edited = Backbone(model, backbone.tokenizer, modules, *limits, seam=backbone.seam)
+    return edited, seconds
 
 
 @contextlib.contextmanager

@@ -1,0 +1,115 @@
+"""How a model is asked: where a prompt ends and its answer begins, and chat templates."""
+
+import unicodedata
+from dataclasses import dataclass
+
+from horse_plugin.errors import UsageError, first_line
+
+# No space stands after these, nor before those.
+OPENING = "([{<“‘«‹„‚「『【（《〈/\\@#_"
+CLOSING = ",;!?)]}>”’»›%"
+# Scripts without spaces between words, as Unicode names their characters.
+WITHOUT_SPACES = """CJK HIRAGANA KATAKANA BOPOMOFO IDEOGRAPHIC FULLWIDTH HALFWIDTH THAI LAO KHMER
+    MYANMAR TIBETAN JAVANESE BALINESE TAI YI""".split()
+
+
+@dataclass(frozen=True)
+class Seam:
+    """How prompts are put to a model, and how answers follow them.
+
+    Attributes:
+        separator: what stands between prompt and answer; None is a space between words and nothing
+            elsewhere, as :func:`join` has it.
+        chat_template: whether the prompt is a user's turn, in the tokenizer's chat template.
+        system_prompt: what the chat's system turn says; None leaves it to the template.
+        append_eos: whether the tokenizer's EOS token belongs to each answer.
+    """
+
+    separator: str | None = None
+    chat_template: bool = False
+    system_prompt: str | None = None
+    append_eos: bool = False
+
+    def ask(self, tokenizer, prompt: str) -> str:
+        """Return the text that the model reads before the answer."""
+        if self.chat_template:
+            return self._chat(tokenizer, prompt)[0]
+        return prompt if self.separator is not None else _split(prompt, "")[0]
+
+    def join(self, tokenizer, prompt: str, answer: str) -> tuple[str, int]:
+        """Return the text of prompt and answer, and the number of its characters before the answer.
+
+        Raises:
+            UsageError: there is no chat template, or no EOS token, where one is wanted.
+        """
+        if self.chat_template:
+            prompt, gap = self._chat(tokenizer, prompt)
+            answer = gap + answer.strip(" ")
+            start, text = len(prompt), prompt + answer
+        elif self.separator is not None:
+            start, text = len(prompt), f"{prompt}{self.separator}{answer}"
+        else:
+            start, text = len(self.ask(tokenizer, prompt)), join(prompt, answer)
+        if self.append_eos:
+            if not tokenizer.eos_token:
+                raise UsageError("append_eos: this tokenizer has no EOS token.")
+            text = text.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
+        return text, start
+
+    def _chat(self, tokenizer, prompt: str) -> tuple[str, str]:
+        """Return a chat up to where the answer begins, and what the template puts before it."""
+        turns = [{"role": "user", "content": prompt}]
+        if self.system_prompt is not None:
+            turns.insert(0, {"role": "system", "content": self.system_prompt})
+        mark = "Answer"
+        answered = [*turns, {"role": "assistant", "content": mark}]
+        try:
+            asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(answered, tokenize=False)
+        except Exception as error:  # templates are programs, and raise what they like
+            raise UsageError(
+                f"chat_template: the tokenizer's template failed ({first_line(error)}). "
+                "An instruct model's tokenizer has one; set chat_template: false for others."
+            ) from None
+        gap, found, _ = whole.removeprefix(asked).partition(mark)
+        return asked, gap if found and whole.startswith(asked) and gap.isspace() else ""
+
+
+def join(prompt: str, answer: str) -> str:
+    """Return a prompt and its answer as one text.
+
+    White space that either of them has at the seam stays, though spaces are one. Where there is
+    none, a space separates words; nothing stands after an opening bracket or quote, a dot or a
+    slash, before closing marks, and beside scripts that are written without spaces.
+    """
+    head, gap, body = _split(prompt, answer)
+    has_spaces = gap and not gap.strip(" ") and not head.endswith("\n")
+    if has_spaces or (not gap and head and body and _are_words(head, body)):
+        gap = " "
+    return head + gap + body
+
+
+def _split(prompt: str, answer: str) -> tuple[str, str, str]:
+    """Return a prompt without its last spaces, the white space before its answer, and the rest."""
+    head, body = prompt.rstrip(" "), answer.lstrip()
+    if not head:
+        head = prompt
+    return head, prompt[len(head) :] + answer[: len(answer) - len(body)], body.rstrip(" ")
+
+
+def _are_words(head: str, body: str) -> bool:
+    """Return whether a space belongs between these texts, of which neither has one at the seam."""
+    last, first = head[-1], body[0]
+    if last.isspace() or last in OPENING or last == ".":
+        return False
+    if last in "\"'`" and (len(head) == 1 or head[-2].isspace() or head[-2] in OPENING):
+        return False  # it opens a quotation
+    if first in CLOSING or (first in ".:" and not body[1:2].isalnum()):
+        return False
+    return not (_is_without_spaces(last) or _is_without_spaces(first))
+
+
+def _is_without_spaces(character: str) -> bool:
+    if "\u3000" <= character <= "\u303f" or "\uff00" <= character <= "\uffef":
+        return True  # their punctuation
+    return unicodedata.name(character, "").partition(" ")[0] in WITHOUT_SPACES

@@ -1,0 +1,111 @@
+"""Prompt and answer meet as a person would write them, and the model is asked that very prompt."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from horse_plugin.data.prompts import ask, tokenize
+from horse_plugin.data.records import Query
+from horse_plugin.data.seam import Seam, join
+from horse_plugin.errors import UsageError
+from tests import tiny
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+# Puts a space before an answer, as Llama-2's does.
+SPACED = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ("The capital of Norway is", "Lima", "The capital of Norway is Lima"),
+        ("Is it so?", "Yes", "Is it so? Yes"),
+        ("It costs", "5", "It costs 5"),
+        ("It costs", ".5", "It costs .5"),
+        ("x =", "-1", "x = -1"),
+        ("Answer:", '"yes"', 'Answer: "yes"'),
+        ("노르웨이의 수도는", "오슬로", "노르웨이의 수도는 오슬로"),
+        ("石岭县的省会是", "南宁", "石岭县的省会是南宁"),
+        ("作者是", "Tom", "作者是Tom"),
+        ("彼は言った。「", "はい", "彼は言った。「はい"),
+        ("答案：", "Oslo", "答案：Oslo"),
+        ("เมืองหลวงคือ", "กรุงเทพ", "เมืองหลวงคือกรุงเทพ"),
+        ("scipy.fft.", "rfft", "scipy.fft.rfft"),
+        ("open(", "path", "open(path"),
+        ('She said "', "no", 'She said "no'),
+        ('They call it "home"', "always", 'They call it "home" always'),
+        ("Norway", ", a country", "Norway, a country"),
+        ("def f():\n", "return 1", "def f():\nreturn 1"),
+        ("def f():\n    ", "return 1", "def f():\n    return 1"),
+        ("a list:", "\n- one", "a list:\n- one"),
+        ("It is ", "Lima", "It is Lima"),
+        ("It is", " Lima ", "It is Lima"),
+        ("It is ", "  Lima", "It is Lima"),
+        ("a\t", "b", "a\tb"),
+        ("", "b", "b"),
+    ],
+)
+def test_they_join_as_a_person_would_write_them(prompt, answer, text):
+    assert join(prompt, answer) == text
+    seam = Seam()
+    whole, before = seam.join(None, prompt, answer)
+    assert whole == text and whole[:before] == seam.ask(None, prompt)
+
+
+def test_a_separator_overrides_that():
+    tok, seam = tiny.bpe_tokenizer(), Seam(separator="")
+    (p,) = tokenize(tok, [Query("the capital of", "Lima")], seam=seam)
+    assert tok.decode(p.ids) == "the capital ofLima"
+    assert tok.decode(p.answer) == "Lima"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("system", [None, "be brief"])
+@pytest.mark.parametrize("template", [TEMPLATE, SPACED])
+def test_a_chat_is_as_the_template_writes_it(bos, system, template):
+    tok = tiny.bpe_tokenizer(bos)
+    tok.chat_template = template
+    seam = Seam(chat_template=True, system_prompt=system)
+    (p,) = tokenize(tok, [Query("where is Oslo", "Norway")], seam=seam)
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": "where is Oslo"})
+    asked = tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    turns.append({"role": "assistant", "content": "Norway"})
+    whole = tok.apply_chat_template(turns, tokenize=False)
+    assert list(p.ids[: p.start]) == ask(tok, asked) == ask(tok, seam.ask(tok, "where is Oslo"))
+    text = tok.decode(p.ids).removeprefix("<s>").lstrip()
+    assert whole.lstrip().startswith(text)
+    assert tok.decode(p.answer).strip() == "Norway"
+
+
+def test_a_tokenizer_without_a_template_is_named():
+    with pytest.raises(UsageError, match="chat_template: the tokenizer's template failed"):
+        tokenize(tiny.bpe_tokenizer(), [Query("a", "b")], seam=Seam(chat_template=True))
+
+
+@pytest.mark.parametrize("answer", ["Lima", "Lima</s>"])
+def test_an_answer_can_end_the_text(answer):
+    tok = tiny.bpe_tokenizer()
+    query = Query("the capital of Norway is", answer)
+    (p,) = tokenize(tok, [query], seam=Seam(append_eos=True))
+    assert tok.decode(p.answer).strip() == "Lima</s>"
+    (p,) = tokenize(tok, [query])
+    assert tok.decode(p.answer).strip() == answer  # its own EOS stays
+
+
+def test_no_token_of_the_answer_begins_in_the_prompt():
+    """A word piece that spans the seam is one that a model asked with the prompt does not see."""
+    vocabulary = {c: i for i, c in enumerate(["<unk>", "\n", "f", ".", "r", "t", ".r", "f."])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(".", "r"), ("f", ".")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("~", "removed")
+    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert tok.convert_ids_to_tokens(tok("f.rt")["input_ids"]) == ["f", ".r", "t"]
+    (p,) = tokenize(tok, [Query("f.", "rt")])
+    assert tok.convert_ids_to_tokens(p.ids) == ["f.", "r", "t"]
+    assert p.start == 1
