@@ -1,13 +1,14 @@
 """How data sets write a fact down: one function a format, each from a raw object to a record.
 
 To add a format, decorate a function with :func:`data_format`. Formats are asked whether a raw
-object is theirs from the last registered to the first, and the first one registered, EasyEdit's
-flat requests, takes what no other does. A record is read and checked before anything runs; a bad
-one is named by its index and field.
+object is theirs from the last registered to the first, and the first one registered, flat records,
+takes what no other does. A record is read and checked before anything runs; a bad one is named by
+its index and field.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -22,7 +23,7 @@ class DataFormat:
     """Whether a raw object is of this format, and how to read a record from it."""
 
     recognises: Callable[["Fields"], bool]
-    read: Callable[["Fields"], EditRecord]
+    read: Callable[["Fields"], EditRecord | list[EditRecord]]
 
 
 FORMATS: dict[str, DataFormat] = {}
@@ -60,12 +61,17 @@ def load_records(source, size: int | None = None) -> list[EditRecord]:
     raw = read_items(source) if isinstance(source, (str, Path)) else _items(source)
     if not raw:
         raise UsageError(f"{where}: no records in it.")
-    records = [_record(item, i, where) for i, item in enumerate(raw) if not _has_no_edit(item)]
-    if len(records) < len(raw):
-        warnings.warn(
-            f"{where}: {len(raw) - len(records)} zsRE records without an answer (alt) left out",
-            stacklevel=2,
-        )
+    records, left_out = [], Counter()
+    for i, item in enumerate(raw):
+        if _has_no_edit(item):
+            left_out["zsRE records without an answer (alt)"] += 1
+        else:
+            found = _record(item, i, where, left_out)
+            records += found if isinstance(found, list) else [found]
+    for what, n in left_out.items():
+        if n:
+            warnings.warn(f"{where}: {n} {what} left out", stacklevel=2)
+    _warn_of_unread(raw, where)
     if not records or (size or 0) > len(records):
         raise UsageError(f"{where}: {size or 1} records asked for, but it holds {len(records)}.")
     return records[:size]
@@ -87,21 +93,50 @@ def _items(source) -> list:
         ) from None
 
 
-def _record(item, index: int, where) -> EditRecord:
+def _warn_of_unread(raw: list, where):
+    """Name the fields that nothing reads, in one warning."""
+    ours = FORMATS["request"], FORMATS["counterfact"]
+    unread = Counter()
+    for item in raw:
+        names = item.keys() - READ - IGNORED if isinstance(item, Mapping) else ()
+        if names and _format_of(Fields(item, "")) in ours:
+            unread.update(map(str, names))
+    if unread:
+        named = ", ".join(f"{name} ({n})" for name, n in sorted(unread.items())[:8])
+        warnings.warn(
+            f"{where}: fields that nothing reads, and in how many records: {named}", stacklevel=3
+        )
+
+
+def _format_of(field: "Fields") -> DataFormat:
+    return next(f for f in reversed(FORMATS.values()) if f.recognises(field))
+
+
+def _record(item, index: int, where, left_out: Counter) -> EditRecord | list[EditRecord]:
     if isinstance(item, EditRecord):
         return item
-    field = Fields(item, f"{where}: record {index}")
-    chosen = next(f for f in reversed(FORMATS.values()) if f.recognises(field))
-    return chosen.read(field)
+    field = Fields(item, f"{where}: record {index}", left_out)
+    return _format_of(field).read(field)
 
 
 class Fields:
     """Typed access to one raw record; every complaint names the record and the field."""
 
-    def __init__(self, item, where: str):
+    def __init__(self, item, where: str, left_out: Counter | None = None):
         if not isinstance(item, Mapping):
             raise UsageError(f"{where}: expected an object, found {type(item).__name__}.")
         self.item, self.where = item, where
+        self.left_out = Counter() if left_out is None else left_out  # what → how many
+
+    def first(self, names: Sequence[str]) -> str:
+        """Return the first of these names that the record has a value for; else the first."""
+        return next((name for name in names if name in self), names[0])
+
+    def accepted(self, name) -> list[tuple[str, ...]]:
+        """Return the accepted answers in a field: text, a list of texts, or a list of those."""
+        value = self.item.get(name)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [Fields({name: v}, self.where).texts(name) for v in values]
 
     def __contains__(self, name) -> bool:
         return self.item.get(name) not in (None, "", [], {})
@@ -109,7 +144,7 @@ class Fields:
     def sub(self, name) -> "Fields":
         if name not in self:
             raise UsageError(f"{self.where}: field {name!r} is missing or empty.")
-        return Fields(self.item[name], f"{self.where}, {name}")
+        return Fields(self.item[name], f"{self.where}, {name}", self.left_out)
 
     def text(self, name, required=True) -> str | None:
         value = self.item.get(name)
@@ -132,6 +167,8 @@ class Fields:
         value = self.item.get(name)
         if value is None or value == "":
             return ()
+        if isinstance(value, Mapping):
+            value = value.get("str", value)
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, (list, tuple)):
             raise UsageError(f"{self.where}: field {name!r} must be text or a list of texts.")
@@ -147,92 +184,176 @@ class Fields:
         return text
 
 
+# What a record's fields are called in EasyEdit's data sets and scripts: zsRE, CounterFact,
+# KnowEdit, CKnowEdit, WikiBigEdit, and the requests of its BaseEditor. The first that a record has
+# counts; of rephrasings and of pairs all do.
+PROMPT = ("prompt", "src", "update", "text")
+ANSWER = ("target_new", "alt", "ans", "labels")
+SUBJECT = ("subject", "concept")
+BEFORE = ("ground_truth", "target_old", "answers", "target_true", "pred")
+REPHRASINGS = ("rephrase_prompt", "rephrase_prompts", "rephrase", "paraphrase_prompts", "question")
+UNRELATED = {
+    "locality_prompt": ("locality_ground_truth", "locality_ans"),
+    "loc": ("loc_ans",),
+    "neighborhood_prompts": BEFORE,
+}
+PORTABILITY = {
+    "mhop": ("mhop_ans",),
+    "portability_hop": ("portability_hop_ans",),
+    "personas": ANSWER,
+    "portability_personas": ANSWER,
+    "questions": ("new_answer",),
+}
+UNRELATED_GROUPS = ("locality", "locality_rs", "locality_f")
+PORTABILITY_GROUPS = ("portability", "portability_r", "portability_s", "portability_l")
+# Nobody misses these: names and notes, and what serves figures that HORSE does not have.
+IGNORED = frozenset(
+    """case_id id cond tag time date pred answers pararel_idx relation_id attribute_prompts
+    generation_prompts orig ent""".split()
+)
+READ = {
+    "requested_rewrite",
+    "neighborhood_prompts",
+    *(PROMPT + ANSWER + SUBJECT + BEFORE + REPHRASINGS + UNRELATED_GROUPS + PORTABILITY_GROUPS),
+    *(name for pairs in (UNRELATED, PORTABILITY) for k, v in pairs.items() for name in (k, *v)),
+}
+
+
 @data_format("request", lambda field: True)
 def flat_request(field: Fields) -> EditRecord:
-    """Read EasyEdit's flat records, and the requests that its BaseEditor hands to an algorithm."""
-    unrelated = _pair(field, "locality_prompt", "locality_ground_truth") + _named(field, "locality")
+    """Read flat records, by any of the names above, and EasyEdit's requests."""
+    subject = field.text(field.first(SUBJECT), required=False)
     return EditRecord(
-        prompt=field.text("prompt"),
-        target_new=field.text("target_new"),
-        rephrases=field.texts("rephrase_prompt"),
-        unrelated=unrelated,
-        portability=_named(field, "portability"),
-        subject=field.text("subject", required=False),
+        prompt=_filled(field, field.text(field.first(PROMPT)), subject),
+        target_new=field.text(field.first(ANSWER)),
+        rephrases=_rephrasings(field, subject),
+        unrelated=_beside(field, UNRELATED) + _groups(field, UNRELATED_GROUPS),
+        portability=_beside(field, PORTABILITY) + _groups(field, PORTABILITY_GROUPS),
+        subject=subject,
         ground_truth=_truth(field),
         case_id=field.item.get("case_id"),
     )
 
 
-@data_format("zsre", lambda field: "src" in field and "prompt" not in field)
-def zsre(field: Fields) -> EditRecord:
-    """Read zsRE as prepared for MEND: src, alt, rephrase, loc, loc_ans."""
-    answers = field.texts("answers")
-    return EditRecord(
-        prompt=field.text("src"),
-        target_new=field.text("alt"),
-        rephrases=field.texts("rephrase"),
-        unrelated=_pair(field, "loc", "loc_ans"),
-        subject=field.text("subject", required=False),
-        ground_truth=answers[0] if answers else field.text("pred", required=False),
-        case_id=field.item.get("case_id"),
-    )
-
-
 @data_format("counterfact", lambda field: "requested_rewrite" in field)
-def nested_counterfact(field: Fields) -> EditRecord:
-    """Read the original CounterFact: ``requested_rewrite`` with a ``{}`` for the subject."""
-    rewrite = field.sub("requested_rewrite")
-    subject, template = rewrite.text("subject"), rewrite.text("prompt")
-    truth = rewrite.text("target_true", required=False)
-    neighbours = field.texts("neighborhood_prompts")
-    if neighbours and truth is None:
-        raise UsageError(f"{rewrite.where}: field 'target_true' is missing or empty.")
-    return EditRecord(
-        prompt=template.replace("{}", subject),
-        target_new=rewrite.text("target_new"),
-        rephrases=field.texts("paraphrase_prompts"),
-        unrelated=tuple(Query(prompt, truth) for prompt in neighbours),
-        subject=subject,
-        ground_truth=truth,
-        case_id=field.item.get("case_id"),
-    )
+def nested_counterfact(field: Fields) -> EditRecord | list[EditRecord]:
+    """Read CounterFact, MQuAKE and AKEW: ``requested_rewrite`` has a ``{}`` for the subject.
+
+    MQuAKE has a list of them, and questions that follow from all of these; they go with the last.
+    """
+    rewrites = field.item["requested_rewrite"]
+    several = isinstance(rewrites, (list, tuple))
+    records = []
+    for i, item in enumerate(rewrites if several else [rewrites]):
+        where = f"{field.where}, requested_rewrite" + (f" {i}" if several else "")
+        rewrite = Fields(item, where)
+        subject, template = rewrite.text("subject"), rewrite.text("prompt")
+        last = i == len(rewrites) - 1 if several else True
+        truth = rewrite.text("target_true", required=False)
+        neighbours = field.texts("neighborhood_prompts") if last else ()
+        if neighbours and truth is None:
+            raise UsageError(f"{rewrite.where}: field 'target_true' is missing or empty.")
+        records.append(
+            EditRecord(
+                prompt=template.replace("{}", subject),
+                target_new=rewrite.text("target_new"),
+                rephrases=_rephrasings(field, subject) + _rephrasings(rewrite, subject),
+                unrelated=tuple(Query(prompt, truth) for prompt in neighbours),
+                portability=_beside(field, PORTABILITY) if last else (),
+                subject=subject,
+                ground_truth=truth,
+                case_id=field.item.get("case_id"),
+            )
+        )
+    return records if several else records[0]
+
+
+def _filled(field: Fields, prompt: str, subject: str | None) -> str:
+    """Return a prompt with its subject in the place of ``{}``, as ROME's and MEMIT's have it."""
+    if "{}" not in prompt or _is_code(prompt):
+        return prompt
+    if not subject:
+        raise UsageError(
+            f"{field.where}: prompt {prompt!r} has {{}} for its subject, but no field 'subject' "
+            "says which."
+        )
+    return prompt.replace("{}", subject)
+
+
+def _is_code(prompt: str) -> bool:
+    """Return whether ``{}`` stands in a prompt for itself: something of code stands beside it."""
+    before, _, after = prompt.partition("{}")
+    return before.rstrip(" ").endswith(tuple("=(:,[>\"'`")) or after[:1] in tuple(";)],\"'`.")
 
 
 def _truth(field: Fields) -> str | None:
-    texts = field.item.get("ground_truth")
-    if isinstance(texts, (list, tuple)):
-        return str(texts[0]) if texts else None
-    return field.text("ground_truth", required=False)
+    for name in BEFORE:
+        value = field.item.get(name)
+        if isinstance(value, (list, tuple)):
+            value = value[0] if value else None
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+        if value not in (None, "", [], {}):
+            return Fields({name: value}, field.where).text(name)
+    return None
 
 
-def _pair(field: Fields, prompt: str, answer: str) -> tuple[Query, ...]:
-    if prompt not in field:
-        return ()
-    return (Query(field.text(prompt), field.text(answer)),)
+def _rephrasings(field: Fields, subject: str | None) -> tuple[str, ...]:
+    texts = [text for name in REPHRASINGS for text in field.texts(name)]
+    return tuple(dict.fromkeys(_filled(field, text, subject) for text in texts))
 
 
-def _named(field: Fields, name: str) -> tuple[Query, ...]:
+def _beside(field: Fields, pairs: Mapping[str, Sequence[str]]) -> tuple[Query, ...]:
+    """Return the queries whose prompts and answers are fields of their own."""
+    queries = []
+    for name, answers in pairs.items():
+        if name in field:
+            answer = field.first(answers)
+            prompts, given = field.texts(name), field.accepted(answer)
+            if not isinstance(field.item.get(answer), (list, tuple)) or name == "questions":
+                given = [sum(given, ())] * len(prompts)  # one answer to all
+            queries += _queries(field, prompts, given, answer)
+    return tuple(queries)
+
+
+def _groups(field: Fields, names: Sequence[str]) -> tuple[Query, ...]:
     """EasyEdit's ``locality: {"neighborhood": {"prompt": ..., "ground_truth": ...}}``.
 
-    A group may also be a list of such entries, an answer a list of its spellings (KnowEdit), of
-    which the first counts; an empty group is none.
+    A group may also be a list of such entries, and so may the whole field. zsRE's portability has
+    a ``New Question`` and a ``New Answer``. Prompts without an answer are left out.
     """
-    if name not in field:
-        return ()
-    queries, groups = [], field.sub(name)
-    for key, group in groups.item.items():
-        for entry in group if isinstance(group, list) else [group]:
-            if entry:
-                queries += _pairs(Fields(entry, f"{groups.where}, {key}"))
+    queries = []
+    for name in names:
+        if name not in field:
+            continue
+        groups = field.item[name]
+        if isinstance(groups, Mapping) and "New Question" in groups:
+            group = field.sub(name)
+            queries.append(Query(group.text("New Question"), group.text("New Answer")))
+            continue
+        groups = groups if isinstance(groups, Mapping) else {"": groups}
+        for key, group in groups.items():
+            for entry in group if isinstance(group, (list, tuple)) else [group]:
+                if entry:
+                    where = f"{field.where}, {name}" + (f", {key}" if key else "")
+                    queries += _pairs(Fields(entry, where, field.left_out))
     return tuple(queries)
 
 
 def _pairs(entry: Fields) -> list[Query]:
-    answers = entry.item.get("ground_truth")
-    if isinstance(answers, (list, tuple)):
-        answers = [a[0] if isinstance(a, (list, tuple)) and a else a for a in answers]
-    prompts = entry.texts("prompt")
-    answers = Fields({"ground_truth": answers}, entry.where).texts("ground_truth")
-    if len(prompts) != len(answers):
-        raise UsageError(f"{entry.where}: needs as many ground_truth texts as prompts.")
-    return [Query(p, a) for p, a in zip(prompts, answers, strict=True)]
+    answer = entry.first(("ground_truth", "answer", "target", "answers"))
+    prompts, accepted = entry.texts("prompt"), entry.accepted(answer)
+    if len(prompts) == 1:  # KnowEdit lists all the answers that it accepts
+        accepted = [sum(accepted, ())]
+    return _queries(entry, prompts, accepted, answer)
+
+
+def _queries(field: Fields, prompts, accepted, name: str) -> list[Query]:
+    """Return prompts with their accepted answers; those that have none are left out."""
+    if name not in field.item:
+        raise UsageError(f"{field.where}: field {name!r} is missing or empty.")
+    if name not in field:
+        accepted = [()] * len(prompts)
+    if len(prompts) != len(accepted):
+        raise UsageError(f"{field.where}: needs as many {name} texts as prompts.")
+    field.left_out["prompts without an answer"] += sum(not a for a in accepted)
+    return [Query(p, a[0], tuple(a[1:])) for p, a in zip(prompts, accepted, strict=True) if a]

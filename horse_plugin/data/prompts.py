@@ -26,6 +26,7 @@ class Prompt:
         subject: the index of the last token of the subject, if keys are read there; else None.
         still: whether an edit must do nothing here, instead of teaching the answer.
         ends: whether the model is also asked what follows the answer, which an edit keeps likely.
+        accepted: the same prompt with other answers that are as good.
     """
 
     ids: tuple[int, ...]
@@ -34,6 +35,7 @@ class Prompt:
     subject: int | None = None
     still: bool = False
     ends: bool = False
+    accepted: tuple["Prompt", ...] = ()
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -176,10 +178,13 @@ def tokenize(
         UsageError: the tokenizer has no tokens for an answer or a prompt.
         AnswerTooLongError: an answer exceeds ``max_length``.
     """
-    return [
-        _shorten(_tokenize_whole(tokenizer, query, seam), max_length, query, tokenizer)
-        for query in queries
-    ]
+    prompts = []
+    for query in queries:
+        answers = [query, *(Query(query.prompt, answer) for answer in query.accepted)]
+        wholes = [(_tokenize_whole(tokenizer, q, seam), q) for q in answers]
+        first, *others = (_shorten(p, max_length, q, tokenizer) for p, q in wholes)
+        prompts.append(replace(first, accepted=tuple(others)))
+    return prompts
 
 
 def _tokenize_whole(tokenizer, query: Query, seam: Seam) -> Prompt:

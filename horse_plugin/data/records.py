@@ -6,10 +6,15 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Query:
-    """A prompt and the answer that should follow it."""
+    """A prompt and the answer that should follow it.
+
+    Attributes:
+        accepted: other answers that are as good, in measuring.
+    """
 
     prompt: str
     answer: str
+    accepted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,5 +60,6 @@ class EditRecord:
         fields = dict(fields)
         fields["rephrases"] = tuple(fields["rephrases"])
         for name in ("unrelated", "portability"):
-            fields[name] = tuple(Query(**q) for q in fields[name])
+            queries = (q | {"accepted": tuple(q.get("accepted", ()))} for q in fields[name])
+            fields[name] = tuple(Query(**q) for q in queries)
         return cls(**fields)

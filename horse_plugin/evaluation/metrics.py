@@ -129,7 +129,7 @@ class Evaluator:
         self.text = text
         self.backbone, self.edits = backbone, backbone.prepare(records)
         self.edits.check()
-        prompts, known = self.edits.flat(), known or {}
+        prompts, known = self._prompts(), known or {}
         backbone.cache_trunk_states(prompts)
         self._unedited = known | predict(backbone, [p for p in prompts if p not in known])
         self._writing = Writing(backbone, self.edits.records) if writing else None
@@ -138,16 +138,24 @@ class Evaluator:
 
     def evaluate(self, backbone: Backbone | None = None) -> Evaluation:
         """Return the figures of the model as it is now, or of an edited copy of it."""
-        predicted = predict(backbone or self.backbone, self.edits.flat())
+        predicted = predict(backbone or self.backbone, self._prompts())
         found = self._evaluation(predicted, self.text.measure(backbone) if self.text else None)
         if self._writing:
             found.fluency, found.examples = self._writing.measure(backbone)
         return found
 
+    def _prompts(self) -> list[Prompt]:
+        """Return all prompts, each also with the other answers that it accepts."""
+        return [q for p in self.edits.flat() for q in (p, *p.accepted)]
+
     def _evaluation(self, predicted: dict[Prompt, torch.Tensor], cost: Cost | None) -> Evaluation:
+        def share_with(right: torch.Tensor, prompt: Prompt) -> float:
+            return (predicted[prompt] == right).double().mean().item()
+
         def share(figure: str, prompt: Prompt) -> float:
-            right = self._unedited[prompt] if figure == "locality" else torch.tensor(prompt.answer)
-            share = (predicted[prompt] == right).double().mean().item()
+            if figure == "locality":
+                return share_with(self._unedited[prompt], prompt)
+            share = max(share_with(torch.tensor(p.answer), p) for p in (prompt, *prompt.accepted))
             return float(share == 1) if figure in ("written", "rephrase_written") else share
 
         return Evaluation(

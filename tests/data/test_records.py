@@ -4,8 +4,12 @@ import json
 
 import datasets
 import pytest
+import torch
 
 from horse_plugin import EditRecord, Query, UsageError, load_records
+from horse_plugin.evaluation import metrics
+from horse_plugin.model.backbone import Backbone
+from tests import tiny
 
 FLAT = {
     "case_id": 0,
@@ -151,7 +155,12 @@ def without(item, *path):
         (without(NESTED, "requested_rewrite", "target_true"), "field 'target_true'"),
         ({**NESTED, "requested_rewrite": 3}, "requested_rewrite: expected an object"),
         (without(ZSRE, "loc_ans"), "record 1: field 'loc_ans' is missing"),
-        (without(REQUEST, "locality", "near", "ground_truth"), "as many ground_truth"),
+        (without(REQUEST, "locality", "near", "ground_truth"), "near: field 'ground_truth' is"),
+        (
+            {**REQUEST, "locality": {"near": {"prompt": ["a", "b"], "ground_truth": ["c"]}}},
+            "near: needs as many ground_truth",
+        ),
+        ({**FLAT, "prompt": "{} speaks", "subject": ""}, "has {} for its subject, but no field"),
     ],
 )
 def test_a_bad_record_is_named_by_index_and_field(item, says):
@@ -188,3 +197,107 @@ def test_a_missing_empty_or_broken_source_is_named(tmp_path):
 def test_more_than_there_are_is_refused():
     with pytest.raises(UsageError, match="3 records asked for, but it holds 2"):
         load_records([FLAT, FLAT], 3)
+
+
+def one(item) -> EditRecord:
+    (record,) = load_records([item])
+    return record
+
+
+@pytest.mark.parametrize("name", ["rephrase", "rephrase_prompts", "paraphrase_prompts", "question"])
+@pytest.mark.parametrize("value", ["Ada speaks", ["Ada speaks"]])
+def test_rephrasings_by_any_name(name, value):
+    assert one({**without(FLAT, "rephrase_prompt"), name: value}) == RECORD
+
+
+def test_rephrasings_by_several_names_all_count():
+    record = one(
+        {**FLAT, "rephrase": ["Ada speaks", "Ada says"], "paraphrase_prompts": ["Hers is"]}
+    )
+    assert record.rephrases == ("Ada speaks", "Ada says", "Hers is")
+
+
+def test_wikibigedit():
+    item = {"update": "What is Ada?", "ans": "a cook", "subject": "Ada", "rephrase": "Ada is what?"}
+    item |= {"personas": "Tell me, what is Ada?", "mhop": "Where does she work?"}
+    record = one(item | {"mhop_ans": "a kitchen", "loc": "What is Bob?", "loc_ans": "a guard"})
+    assert record == EditRecord(
+        "What is Ada?",
+        "a cook",
+        ("Ada is what?",),
+        (Query("What is Bob?", "a guard"),),
+        (
+            Query("Where does she work?", "a kitchen"),
+            Query("Tell me, what is Ada?", "a cook"),
+        ),
+        "Ada",
+    )
+
+
+def test_zsre_portability():
+    ports = {"Recalled Relation": "x", "New Question": "Who reads it?", "New Answer": "Eve"}
+    assert one({**ZSRE, "portability": ports}).portability == (Query("Who reads it?", "Eve"),)
+
+
+def test_lists_of_queries_with_their_answers():
+    item = {**FLAT, "portability": [{"prompt": "a", "answer": "b"}], "locality": []}
+    assert one(item).portability == (Query("a", "b"),)
+    flat = {**FLAT, "locality_prompt": ["a", "b"], "locality_ground_truth": ["c", "d"]}
+    assert one(flat).unrelated == (Query("a", "c"), Query("b", "d"))
+
+
+def test_mquake_is_a_record_for_each_rewrite():
+    first = NESTED["requested_rewrite"]
+    second = {**first, "subject": "Bob", "question": "What does Bob speak?"}
+    second["target_new"] = {"str": "Manx"}
+    item = {"requested_rewrite": [first, second], "questions": ["Who then?", "And who?"]}
+    item |= {"new_answer": "Eve", "new_answer_alias": ["Evelyn"]}
+    with pytest.warns(UserWarning, match="nothing reads.*new_answer_alias \\(1\\)"):
+        ada, bob = load_records([item])
+    assert ada.prompt == "The mother tongue of Ada is" and not ada.portability
+    assert (bob.prompt, bob.target_new) == ("The mother tongue of Bob is", "Manx")
+    assert bob.rephrases == ("What does Bob speak?",)
+    assert bob.portability == (Query("Who then?", "Eve"), Query("And who?", "Eve"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "filled"),
+    [
+        ("{} speaks", "Ada speaks"),
+        ("The mother tongue of {} is", "The mother tongue of Ada is"),
+        ("d = {}", "d = {}"),
+        ("print('{}'.format(x)) gives", "print('{}'.format(x)) gives"),
+    ],
+)
+def test_a_subject_takes_the_place_of_its_braces(prompt, filled):
+    assert one({"prompt": prompt, "subject": "Ada", "target_new": "x"}).prompt == filled
+    record = one({"prompt": "q", "rephrase": [prompt], "subject": "Ada", "target_new": "x"})
+    assert record.rephrases == (filled,)
+
+
+def test_what_nothing_reads_is_named_once():
+    items = [{**FLAT, "hint": "x", "odd": 1}, {**FLAT, "hint": "y"}]
+    with pytest.warns(UserWarning, match=r"how many records: hint \(2\), odd \(1\)$") as said:
+        load_records(items)
+    assert len(said) == 1
+
+
+def test_prompts_without_an_answer_are_left_out_and_counted():
+    item = {**REQUEST, "portability": {"hop": [{"prompt": "Ada writes in", "ground_truth": []}]}}
+    with pytest.warns(UserWarning, match="1 prompts without an answer left out"):
+        assert one(item).portability == ()
+
+
+def test_any_accepted_answer_counts(monkeypatch):
+    """The model that says Lima is right wherever Lima stands among the accepted answers."""
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    lima = tuple(backbone.tokenizer(" Lima")["input_ids"])
+
+    def says_lima(backbone, prompts):
+        return {p: torch.tensor(p.answer) * (p.answer == lima) for p in prompts}
+
+    monkeypatch.setattr(metrics, "predict", says_lima)
+    for answers, right in ((["Oslo"], 0), (["Oslo", "Lima"], 100), (["Lima", "Oslo"], 100)):
+        hop = {"prompt": "the capital of Norway is", "ground_truth": [[a] for a in answers]}
+        evaluator = metrics.Evaluator(backbone, [{**FLAT, "portability": {"hop": hop}}])
+        assert evaluator.before.mean("portability") == right
