@@ -191,7 +191,14 @@ PROMPT = ("prompt", "src", "update", "text")
 ANSWER = ("target_new", "alt", "ans", "labels")
 SUBJECT = ("subject", "concept")
 BEFORE = ("ground_truth", "target_old", "answers", "target_true", "pred")
-REPHRASINGS = ("rephrase_prompt", "rephrase_prompts", "rephrase", "paraphrase_prompts", "question")
+REPHRASINGS = (
+    "rephrase_prompt",
+    "rephrase_prompts",
+    "rephrase",
+    "rephrases",
+    "paraphrase_prompts",
+    "question",
+)
 UNRELATED = {
     "locality_prompt": ("locality_ground_truth", "locality_ans"),
     "loc": ("loc_ans",),
@@ -204,7 +211,7 @@ PORTABILITY = {
     "portability_personas": ANSWER,
     "questions": ("new_answer",),
 }
-UNRELATED_GROUPS = ("locality", "locality_rs", "locality_f")
+UNRELATED_GROUPS = ("locality", "unrelated", "locality_rs", "locality_f")
 PORTABILITY_GROUPS = ("portability", "portability_r", "portability_s", "portability_l")
 # Nobody misses these: names and notes, and what serves figures that HORSE does not have.
 IGNORED = frozenset(

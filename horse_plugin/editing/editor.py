@@ -172,6 +172,12 @@ class HorseEditor:
         }
         delta = EditDelta(tensors, edits.records, about)
         self._add(delta)
+        if not any(share > 0 for share in about["moved"].values()):
+            self.undo()
+            raise HorseError(
+                "the edit moved no weight: its shifts are smaller than the weights' precision. "
+                "Load the model in fp32, or allow a larger edit (strength, edit_ridge, max_drift)."
+            )
         about["seconds"] = time.perf_counter() - start
         return delta
 

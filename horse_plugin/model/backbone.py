@@ -31,7 +31,7 @@ from horse_plugin.data.prompts import (
 from horse_plugin.data.seam import Seam
 from horse_plugin.data.subjects import at_subjects
 from horse_plugin.distributed import local_indices
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, first_line
 from horse_plugin.model.fingerprint import fingerprint
 from horse_plugin.model.loading import load_model
 from horse_plugin.model.modules import (
@@ -119,6 +119,42 @@ class Backbone:
         trunk = [model.get_input_embeddings(), *self.blocks[: self.first_edited]]
         trunk_weights = [p for module in trunk for p in module.parameters()]
         self.trunk_cache = TrunkCache(trunk_weights, trunk_cache_gb, trunk_disk_gb, trunk_dir)
+        self._check_halves()
+
+    @torch.no_grad()
+    def _check_halves(self):
+        """Compare trunk and top with the model's own forward pass, on a few tokens.
+
+        Where they differ, the last MLP runs at all positions; it may mix tokens.
+
+        Raises:
+            UsageError: they differ even so.
+        """
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        ids = [7919 * i % vocabulary for i in range(1, 12)]
+        made = [Prompt(tuple(ids), 6), Prompt(tuple(ids[1:]), 4)]
+        (batch,) = batches(made, len(ids) * 4, self.device)
+        whole = self._forward(batch.ids).logits[batch.rows, batch.cols]
+        least = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1
+        if not whole.isfinite().all():
+            return  # an edit will name the number
+        problem = "their logits are not the model's own"
+        for last_mlp in dict.fromkeys((self.last_mlp, None)):
+            self.last_mlp = last_mlp
+            try:
+                states = self.trunk(batch)
+                if states.shape[:2] != batch.ids.shape:
+                    raise ValueError("the blocks hand on more than a hidden state per token")
+                difference = (self.top(batch, states) - whole).abs().max()
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                problem = first_line(error)  # a block has inputs or outputs of its own kind
+                continue
+            if difference <= least * whole.abs().max():
+                return
+        raise UsageError(
+            f"{type(self.model).__name__}: HORSE cannot run this architecture's blocks in two "
+            f"halves ({problem})."
+        )
 
     @classmethod
     def load(cls, hparams, progress: bool = False) -> "Backbone":
@@ -345,22 +381,23 @@ class Backbone:
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()
 
-    def key_positions(self, name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows and columns of the n positions of keys in an edit module's input in ``top``.
+    def key_positions(self, name: str, batch: Batch) -> torch.Tensor:
+        """Return the n positions of keys in an edit module's input in ``top``.
 
-        The last block's MLP gets the answer positions only, as one row.
+        They count the tokens of all rows in sequence, since some models flatten them. The last
+        block's MLP gets the answer positions only.
 
         Raises:
             UsageError: keys are to be read elsewhere in the last block, which no answer feels.
         """
         if not (self.last_mlp and name.startswith(f"{self.last_mlp}.")):
-            return batch.key_rows, batch.key_cols
+            return batch.key_rows * batch.ids.shape[1] + batch.key_cols
         if any(p.subject is not None for p in batch.prompts):
             raise UsageError(
                 f"{name}: in the last block, where no answer reads the subject's token. With "
                 "token: subject, inner_params names modules of lower blocks."
             )
-        return torch.zeros_like(batch.rows), torch.arange(len(batch.rows)).to(batch.rows)
+        return torch.arange(len(batch.rows)).to(batch.rows)
 
 
 @contextlib.contextmanager

@@ -180,29 +180,25 @@ class _ModuleRows:
         self.keys, self.grads = torch.empty(n, d, **where), torch.empty(n, d_out, **where)
         self.norms = torch.empty(n, **where)
 
-    def hook(self, positions: tuple[torch.Tensor, torch.Tensor], at: torch.Tensor):
-        """Return a forward hook that fills the rows ``at`` with a batch's answer positions."""
+    def hook(self, positions: torch.Tensor, at: torch.Tensor):
+        """Return a forward hook that fills the rows ``at`` with a batch's positions of keys."""
 
         def record(module, args, output):
-            if output.dim() != 3:
-                raise HorseError(
-                    f"{type(module).__name__}: works on flattened tokens, which HORSE cannot edit."
-                )
             if not output.requires_grad:  # the graph starts here
                 output = output.detach().requires_grad_()
             else:
                 output.retain_grad()
-            rows, cols = (position.to(output.device) for position in positions)
-            values = output[rows, cols].detach().to(self.norms)
-            self.keys[at] = args[0][rows, cols].detach().to(self.keys)
+            where = positions.to(output.device)
+            values = output.flatten(0, -2)[where].detach().to(self.norms)
+            self.keys[at] = args[0].flatten(0, -2)[where].detach().to(self.keys)
             self.norms[at] = values.norm(dim=-1)
-            self._pending = output, rows, cols, at
+            self._pending = output, where, at
             return output.clone()  # some models write into it
 
         return record
 
     def collect(self):
         """Take the gradient that the backward pass left."""
-        output, rows, cols, at = self._pending
-        self.grads[at] = output.grad[rows, cols].to(self.grads)
+        output, where, at = self._pending
+        self.grads[at] = output.grad.flatten(0, -2)[where].to(self.grads)
         del self._pending

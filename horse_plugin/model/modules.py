@@ -1,29 +1,37 @@
 """Finding a model's transformer blocks and, in them, its edit modules. No architecture by name."""
 
+import contextlib
 from collections.abc import Sequence
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from horse_plugin.errors import UsageError
 
 
 def find_blocks(model) -> tuple[str, nn.ModuleList]:
-    """Return the transformer blocks and their name: the longest list of modules of one class.
+    """Return the transformer blocks and their name.
+
+    They are the longest list as long as the model is deep: that of the language model, where a
+    model for images has one, too.
 
     Raises:
         UsageError: the model has no such list.
     """
-    lists = [
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    fitting = [
         (name, m)
         for name, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1
+        if isinstance(m, nn.ModuleList)
+        and (len(m) == depth or (depth is None and len({type(b) for b in m}) == 1))
     ]
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    fitting = [(name, m) for name, m in lists if depth is None or len(m) == depth]
     if not fitting:
         raise UsageError(f"{type(model).__name__}: no list of transformer blocks found in it.")
-    return max(fitting, key=lambda item: len(item[1]))
+    return max(fitting, key=lambda item: (item[1] in inside, len(item[1])))
 
 
 def find_edit_modules(model, inner_params: Sequence[str], token: str) -> dict[str, nn.Module]:
@@ -36,12 +44,16 @@ def find_edit_modules(model, inner_params: Sequence[str], token: str) -> dict[st
         token: where keys are read, ``ans`` or ``subject``.
 
     Raises:
-        UsageError: a name is given twice, is missing in the model, or names no linear map.
+        UsageError: a name is given twice, is missing in the model, or names no linear map whose
+            weight can be edited; the message says what to do.
     """
-    names = [n.removesuffix(".weight") for n in inner_params] or _second_projections(model, token)
+    names = [_of_base(model, n.removesuffix(".weight")) for n in inner_params]
+    names = names or _second_projections(model, token)
     if len(set(names)) < len(names):
         raise UsageError("inner_params: a module is named twice.")
     modules = {n: _linear(model, n) for n in names}
+    for name, module in modules.items():
+        _check_weight(name, module)
     return {n: modules[n] for n, _ in model.named_modules() if n in modules}
 
 
@@ -52,10 +64,7 @@ def find_last_mlp(model) -> str | None:
     """
     prefix, blocks = find_blocks(model)
     block = f"{prefix}.{len(blocks) - 1}"
-    try:
-        part, *inside = _second_projection(model, block).split(".")
-    except UsageError:
-        return None
+    part, *inside = (_second_projection(model, block) or "").split(".")
     return f"{block}.{part}" if inside else None
 
 
@@ -77,27 +86,69 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 def _second_projections(model, token: str) -> list[str]:
     """Return the second MLP projections of the blocks that are edited by default."""
     prefix, blocks = find_blocks(model)
+    found = {i: _second_projection(model, f"{prefix}.{i}") for i in range(len(blocks))}
+    found = {i: name for i, name in found.items() if name}  # others have experts or no MLP
     n = len(blocks)
+    if not found:
+        kind = type(model).__name__
+        if _has_experts(blocks):
+            raise UsageError(
+                f"{kind}: a mixture of experts without a shared one. HORSE edits what every token "
+                "passes: a dense MLP, or a shared expert."
+            )
+        raise UsageError(f"{kind}: no MLP projection found; name inner_params in the YAML.")
     if token == "subject":  # where the answer still reads it: below the last block
-        chosen = sorted({max(0, min(n - 2, round(n * share))) for share in (0.73, 0.8, 0.87)})
+        lower = [i for i in found if i < n - 1] or list(found)
+        nearest = {min(lower, key=lambda i: abs(i - round(n * x))) for x in (0.73, 0.8, 0.87)}
+        chosen = sorted(nearest)
     else:
-        chosen = range(max(0, n - 6), n)
-    return [f"{prefix}.{i}.{_second_projection(model, f'{prefix}.{i}')}" for i in chosen]
+        chosen = sorted(found)[-6:]
+    return [f"{prefix}.{i}.{found[i]}" for i in chosen]
 
 
-def _second_projection(model, block: str) -> str:
-    """Return a block's last linear map outside attention that leads back to the model's width."""
-    width = model.get_input_embeddings().weight.shape[1]
-    linear = [
+def _second_projection(model, block: str) -> str | None:
+    """Return a block's linear map from its widest inner width back to the model's, or None.
+
+    Attention, other maps that mix tokens, adapters and routed experts have none.
+    """
+    embeddings = model.get_input_embeddings().weight  # narrower than the blocks in some models
+    width = getattr(model.config.get_text_config(), "hidden_size", embeddings.shape[1])
+    modules = dict(model.get_submodule(block).named_modules())
+    found = [
         name
-        for name, m in model.get_submodule(block).named_modules()
+        for name, m in modules.items()
         if isinstance(m, (nn.Linear, Conv1D))
-        and "att" not in name.lower()
         and shape_of(m)[1] == width
+        and not _is_off_the_path(name, modules)
     ]
-    if not linear:
-        raise UsageError(f"{block}: no MLP projection found; name inner_params in the YAML.")
-    return linear[-1]
+    widest = max((shape_of(modules[name])[0] for name in found), default=0)
+    found = [name for name in found if shape_of(modules[name])[0] == widest]
+    return found[-1] if found and widest > 1 else None
+
+
+def _is_off_the_path(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Return whether a block's linear map is no part of what each token passes by itself."""
+    path = name.split(".")
+    above = [modules[".".join(path[:i])] for i in range(1, len(path))]
+    mixes = any(isinstance(m, nn.Conv1d) for parent in above for m in parent.children())
+    is_adapter = any(
+        hasattr(parent, "base_layer") and path[i + 1] != "base_layer"
+        for i, parent in enumerate(above)
+    )
+    routed = any("expert" in part and "shared" not in part for part in path)
+    return "att" in name.lower() or mixes or is_adapter or routed
+
+
+def _has_experts(blocks: nn.ModuleList) -> bool:
+    return any("expert" in name for name, _ in blocks.named_modules())
+
+
+def _of_base(model, name: str) -> str:
+    """Return the name of the map that an adapter wraps, or the name itself."""
+    with contextlib.suppress(AttributeError):
+        if hasattr(model.get_submodule(name), "base_layer"):
+            return f"{name}.base_layer"
+    return name
 
 
 def _linear(model, name: str) -> nn.Module:
@@ -108,3 +159,26 @@ def _linear(model, name: str) -> nn.Module:
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise UsageError(f"inner_params: {name!r} is a {type(module).__name__}, not a linear map.")
     return module
+
+
+def _check_weight(name: str, module: nn.Module):
+    """Refuse a weight that no shift can be added to."""
+    if parametrize.is_parametrized(module):
+        raise UsageError(
+            f"{name}: its weight is computed from others. Remove the parametrization first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations."
+        )
+    weight = module.weight
+    if weight.is_meta:
+        raise UsageError(
+            f"{name}: its weight is offloaded to CPU or disk. Load the model where the edit "
+            "modules fit, or in a smaller dtype."
+        )
+    plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
+    if not plain or not weight.is_floating_point() or weight.dim() != 2:
+        kind = type(weight).__name__ if not plain else str(weight.dtype).removeprefix("torch.")
+        raise UsageError(
+            f"{name}: its weight is quantised or packed ({kind}). Load the model unquantised, or "
+            "edit the full model and put the edit on the quantised one as an adapter "
+            "(horse export --lora)."
+        )

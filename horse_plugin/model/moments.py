@@ -62,8 +62,8 @@ def second_moments(
 
     def add_keys(name: str, batch):
         def hook(module, args):
-            rows, cols = (p.to(args[0].device) for p in backbone.key_positions(name, batch))
-            keys = args[0][rows, cols].to(sums[name])
+            where = backbone.key_positions(name, batch).to(args[0].device)
+            keys = args[0].flatten(0, -2)[where].to(sums[name])
             sums[name].addmm_(keys.T, keys)
             if name == highest:
                 raise StopForward(None)

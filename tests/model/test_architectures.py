@@ -1,0 +1,224 @@
+"""Every decoder of transformers: the MLP's second projection is edited, or the model is refused.
+
+The tiny models have random weights; what an edit holds is measured elsewhere.
+"""
+
+import peft
+import pytest
+import torch
+import transformers as T
+from torch.nn.utils import parametrizations
+
+from horse_plugin import HorseEditor
+from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.model.backbone import Backbone
+from tests import tiny
+
+SIZES = {"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA = {k: v for k, v in tiny._SIZES.items() if k != "head_dim"}
+HEADS = {"num_attention_heads": 4, "max_position_embeddings": 128}
+OLD = SIZES | {"n_embd": 32, "n_layer": 8, "n_head": 4, "n_positions": 128}
+OPT = SIZES | HEADS | {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 8}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+MAMBA |= {"mamba_d_state": 8, "mamba_chunk_size": 8}
+DOWN = "model.layers.{}.mlp.down_proj"
+EDITED = {
+    "opt": (lambda: T.OPTConfig(**OPT, word_embed_proj_dim=32), "model.decoder.layers.{}.fc2"),
+    "opt, narrow embeddings": (
+        lambda: T.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+        "model.decoder.layers.{}.fc2",
+    ),
+    "bloom": (
+        lambda: T.BloomConfig(**SIZES, hidden_size=32, n_layer=8, n_head=4),
+        "transformer.h.{}.mlp.dense_4h_to_h",
+    ),
+    "mpt": (
+        lambda: T.MptConfig(vocab_size=400, d_model=32, n_layers=8, n_heads=4, max_seq_len=128),
+        "transformer.blocks.{}.ffn.down_proj",
+    ),
+    "cohere": (lambda: T.CohereConfig(**LLAMA), DOWN),
+    "phi": (lambda: T.PhiConfig(**LLAMA), "model.layers.{}.mlp.fc2"),
+    "gpt-bigcode": (lambda: T.GPTBigCodeConfig(**OLD), "transformer.h.{}.mlp.c_proj"),
+    "codegen": (lambda: T.CodeGenConfig(**OLD, rotary_dim=4), "transformer.h.{}.mlp.fc_out"),
+    "olmo2": (lambda: T.Olmo2Config(**LLAMA), DOWN),
+    "granite": (lambda: T.GraniteConfig(**LLAMA), DOWN),
+    "glm4": (lambda: T.Glm4Config(**tiny._SIZES), DOWN),
+    "smollm3": (lambda: T.SmolLM3Config(**LLAMA), DOWN),
+    "ernie": (lambda: T.Ernie4_5Config(**LLAMA), DOWN),
+    "lfm2": (lambda: T.Lfm2Config(**LLAMA), "model.layers.{}.feed_forward.w2"),
+    "bert": (
+        lambda: T.BertConfig(**LLAMA, is_decoder=True),
+        "bert.encoder.layer.{}.output.dense",
+    ),
+    "shared expert": (
+        lambda: T.Qwen2MoeConfig(**LLAMA, **MOE, shared_expert_intermediate_size=24),
+        "model.layers.{}.mlp.shared_expert.down_proj",
+    ),
+    "shared expert in a tuple": (
+        lambda: T.Llama4TextConfig(
+            **tiny._SIZES, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=1
+        ),
+        "model.layers.{}.feed_forward.shared_expert.down_proj",
+    ),
+    "linear attention": (
+        lambda: T.Qwen3NextConfig(
+            **tiny._SIZES, **MOE, **LINEAR, shared_expert_intermediate_size=16
+        ),
+        "model.layers.{}.mlp.shared_expert.down_proj",
+    ),
+    "two mixers in a block": (
+        lambda: T.FalconH1Config(**tiny._SIZES, **MAMBA, mamba_d_ssm=64),
+        "model.layers.{}.feed_forward.down_proj",
+    ),
+    "blocks with and without attention": (
+        lambda: T.BambaConfig(**LLAMA, **MAMBA, attn_layer_indices=[2, 5]),
+        "model.layers.{}.feed_forward.down_proj",
+    ),
+    "inputs per layer": (
+        lambda: T.Gemma4TextConfig(
+            **tiny._SIZES,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=400,
+            num_kv_shared_layers=0,
+            sliding_window=4,
+            layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        ),
+        DOWN,
+    ),
+}
+EXPERTS = "mixture of experts without a shared one"
+REFUSED = {
+    "mixtral": (
+        lambda: T.MixtralConfig(**tiny._SIZES, num_local_experts=4, num_experts_per_tok=2),
+        EXPERTS,
+    ),
+    "fused experts": (
+        lambda: T.GptOssConfig(
+            **tiny._SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=4
+        ),
+        EXPERTS,
+    ),
+    "mamba": (
+        lambda: T.MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=8, state_size=4),
+        "no MLP projection found",
+    ),
+    "rwkv": (
+        lambda: T.RwkvConfig(
+            vocab_size=400, hidden_size=32, num_hidden_layers=8, attention_hidden_size=32
+        ),
+        "cannot run this architecture's blocks in two halves",
+    ),
+}
+
+
+def made(config) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return T.AutoModelForCausalLM.from_config(config()).eval()
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_it_is_edited_where_its_mlp_ends_and_undone(name):
+    config, module = EDITED[name]
+    model = made(config)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    editor = HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams(strength=0.5))
+    backbone = editor.backbone
+    assert list(backbone.modules) == [module.format(i) for i in range(2, 8)]
+    for batch in backbone.batches(backbone.prepare(tiny.records(), ["edit"]).flat(), "", False):
+        with torch.no_grad():
+            ours = backbone.logits(batch).split([len(p.answer) for p in batch.prompts])
+            for p, logits in zip(batch.prompts, ours, strict=True):
+                whole = model(torch.tensor([p.inputs]), use_cache=False).logits[0, p.start - 1 :]
+                torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+    editor.edit(tiny.records())
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert moved == [f"{n}.weight" for n in backbone.modules]
+    editor.undo()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_by_name(name):
+    config, says = REFUSED[name]
+    with pytest.raises(UsageError, match=f"ForCausalLM: .*{says}"):
+        Backbone(made(config), None)
+
+
+def test_blocks_of_several_kinds_are_edited_where_they_have_an_mlp():
+    model = made(
+        lambda: T.JambaConfig(
+            **LLAMA,
+            num_experts=2,
+            attn_layer_period=4,
+            attn_layer_offset=2,
+            use_mamba_kernels=False,
+        )
+    )
+    names = [f"model.layers.{i}.feed_forward.down_proj" for i in (0, 2, 4, 6)]
+    assert list(Backbone(model, None).modules) == names
+
+
+def test_lora_is_left_alone_and_its_base_edited():
+    model, plain = tiny.model(), tiny.model()
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config)  # does nothing before it is trained
+    editors = [
+        HorseEditor(m, tiny.bpe_tokenizer(), tiny.hparams(strength=0.5, rank=4))
+        for m in (wrapped, plain)
+    ]
+    assert all(n.endswith("mlp.down_proj.base_layer") for n in editors[0].backbone.modules)
+    for editor in editors:
+        editor.edit(tiny.records())
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(wrapped(ids).logits, plain(ids).logits)
+    assert not any("lora" in n for n, p in wrapped.named_parameters() if p.requires_grad)
+    name = "base_model.model.model.layers.4.mlp.down_proj"
+    assert list(Backbone(wrapped, None, [name]).modules) == [f"{name}.base_layer"]
+
+
+def replaced(weight):
+    model = tiny.model()
+    projection = model.model.layers[5].mlp.down_proj
+    del projection.weight
+    projection.weight = weight(torch.zeros(32, 48))
+    return model
+
+
+class Packed(torch.Tensor):
+    """A stand-in for the tensors of torchao, quanto and bitsandbytes."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "says"),
+    [
+        (lambda w: torch.nn.Parameter(w.char(), requires_grad=False), "quantised.*int8"),
+        (lambda w: torch.nn.Parameter(w.as_subclass(Packed)), "quantised.*Packed"),
+        (lambda w: torch.nn.Parameter(w.flatten()), "quantised or packed"),
+        (lambda w: torch.nn.Parameter(w.to("meta")), "offloaded"),
+    ],
+)
+def test_a_weight_that_no_shift_can_be_added_to_is_refused(weight, says):
+    name = "model.layers.5.mlp.down_proj"
+    with pytest.raises(UsageError, match=f"{name}: its weight is {says}"):
+        Backbone(replaced(weight), None, [name])
+
+
+def test_a_weight_that_is_computed_is_refused():
+    model = tiny.model()
+    parametrizations.weight_norm(model.model.layers[5].mlp.down_proj)
+    with pytest.raises(UsageError, match="remove_parametrizations"):
+        Backbone(model, None)
+
+
+def test_an_edit_that_moves_nothing_is_an_error():
+    model = tiny.model(dtype=torch.float16)
+    editor = HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams(lr=1e-12))
+    before = editor.backbone.weights.clones()
+    with pytest.raises(HorseError, match="the edit moved no weight"):
+        editor.edit(tiny.records())
+    assert not editor.history
+    now = editor.backbone.weights.clones()
+    assert all(torch.equal(before[n], now[n]) for n in before)
