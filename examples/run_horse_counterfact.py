@@ -46,6 +46,7 @@ if __name__ == "__main__":
                 "ground_truth": [data["locality_ground_truth"] for data in test_data],
             }
         },
+        sequential_edit=True,  # else EasyEdit takes the edit back, and edited_model is unedited
         verbose=False,
     )
 

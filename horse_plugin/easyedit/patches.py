@@ -13,6 +13,7 @@ classes learn about our hparams; whatever comes with other hparams runs as befor
 import contextlib
 import functools
 import inspect
+import warnings
 from pathlib import Path
 
 import torch
@@ -104,6 +105,11 @@ OLD_NAMES = {"locality_inputs": "locality_prompts", "portability_inputs": "local
 
 # Methods that edit one request after another, and refuse any ``batch_size`` but 1.
 ONE_BY_ONE = ("edit", "edit_requests", "generate_edit")
+RETURN_A_MODEL = ("edit", "edit_requests", "batch_edit")
+TAKEN_BACK = (
+    "EasyEdit takes edits back once it has measured them, so that the model that it returns is "
+    "unedited. Pass sequential_edit=True to keep them."
+)
 
 
 def _for_our_hparams(method):
@@ -125,7 +131,11 @@ def _for_our_hparams(method):
                 if name in kwargs and name not in known and old in known:
                     kwargs[old] = kwargs.pop(name)
             given = dict(zip(known, (editor, *args), strict=False)) | kwargs
+            if "sequential_edit" not in known:  # EasyEdit 0.0.1: no weights come back, none is put
+                kwargs.pop("sequential_edit", None)
             if not given.get("sequential_edit"):
+                if method.__name__ in RETURN_A_MODEL:
+                    warnings.warn(TAKEN_BACK, stacklevel=2)
                 return method(editor, *args, **kwargs)
             stack.callback(setattr, editor, "apply_algo", editor.apply_algo)
             editor.apply_algo = functools.partial(apply.apply_on_top, editor)

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -429,6 +430,19 @@ def test_sequential_edits_are_one_history(hparams, method):
     while base.horse.history:
         base.horse.undo()
     assert same(weights(base.model), before)
+
+
+def test_an_unedited_model_is_handed_back_with_a_warning_only(hparams):
+    base = BaseEditor.from_hparams(hparams)
+    before = weights(base.model)
+    with pytest.warns(UserWarning, match="sequential_edit=True to keep them"):
+        _, edited, _ = base.batch_edit(**columns(tiny.records(2)), verbose=False)
+    assert same(weights(edited), before)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="EasyEdit takes edits back")
+        parts = {"sequential_edit": True, "verbose": False}
+        _, edited, _ = base.batch_edit(**columns(tiny.records(2)), **parts)
+    assert not same(weights(edited), before)
 
 
 def test_weights_put_back_by_hand_begin_a_new_history(hparams):
