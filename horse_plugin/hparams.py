@@ -29,6 +29,36 @@ EASYEDIT_ONLY = frozenset(
 # Keys that have a better name now, and the names that files may still use.
 ALIASES = {"alg": "alg_name", "n_edits": "edits_per_step", "val_steps": "val_records"}
 
+# Keys of other methods' files, and of the released code's, that mean nothing here; what does.
+FOREIGN = {
+    "edit_lr": "It is MEND's first step; ours is strength, or lr for an absolute one",
+    "lr_lr": "It is MEND's rate for edit_lr; ours is eta_meta_lr",
+    "lr_scale": "It scales MEND's rates; ours are lr and eta_meta_lr",
+    "cedit": "It is MEND's; ours is edit_coef",
+    "cloc": "It is MEND's; ours is loc_coef",
+    "cbase": "It is MEND's; ours is loc_coef",
+    "grad_clip": "Ours is max_grad_norm",
+    "accumulate_bs": "Ours is edits_per_step",
+    "n_hidden": "Ours is n_blocks",
+    "hidden_dim": "Ours is rank",
+    "layers": "It is MEMIT's; ours is inner_params, names of modules, or leave it out",
+    "rewrite_module_tmp": "It is MEMIT's; ours is inner_params, or leave it out",
+    "fp16": "Ours is dtype: fp16",
+    "bf16": "Ours is dtype: bf16",
+    "fact_token": "It is MEMIT's; ours is token: subject",
+    "mom2_dataset": "It is MEMIT's; ours is preserve",
+    "mom2_n_samples": "It is MEMIT's; ours is preserve_tokens",
+    "mom2_update_weight": "It is MEMIT's; ours is ridge, and training finds it",
+    "v_lr": "It is MEMIT's; ours is strength",
+    "v_num_grad_steps": "It is MEMIT's; ours is edit_sweeps",
+    "clamp_norm_factor": "It is MEMIT's; ours is residual_cap",
+    "kl_factor": "It is MEMIT's; ours is loc_coef",
+    "evaluation_type": "HORSE counts tokens; leave it out",
+    "editor": "The released code's groups of keys are flat here",
+    "model": "The released code's group; ours is model_name",
+    "data": "The released code's group; name the files to horse train",
+}
+
 # The least value of a key.
 AT_LEAST = dict.fromkeys(
     """rank n_blocks edits_per_step max_epochs max_iters val_interval val_records val_edits
@@ -40,6 +70,7 @@ AT_LEAST = dict.fromkeys(
         preserve_mix seed""".split(),
     0,
 )
+PATHS = "model_name tokenizer_name archive preserve trunk_dir results_dir stats_dir".split()
 ABOVE_0 = """strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
     preserve_rho residual_cap""".split()
 AT_MOST_1 = ("preserve_mix", "preserve_rho")
@@ -167,6 +198,9 @@ class HORSEHyperParams:
     source: ClassVar[Path | None] = None  # the YAML it was read from
 
     def __post_init__(self):
+        for key in PATHS:
+            if str(getattr(self, key)).startswith("~"):
+                setattr(self, key, str(Path(getattr(self, key)).expanduser()))
         for f in fields(self):
             setattr(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
         if self.preserve == "none" and self.keep_coef is None:
@@ -204,7 +238,7 @@ class HORSEHyperParams:
     @classmethod
     def from_hparams(cls, path) -> "HORSEHyperParams":
         """Return the settings of a YAML file; ``path`` may leave out ``.yaml``."""
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.is_file() and path.suffix not in (".yaml", ".yml"):
             path = Path(f"{path}.yaml")
         try:
@@ -231,6 +265,8 @@ class HORSEHyperParams:
             if key in EASYEDIT_ONLY:
                 del keys[key]
             elif key not in known:
+                if advice := FOREIGN.get(key):
+                    raise UsageError(f"{key!r} is no key of ours. {advice}.")
                 near = difflib.get_close_matches(str(key), known | ALIASES.keys(), n=1)
                 hint = f" Did you mean {near[0]}?" if near else " See hparams/HORSE for the keys."
                 raise UsageError(f"unknown key {key!r}.{hint}")

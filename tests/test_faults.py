@@ -9,6 +9,8 @@ import random
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -388,3 +390,9 @@ def test_every_promise_names_a_test_that_exists():
     tests = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) > 15
     assert not [n for n in named if f"def {n}(" not in tests]
+
+
+def test_the_package_needs_no_module_of_one_system():
+    """``fcntl`` is not there on Windows."""
+    code = "import sys; sys.modules['fcntl'] = None; import horse_plugin.cli.main"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -3,6 +3,7 @@
 import pytest
 
 from horse_plugin import HORSEHyperParams, UsageError
+from horse_plugin.model.backbone import Backbone
 from tests import ROOT
 
 SHIPPED = sorted((ROOT / "hparams/HORSE").glob("*.yaml"))
@@ -74,6 +75,12 @@ def test_a_malmen_file_becomes_a_horse_file_by_its_name(tmp_path):
     ("text", "says"),
     [
         ("model_name: m\nranks: 3", "unknown key 'ranks'. Did you mean rank?"),
+        ("model_name: m\nedit_lr: 1e-4", "'edit_lr' is no key of ours. It is MEND's first step"),
+        (
+            "model_name: m\nlayers: [4, 5]",
+            "'layers' is no key of ours. It is MEMIT's; ours is inner_params",
+        ),
+        ("model_name: m\nfp16: true", "'fp16' is no key of ours. Ours is dtype: fp16"),
         ("model_name: m\nrank: many", "rank: expected a whole number, got 'many'"),
         ("model_name: m\nrank: 2.5", "rank: expected a whole number"),
         ("model_name: m\nrank: true", "rank: expected a whole number"),
@@ -111,3 +118,12 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
 @pytest.mark.parametrize("device", [0, "0", "cuda:0", "cpu", None])
 def test_devices_are_taken_as_easyedit_takes_them(tmp_path, device):
     assert HORSEHyperParams(model_name="m", device=device).device == device
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("model_name: ~/model\narchive: ~/archive\npreserve: none")
+    read = HORSEHyperParams.from_hparams("~/my")
+    assert read.model_name == f"{tmp_path}/model" and read.archive == f"{tmp_path}/archive"
+    with pytest.raises(UsageError, match=f"model_name: no such folder: {tmp_path}/model"):
+        Backbone.load(read)

@@ -16,7 +16,8 @@ def read_items(source) -> list:
     Raises:
         UsageError: the source is missing or cannot be read.
     """
-    path, suffix = Path(source), Path(source).suffix.lower()
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl", ".parquet"):
         if not path.is_file():
             raise UsageError(f"{path}: no such file.")
@@ -29,7 +30,13 @@ def read_items(source) -> list:
 
 
 def _read_json(path: Path) -> list:
-    raw = _parse(path, _text(path), "")
+    text = _text(path)
+    try:
+        raw = _parse(path, text, "")
+    except UsageError:
+        if not text.lstrip().startswith("{"):
+            raise
+        return _read_jsonl(path)  # a common name for JSON Lines, too
     if not isinstance(raw, list):
         raise UsageError(f"{path}: expected a list of records, found {type(raw).__name__}.")
     return raw

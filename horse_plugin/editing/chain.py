@@ -40,7 +40,7 @@ class Chain:
             UsageError: the folder holds a single edit.
             HorseError: the list is damaged.
         """
-        self.folder, self.entries = Path(folder), []
+        self.folder, self.entries = Path(folder).expanduser(), []
         if Path(folder, DELTA).exists():
             raise UsageError(f"{folder}: holds a single edit, not a chain; choose another folder.")
         path = self.folder / CHAIN_FILE

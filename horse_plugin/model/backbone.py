@@ -196,7 +196,21 @@ class Backbone:
             return records
         records = load_records(records)
         edits = prepare(self.tokenizer, records, self.max_length, kinds, self.seam)
+        self._check_tokens(edits)
         return self.place_keys(edits, warn=True)
+
+    def _check_tokens(self, edits: PreparedEdits):
+        """Refuse tokens that the tokenizer knows and the model does not."""
+        n = self.model.get_input_embeddings().weight.shape[0]
+        for kind, groups in edits.prompts.items():
+            for i, group in enumerate(groups):
+                for token in {t for p in group for t in p.ids if t >= n}:
+                    text = self.tokenizer.convert_ids_to_tokens(token)
+                    raise UsageError(
+                        f"record {i}: {text!r} in its {kind} prompt is token {token}, but the "
+                        f"model has {n}. Is this its tokenizer? If you added tokens, call "
+                        "model.resize_token_embeddings first."
+                    )
 
     def ask(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt as the model is asked it, up to where the answer begins."""

@@ -1,6 +1,8 @@
 """Loading the language model that the hparams name: its files, its device and its dtype."""
 
 import contextlib
+import os
+from pathlib import Path
 
 import torch
 import transformers
@@ -71,6 +73,9 @@ def random_model(config: str, hparams):
 
 
 def _load(auto_class, name: str, key: str, **kwargs):
+    is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if is_path and not Path(name).exists():
+        raise UsageError(f"{key}: no such folder: {name}.")
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # whatever transformers and its file formats raise

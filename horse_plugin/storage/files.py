@@ -1,19 +1,20 @@
 """Files that are written whole or not at all, and folders that one process writes at a time."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import safetensors
 
 from horse_plugin.distributed import is_main_process
 from horse_plugin.errors import HorseError, UsageError, first_line
 
 PART = ".part"  # ends the name of what is still being written
+LOCK = ".lock"  # in a folder that a process writes into, and left there
 
 
 def write(path, data: bytes | str):
@@ -22,7 +23,7 @@ def write(path, data: bytes | str):
     Raises:
         HorseError: it could not be written, as on a full disk.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     data = data.encode() if isinstance(data, str) else data
     with _writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def check_writable(folder):
     Raises:
         UsageError: it is a file, or cannot be made or written to.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -60,8 +61,8 @@ def check_empty(folder) -> Path:
     Raises:
         UsageError: something of that name exists.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = Path(folder).expanduser()
+    if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= {LOCK}):
         raise UsageError(f"{folder}: there is something already; choose a new folder.")
     return folder
 
@@ -97,25 +98,26 @@ def locked_folder(folder) -> Iterator[Path]:
         HorseError: another process holds the folder.
         UsageError: the folder cannot be made or written to.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not is_main_process():
         yield folder
         return
     check_writable(folder)
-    handle = os.open(folder, os.O_RDONLY)  # the folder is its own lock file
+    lock = filelock.FileLock(folder / LOCK, blocking=False)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
+        lock.acquire()
+    except filelock.Timeout:
         raise HorseError(
             f"{folder}: another process is writing into it. Wait for it, or choose another folder."
         ) from None
+    except (OSError, NotImplementedError) as error:
+        raise UsageError(f"{folder}: cannot be locked ({first_line(error)}).") from None
     try:
         for part in folder.glob(f".*{PART}"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
         yield folder
     finally:
-        os.close(handle)
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
         UsageError: there is no such file.
         HorseError: the file is damaged, or is not ours.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise UsageError(f"{path}: no such file.")
     try:

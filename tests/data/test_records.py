@@ -301,3 +301,25 @@ def test_any_accepted_answer_counts(monkeypatch):
         hop = {"prompt": "the capital of Norway is", "ground_truth": [[a] for a in answers]}
         evaluator = metrics.Evaluator(backbone, [{**FLAT, "portability": {"hop": hop}}])
         assert evaluator.before.mean("portability") == right
+
+
+def test_json_lines_under_any_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    odd = {**FLAT, "prompt": "The mother tongue\u2028of Ada is"}
+    lines = [json.dumps(item, ensure_ascii=False) for item in (FLAT, odd)]
+    for name in ("facts.json", "facts.jsonl"):
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+        for path in (tmp_path / name, f"~/{name}"):
+            first, second = load_records(path)
+            assert first == RECORD and second.prompt == odd["prompt"]
+
+
+def test_a_token_that_the_model_lacks_is_named():
+    tok = tiny.bpe_tokenizer()
+    tok.add_tokens(["Quint"])
+    backbone = Backbone(tiny.model(), tok)
+    if len(tok) <= 400:
+        tok.add_tokens([f"<{i}>" for i in range(401 - len(tok))] + ["Marla"])
+    word = "Marla" if "Marla" in tok.get_vocab() else "Quint"
+    with pytest.raises(UsageError, match=f"record 1: '{word}' in its edit prompt is token"):
+        backbone.prepare([FLAT, {**FLAT, "prompt": f"where is {word}"}])

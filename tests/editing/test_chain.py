@@ -11,7 +11,7 @@ import torch
 from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError
 from horse_plugin.editing.chain import CHAIN_FILE, Chain, read_edits
 from horse_plugin.storage.digest import weight_digest
-from horse_plugin.storage.files import locked_folder
+from horse_plugin.storage.files import LOCK, locked_folder
 from tests import tiny
 
 MODULE = "model.layers.2.mlp.down_proj"
@@ -232,7 +232,7 @@ def test_of_two_processes_writing_into_one_folder_one_wins(tmp_path):
         ):
             raise AssertionError
     with locked_folder(folder):
-        assert not list(folder.iterdir())
+        assert [p.name for p in folder.iterdir()] == [LOCK]
 
 
 @pytest.mark.slow
