@@ -4,6 +4,7 @@
     sources   files and hub data sets, as plain objects
     formats   from a plain object to a record, one function a format
     corpus    ordinary text, shipped or from a file or the hub
+    seam      how a model is asked, and how an answer follows its prompt
     prompts   records as tokens, where each answer lies, and batches
     subjects  where the keys of a fact lie, and where its edit must do nothing
 
