@@ -8,6 +8,7 @@ Packages may import those above them in this list, and never those below::
     distributed    several processes that work as one
     method         the paper's equations on tensors: Sec. 2.3, Eq. 2, 4, 5, 6, losses of Eq. 7
     storage        files written whole, checksums, locks
+    foreign        settings files of other methods
     hparams        one YAML for training and editing
     model          the language model in two halves, its edit modules, the capture of (H, ∇G)
     evaluation     metrics, rows of results, reports

@@ -15,6 +15,7 @@ import yaml
 from horse_plugin.assets import DEFAULT_MODEL, hparams_folder
 from horse_plugin.assets.default_model import resolve
 from horse_plugin.errors import UsageError, first_line
+from horse_plugin.foreign import ADVICE
 from horse_plugin.method.hypernetwork import COEFFICIENTS, NORMALIZERS
 from horse_plugin.method.losses import LOSSES
 from horse_plugin.method.spread import SPREADS
@@ -28,36 +29,6 @@ EASYEDIT_ONLY = frozenset(
 
 # Keys that have a better name now, and the names that files may still use.
 ALIASES = {"alg": "alg_name", "n_edits": "edits_per_step", "val_steps": "val_records"}
-
-# Keys of other methods' files, and of the released code's, that mean nothing here; what does.
-FOREIGN = {
-    "edit_lr": "It is MEND's first step; ours is strength, or lr for an absolute one",
-    "lr_lr": "It is MEND's rate for edit_lr; ours is eta_meta_lr",
-    "lr_scale": "It scales MEND's rates; ours are lr and eta_meta_lr",
-    "cedit": "It is MEND's; ours is edit_coef",
-    "cloc": "It is MEND's; ours is loc_coef",
-    "cbase": "It is MEND's; ours is loc_coef",
-    "grad_clip": "Ours is max_grad_norm",
-    "accumulate_bs": "Ours is edits_per_step",
-    "n_hidden": "Ours is n_blocks",
-    "hidden_dim": "Ours is rank",
-    "layers": "It is MEMIT's; ours is inner_params, names of modules, or leave it out",
-    "rewrite_module_tmp": "It is MEMIT's; ours is inner_params, or leave it out",
-    "fp16": "Ours is dtype: fp16",
-    "bf16": "Ours is dtype: bf16",
-    "fact_token": "It is MEMIT's; ours is token: subject",
-    "mom2_dataset": "It is MEMIT's; ours is preserve",
-    "mom2_n_samples": "It is MEMIT's; ours is preserve_tokens",
-    "mom2_update_weight": "It is MEMIT's; ours is ridge, and training finds it",
-    "v_lr": "It is MEMIT's; ours is strength",
-    "v_num_grad_steps": "It is MEMIT's; ours is edit_sweeps",
-    "clamp_norm_factor": "It is MEMIT's; ours is residual_cap",
-    "kl_factor": "It is MEMIT's; ours is loc_coef",
-    "evaluation_type": "HORSE counts tokens; leave it out",
-    "editor": "The released code's groups of keys are flat here",
-    "model": "The released code's group; ours is model_name",
-    "data": "The released code's group; name the files to horse train",
-}
 
 # The least value of a key.
 AT_LEAST = dict.fromkeys(
@@ -241,14 +212,7 @@ class HORSEHyperParams:
         path = Path(path).expanduser()
         if not path.is_file() and path.suffix not in (".yaml", ".yml"):
             path = Path(f"{path}.yaml")
-        try:
-            keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such hparams file.") from None
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise UsageError(f"{path}: not a readable YAML file ({first_line(error)}).") from None
-        if not isinstance(keys, dict):
-            raise UsageError(f"{path}: expected `key: value` lines, found {type(keys).__name__}.")
+        keys = read_keys(path)
         try:
             made = cls.from_dict(keys)
         except UsageError as error:
@@ -265,7 +229,7 @@ class HORSEHyperParams:
             if key in EASYEDIT_ONLY:
                 del keys[key]
             elif key not in known:
-                if advice := FOREIGN.get(key):
+                if advice := ADVICE.get(key):
                     raise UsageError(f"{key!r} is no key of ours. {advice}.")
                 near = difflib.get_close_matches(str(key), known | ALIASES.keys(), n=1)
                 hint = f" Did you mean {near[0]}?" if near else " See hparams/HORSE for the keys."
@@ -297,6 +261,23 @@ class HORSEHyperParams:
     def model(self) -> types.SimpleNamespace:
         """EasyEdit's data sets look for the tokenizer at ``config.model.name``."""
         return types.SimpleNamespace(name=resolve(self.model_name))
+
+
+def read_keys(path: Path) -> dict:
+    """Return the keys of a YAML file.
+
+    Raises:
+        UsageError: there is no such file, or it is no YAML of keys.
+    """
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such hparams file.") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: not a readable YAML file ({first_line(error)}).") from None
+    if not isinstance(keys, dict):
+        raise UsageError(f"{path}: expected `key: value` lines, found {type(keys).__name__}.")
+    return keys
 
 
 def _attribute(name: str) -> property:

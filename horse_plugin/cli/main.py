@@ -4,11 +4,12 @@ import os
 import sys
 import traceback
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 from rich.console import Console
 
 from horse_plugin import distributed
@@ -32,7 +33,8 @@ from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.evaluation.metrics import Evaluator
 from horse_plugin.evaluation.tables import number
-from horse_plugin.hparams import HORSEHyperParams, default_hparams
+from horse_plugin.foreign import converted
+from horse_plugin.hparams import HORSEHyperParams, default_hparams, read_keys
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import random_model
 from horse_plugin.storage.files import check_empty, check_writable, locked_folder, write
@@ -386,6 +388,26 @@ def bench(
     found = run_bench(backbone, settings, records)
     results.save(out, [found])
     console.print(show.stages(found))
+
+
+@app.command()
+def convert_hparams(
+    files: Annotated[list[Path], typer.Argument(help="Settings of MEND, MALMEN, MEMIT or HORSE.")],
+    out: Annotated[Path, typer.Option(help="The YAML to write.")],
+):
+    """Write a YAML of ours from other methods' of EasyEdit, or from the released code's files."""
+    if out.exists():
+        raise UsageError(f"{out}: there is something already; choose a new name.")
+    names = [f.name for f in fields(HORSEHyperParams)]
+    keys, left_out = converted([read_keys(file) for file in files], names)
+    HORSEHyperParams.from_dict(keys)  # names a value that does not do
+    lines = [
+        f"# from {', '.join(file.name for file in files)}",
+        yaml.safe_dump(keys, sort_keys=False),
+    ]
+    lines += [f"# {key}: {why}." for key, why in left_out.items()]
+    write(out, "\n".join(lines).rstrip() + "\n")
+    console.print(f"{out}: {len(keys)} keys, and why {len(left_out)} others were left out.")
 
 
 def _hparams(path: Path, **overrides) -> HORSEHyperParams:

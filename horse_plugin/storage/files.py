@@ -14,7 +14,7 @@ from horse_plugin.distributed import is_main_process
 from horse_plugin.errors import HorseError, UsageError, first_line
 
 PART = ".part"  # ends the name of what is still being written
-LOCK = ".lock"  # in a folder that a process writes into, and left there
+LOCK = ".lock"  # in a folder that a process writes into
 
 
 def write(path, data: bytes | str):
@@ -117,6 +117,8 @@ def locked_folder(folder) -> Iterator[Path]:
             shutil.rmtree(part) if part.is_dir() else part.unlink()
         yield folder
     finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file, and leaves it
+            os.unlink(lock.lock_file)  # who waits for it notices, and locks a new one
         lock.release()
 
 
