@@ -10,8 +10,8 @@ from tests import ROOT
 
 PACKAGE = ROOT / "horse_plugin"
 # Each may import those before it.
-ORDER = """errors assets data distributed method storage foreign hparams model evaluation editing training
-    easyedit comparison cli""".split()
+ORDER = """errors assets data distributed method storage foreign hparams model evaluation editing
+    training easyedit comparison cli""".split()
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
