@@ -32,7 +32,7 @@ from horse_plugin import (
 from horse_plugin.editing.archive import ARCHIVE, load_network, read_network
 from horse_plugin.editing.chain import Chain, read_edits
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage.files import locked_folder
+from horse_plugin.storage.files import locked_folder, to_json
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 from horse_plugin.training.checkpoint import CHECKPOINT
 from tests import ROOT, processes, tiny
@@ -396,3 +396,13 @@ def test_the_package_needs_no_module_of_one_system():
     """``fcntl`` is not there on Windows."""
     code = "import sys; sys.modules['fcntl'] = None; import horse_plugin.cli.main"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_number_that_is_not_finite_is_null_in_json():
+    row = {"drift": float("nan"), "nested": [{"perplexity": float("inf")}, (1, 0.5)], "name": "né"}
+    wanted = {"drift": None, "nested": [{"perplexity": None}, [1, 0.5]], "name": "né"}
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    assert json.loads(to_json(row), parse_constant=refuse) == wanted

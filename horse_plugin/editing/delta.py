@@ -10,7 +10,7 @@ from horse_plugin.data.records import EditRecord
 from horse_plugin.editing.archive import MADE_FOR
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.storage.digest import text_digest
-from horse_plugin.storage.files import write
+from horse_plugin.storage.files import to_json, write
 from horse_plugin.storage.schema import check_form
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 
@@ -72,7 +72,7 @@ class EditDelta:
         """
         folder = check_free(folder)
         described = {**self.about, "records": [r.to_dict() for r in self.records]}
-        text = json.dumps(described, indent=1, ensure_ascii=False).encode()
+        text = to_json(described).encode()
         about = {**self.about, "kind": "delta", "edit_json": text_digest(text, 64)}
         write(folder / EDIT, text)
         save_tensors(folder / DELTA, self.tensors, about)
@@ -85,7 +85,8 @@ class EditDelta:
             UsageError: the folder holds no edit.
             HorseError: the edit is damaged.
         """
-        path, described = Path(folder, DELTA), Path(folder, EDIT)
+        folder = Path(folder).expanduser()
+        path, described = folder / DELTA, folder / EDIT
         if not path.exists():
             raise UsageError(f"{folder}: holds no edit.")
         tensors, about = load_tensors(path)

@@ -1,7 +1,6 @@
 """Rows of ``results.json``: one measured model each, comparable across methods."""
 
 import contextlib
-import json
 import platform
 import resource
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from horse_plugin.evaluation.metrics import Evaluation
-from horse_plugin.storage.files import write
+from horse_plugin.storage.files import to_json, write
 
 
 def row(method: str, dataset: str, hparams, evaluation: Evaluation, edit_seconds=None) -> dict:
@@ -40,7 +39,7 @@ def row(method: str, dataset: str, hparams, evaluation: Evaluation, edit_seconds
 
 def save(path, rows: list[dict]):
     """Write the rows as JSON."""
-    write(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    write(path, to_json(rows) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,8 @@
 """Files that are written whole or not at all, and folders that one process writes at a time."""
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import tempfile
@@ -39,6 +41,19 @@ def write(path, data: bytes | str):
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+
+
+def to_json(value) -> str:
+    """Return indented JSON that every reader takes: a number that is not finite is null."""
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [plain(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(plain(value), indent=1, ensure_ascii=False)
 
 
 def check_writable(folder):
