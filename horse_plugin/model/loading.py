@@ -29,8 +29,9 @@ def load_model(hparams):
             "tokenizer_name" if hparams.tokenizer_name else "model_name",
             **kwargs,
         )
+        config = _load(transformers.AutoConfig, name, "model_name", **kwargs)
         model, found = _load(
-            transformers.AutoModelForCausalLM,
+            _auto_class(config),
             name,
             "model_name",
             dtype=_dtype(hparams, device),
@@ -70,6 +71,14 @@ def random_model(config: str, hparams):
                 made, dtype=_dtype(hparams, device)
             )
     return model, tokenizer
+
+
+def _auto_class(config):
+    """Return the class that loads a model of this config as one that writes text."""
+    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto_class._model_mapping:
+            return auto_class
+    return transformers.AutoModelForCausalLM  # it has code of its own, or says what is wrong
 
 
 def _load(auto_class, name: str, key: str, **kwargs):

@@ -222,3 +222,41 @@ def test_an_edit_that_moves_nothing_is_an_error():
     assert not editor.history
     now = editor.backbone.weights.clones()
     assert all(torch.equal(before[n], now[n]) for n in before)
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8}
+TOWER |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+WITH_IMAGES = {
+    "llava": lambda: T.LlavaConfig(
+        vision_config=T.CLIPVisionConfig(**TOWER, projection_dim=32),
+        text_config=T.LlamaConfig(**tiny._SIZES),
+        image_token_index=399,
+    ),
+    "qwen2-vl": lambda: T.Qwen2VLConfig(
+        text_config={**LLAMA, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        vision_config={"depth": 8, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
+        image_token_id=399,
+        video_token_id=398,
+        vision_start_token_id=397,
+    ),
+    "gemma3": lambda: T.Gemma3Config(
+        text_config={**tiny._SIZES, "sliding_window": 4},
+        vision_config=TOWER,
+        mm_tokens_per_image=4,
+        image_token_index=399,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_of_a_model_for_images_the_language_model_is_edited(tmp_path, name):
+    """It is loaded from a folder as the command line does; both towers have eight blocks."""
+    torch.manual_seed(0)
+    T.AutoModelForImageTextToText.from_config(WITH_IMAGES[name]()).save_pretrained(tmp_path)
+    tiny.bpe_tokenizer().save_pretrained(tmp_path)
+    settings = tiny.hparams(model_name=str(tmp_path), strength=0.5)
+    editor = HorseEditor.from_hparams(settings)
+    names = [f"model.language_model.layers.{i}.mlp.down_proj" for i in range(2, 8)]
+    assert list(editor.backbone.modules) == names
+    editor.edit(tiny.records())
+    editor.undo()
