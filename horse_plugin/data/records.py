@@ -52,7 +52,13 @@ class EditRecord:
         return tuple(Query(prompt, self.target_new) for prompt in self.rephrases)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """Return plain fields, for JSON; ``accepted`` only where a query has it, as in 0.1."""
+        fields = asdict(self)
+        for name in ("unrelated", "portability"):
+            for query in fields[name]:
+                if not query["accepted"]:
+                    del query["accepted"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> "EditRecord":

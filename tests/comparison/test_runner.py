@@ -221,6 +221,7 @@ def test_ablations_each_change_what_they_say(yamls, tmp_path):
     file = tmp_path / "HORSE" / "tiny.yaml"
     file.parent.mkdir()
     settings = {"token": "subject", "edit_sweeps": 2, "normalizer": "scale", "residual_cap": 1}
+    settings["keep_next"] = True
     file.write_text(json.dumps(json.loads((yamls / "HORSE/tiny.yaml").read_text()) | settings))
     (tmp_path / "MALMEN").symlink_to(yamls / "MALMEN")
     facts = tiny.records(18)
@@ -255,7 +256,7 @@ def test_malmen_is_trained_on_as_many_records_in_no_fewer_steps_than_horse():
     differing = {key for key in ours if ours[key] != theirs[key]}
     methods_own = {"alg_name", "spread", "spread_strength", "ridge"}
     methods_own |= {"preserve", "preserve_mix", "val_score", "edit_ridge", "strength", "normalizer"}
-    methods_own |= {"token", "edit_sweeps", "train_sweeps", "residual_cap"}
+    methods_own |= {"token", "edit_sweeps", "train_sweeps", "residual_cap", "keep_next"}
     losses_own = {"loc_coef", "edit_coef", "gen_coef", "keep_coef", "meta_lr"}
     assert differing == methods_own | losses_own
     assert theirs["max_iters"] >= ours["max_iters"]

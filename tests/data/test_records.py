@@ -323,3 +323,11 @@ def test_a_token_that_the_model_lacks_is_named():
     word = "Marla" if "Marla" in tok.get_vocab() else "Quint"
     with pytest.raises(UsageError, match=f"record 1: '{word}' in its edit prompt is token"):
         backbone.prepare([FLAT, {**FLAT, "prompt": f"where is {word}"}])
+
+
+def test_accepted_answers_survive_json_and_others_are_written_as_in_0_1():
+    hop = {"prompt": "q", "ground_truth": [["a"], ["b"]]}
+    record = one({**FLAT, "portability": {"hop": hop}})
+    assert record.portability == (Query("q", "a", ("b",)),)
+    assert EditRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert record.to_dict()["unrelated"] == ({"prompt": "Bob speaks", "answer": "Welsh"},)

@@ -305,12 +305,11 @@ def test_a_step_and_a_validation_make_their_own_number_of_sweeps(tmp_path, monke
 
 
 def test_an_archive_of_a_capped_network_edits_as_it_was_trained(tmp_path):
-    t = trainer(tmp_path, **SWEPT)
+    t = trainer(tmp_path, **SWEPT | {"val_interval": 100})
     t.run()
     network, *_ = load_network(tmp_path, t.backbone)
     assert network.normalizer == "scale" and network.has_cap
-    best = t.best["step"] == t.step
-    assert best, "the last network is the best one here, so that both are the same"
+    assert t.best["step"] == t.step, "only the last is validated, so that both are the same"
     found = []
     for edits_with in (network, t.network):
         editor = HorseEditor.from_backbone(t.backbone, t.hparams, edits_with)
