@@ -5,6 +5,7 @@ rank n, exactly. A smaller rank keeps the largest singular values of ΔW.
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,6 +99,13 @@ def save_adapter(adapter: Adapter, backbone, folder):
     Raises:
         UsageError: something of that name exists.
     """
+    if any("expert" in name for name in adapter.factors):
+        warnings.warn(
+            "PEFT reads the adapters of some mixtures of experts (Qwen3-Next among them) as of "
+            "other weights, and then this one does nothing. Ask the adapted model for an edited "
+            "fact, or export the whole model.",
+            stacklevel=2,
+        )
     rank, tensors = adapter.rank, {}
     for module, (keys, factors) in adapter.factors.items():
         missing = rank - len(keys)

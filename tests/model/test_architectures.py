@@ -3,6 +3,8 @@
 The tiny models have random weights; what an edit holds is measured elsewhere.
 """
 
+import contextlib
+
 import peft
 import pytest
 import torch
@@ -10,6 +12,7 @@ import transformers as T
 from torch.nn.utils import parametrizations
 
 from horse_plugin import HorseEditor
+from horse_plugin.editing.export import save_adapter, to_rank
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
@@ -117,6 +120,32 @@ REFUSED = {
 def made(config) -> torch.nn.Module:
     torch.manual_seed(0)
     return T.AutoModelForCausalLM.from_config(config()).eval()
+
+
+@pytest.mark.parametrize("name", EDITED)
+@torch.no_grad()
+def test_its_edit_is_saved_as_a_model_and_as_an_adapter(name, tmp_path):
+    model = made(EDITED[name][0])
+    model.save_pretrained(tmp_path / "before")
+    editor = HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams(strength=20.0, ridge=0.01))
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    unedited = model(ids, use_cache=False).logits
+    with torch.enable_grad():
+        delta = editor.edit(tiny.records())
+    edited = model(ids, use_cache=False).logits
+    assert (edited - unedited).abs().max() > 1e-3
+    editor.save_model(tmp_path / "after")
+    has_experts = any("expert" in n for n in editor.backbone.modules)
+    with pytest.warns(match="does nothing") if has_experts else contextlib.nullcontext():
+        save_adapter(to_rank(editor, [delta]), editor.backbone, tmp_path / "adapter")
+    opened = T.AutoModelForCausalLM.from_pretrained(tmp_path / "after").eval()
+    torch.testing.assert_close(opened(ids, use_cache=False).logits, edited)
+    if name == "linear attention":  # the warning is of this one
+        return
+    base = T.AutoModelForCausalLM.from_pretrained(tmp_path / "before").eval()
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    logits = adapted(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, edited, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", EDITED)
