@@ -75,10 +75,11 @@ def random_model(config: str, hparams):
 
 def _auto_class(config):
     """Return the class that loads a model of this config as one that writes text."""
-    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-        if type(config) in auto_class._model_mapping:
-            return auto_class
-    return transformers.AutoModelForCausalLM  # it has code of its own, or says what is wrong
+    writes, sees = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return writes
+    has_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return sees if has_images else writes  # which has code of its own, or says what is wrong
 
 
 def _load(auto_class, name: str, key: str, **kwargs):
