@@ -114,7 +114,7 @@ def converted(files: Sequence[Mapping], known: Sequence[str]) -> tuple[dict, dic
         else:
             left_out[key] = ADVICE.get(key, "it has no counterpart")
     if made.get("token") == "subject":
-        made |= AT_SUBJECT
+        made = AT_SUBJECT | made
     if "model_name" not in made:
         raise UsageError("no model is named in these files (model_name, or name_or_path).")
     return made, {k: v for k, v in left_out.items() if v != "used up"}

@@ -61,6 +61,12 @@ def test_memit(tmp_path):
     assert "# clamp_norm_factor: It is MEMIT's; ours is residual_cap." in text
 
 
+def test_what_a_file_says_is_kept(tmp_path):
+    text = "alg_name: HORSE\nmodel_name: m\ntoken: subject\nedit_sweeps: 5\nstrength: 1.5\n"
+    ours, _ = convert(tmp_path, {"horse": text})
+    assert (ours.edit_sweeps, ours.strength, ours.residual_cap) == (5, 1.5, 0.7)
+
+
 def test_malmen(tmp_path):
     ours, _ = convert(tmp_path, {"malmen": MALMEN})
     assert (ours.rank, ours.lr, ours.loc_coef, ours.token) == (1920, 1e-6, 0.6, "ans")

@@ -119,6 +119,10 @@ def _record(item, index: int, where, left_out: Counter) -> EditRecord | list[Edi
     return _format_of(field).read(field)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
 class Fields:
     """Typed access to one raw record; every complaint names the record and the field."""
 
@@ -136,6 +140,7 @@ class Fields:
         """Return the accepted answers in a field: text, a list of texts, or a list of those."""
         value = self.item.get(name)
         values = value if isinstance(value, (list, tuple)) else [value]
+        values = [str(v) if _is_number(v) else v for v in values]
         return [Fields({name: v}, self.where).texts(name) for v in values]
 
     def __contains__(self, name) -> bool:
@@ -150,7 +155,7 @@ class Fields:
         value = self.item.get(name)
         if isinstance(value, Mapping):  # {"str": ..., "id": ...} in the original CounterFact
             value = value.get("str")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
+        if _is_number(value):
             value = str(value)
         if value is None or value == "":
             if required:
@@ -234,8 +239,8 @@ def flat_request(field: Fields) -> EditRecord:
         prompt=_filled(field, field.text(field.first(PROMPT)), subject),
         target_new=field.text(field.first(ANSWER)),
         rephrases=_rephrasings(field, subject),
-        unrelated=_beside(field, UNRELATED) + _groups(field, UNRELATED_GROUPS),
-        portability=_beside(field, PORTABILITY) + _groups(field, PORTABILITY_GROUPS),
+        unrelated=_unrelated(field),
+        portability=_portability(field),
         subject=subject,
         ground_truth=_truth(field),
         case_id=field.item.get("case_id"),
@@ -265,8 +270,9 @@ def nested_counterfact(field: Fields) -> EditRecord | list[EditRecord]:
                 prompt=template.replace("{}", subject),
                 target_new=rewrite.text("target_new"),
                 rephrases=_rephrasings(field, subject) + _rephrasings(rewrite, subject),
-                unrelated=tuple(Query(prompt, truth) for prompt in neighbours),
-                portability=_beside(field, PORTABILITY) if last else (),
+                unrelated=tuple(Query(prompt, truth) for prompt in neighbours)
+                + (_unrelated(field, nested=True) if last else ()),
+                portability=_portability(field) if last else (),
                 subject=subject,
                 ground_truth=truth,
                 case_id=field.item.get("case_id"),
@@ -276,21 +282,18 @@ def nested_counterfact(field: Fields) -> EditRecord | list[EditRecord]:
 
 
 def _filled(field: Fields, prompt: str, subject: str | None) -> str:
-    """Return a prompt with its subject in the place of ``{}``, as ROME's and MEMIT's have it."""
-    if "{}" not in prompt or _is_code(prompt):
+    """Return a prompt with its subject in the place of ``{}``, as ROME's and MEMIT's have it.
+
+    A prompt that names its subject has its ``{}`` for itself.
+    """
+    if "{}" not in prompt or (subject and subject in prompt):
         return prompt
     if not subject:
         raise UsageError(
             f"{field.where}: prompt {prompt!r} has {{}} for its subject, but no field 'subject' "
-            "says which."
+            "says which. If {} is part of the text, name a subject that the prompt holds."
         )
     return prompt.replace("{}", subject)
-
-
-def _is_code(prompt: str) -> bool:
-    """Return whether ``{}`` stands in a prompt for itself: something of code stands beside it."""
-    before, _, after = prompt.partition("{}")
-    return before.rstrip(" ").endswith(tuple("=(:,[>\"'`")) or after[:1] in tuple(";)],\"'`.")
 
 
 def _truth(field: Fields) -> str | None:
@@ -309,6 +312,16 @@ def _rephrasings(field: Fields, subject: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_filled(field, text, subject) for text in texts))
 
 
+def _unrelated(field: Fields, nested: bool = False) -> tuple[Query, ...]:
+    """Return the unrelated queries; of a nested record without its neighbours."""
+    pairs = {k: v for k, v in UNRELATED.items() if not (nested and k == "neighborhood_prompts")}
+    return _beside(field, pairs) + _groups(field, UNRELATED_GROUPS)
+
+
+def _portability(field: Fields) -> tuple[Query, ...]:
+    return _beside(field, PORTABILITY) + _groups(field, PORTABILITY_GROUPS)
+
+
 def _beside(field: Fields, pairs: Mapping[str, Sequence[str]]) -> tuple[Query, ...]:
     """Return the queries whose prompts and answers are fields of their own."""
     queries = []
@@ -316,8 +329,9 @@ def _beside(field: Fields, pairs: Mapping[str, Sequence[str]]) -> tuple[Query, .
         if name in field:
             answer = field.first(answers)
             prompts, given = field.texts(name), field.accepted(answer)
-            if not isinstance(field.item.get(answer), (list, tuple)) or name == "questions":
-                given = [sum(given, ())] * len(prompts)  # one answer to all
+            one_to_all = not isinstance(field.item.get(answer), (list, tuple))
+            if one_to_all or len(prompts) == 1 or answer in (*BEFORE, "new_answer"):
+                given = [sum(given, ())] * len(prompts)
             queries += _queries(field, prompts, given, answer)
     return tuple(queries)
 
@@ -349,8 +363,8 @@ def _groups(field: Fields, names: Sequence[str]) -> tuple[Query, ...]:
 def _pairs(entry: Fields) -> list[Query]:
     answer = entry.first(("ground_truth", "answer", "target", "answers"))
     prompts, accepted = entry.texts("prompt"), entry.accepted(answer)
-    if len(prompts) == 1:  # KnowEdit lists all the answers that it accepts
-        accepted = [sum(accepted, ())]
+    if len(prompts) == 1:  # KnowEdit lists all the answers that it accepts, and so do we
+        accepted = [sum(accepted, ()) + entry.texts("accepted")]
     return _queries(entry, prompts, accepted, answer)
 
 

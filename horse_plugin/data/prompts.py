@@ -209,7 +209,8 @@ def _encode(tokenizer, text: str, n_before: int) -> tuple[list[int], list[tuple[
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     else:
         ids = tokenizer(text)["input_ids"]
-        n_prompt = len(_without_eos(tokenizer(text[:n_before])["input_ids"], text, tokenizer))
+        prompt = text[:n_before]
+        n_prompt = len(_without_eos(tokenizer(prompt)["input_ids"], prompt, tokenizer))
         spans = [(0, 0)] * n_prompt + [(n_before, len(text))] * (len(ids) - n_prompt)
     ids = _without_eos(ids, text, tokenizer)
     extra = _n_extra_bos(ids, tokenizer)

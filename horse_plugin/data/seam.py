@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from horse_plugin.errors import UsageError, first_line
 
 # No space stands after these, nor before those.
-OPENING = "([{<“‘«‹„‚「『【（《〈/\\@#_"
+OPENING = "([{<“‘«‹„‚「『【（《〈/\\@_"
 CLOSING = ",;!?)]}>”’»›%"
 # Scripts without spaces between words, as Unicode names their characters.
 WITHOUT_SPACES = """CJK HIRAGANA KATAKANA BOPOMOFO IDEOGRAPHIC FULLWIDTH HALFWIDTH THAI LAO KHMER
@@ -35,6 +35,19 @@ class Seam:
         if self.chat_template:
             return self._chat(tokenizer, prompt)[0]
         return prompt if self.separator is not None else _split(prompt, "")[0]
+
+    def upto(self, tokenizer, prompt: str, end: int) -> str:
+        """Return the text that the model reads up to a character of the prompt.
+
+        In a chat, a mark in the prompt's place says where that lies; templates may trim the prompt.
+        """
+        if not self.chat_template:
+            return prompt[:end]
+        mark = "¤¤"
+        before = self._chat(tokenizer, mark)[0].partition(mark)[0]
+        asked = self._chat(tokenizer, prompt)[0]
+        trimmed = 0 if asked.startswith(before + prompt) else len(prompt) - len(prompt.lstrip())
+        return asked[: len(before) + end - trimmed]
 
     def join(self, tokenizer, prompt: str, answer: str) -> tuple[str, int]:
         """Return the text of prompt and answer, and the number of its characters before the answer.
@@ -79,8 +92,8 @@ def join(prompt: str, answer: str) -> str:
     """Return a prompt and its answer as one text.
 
     White space that either of them has at the seam stays, though spaces are one. Where there is
-    none, a space separates words; nothing stands after an opening bracket or quote, a dot or a
-    slash, before closing marks, and beside scripts that are written without spaces.
+    none, a space separates words; nothing stands after an opening bracket or quote, a slash or a dot
+    within code, before closing marks, and beside scripts that are written without spaces.
     """
     head, gap, body = _split(prompt, answer)
     has_spaces = gap and not gap.strip(" ") and not head.endswith("\n")
@@ -100,13 +113,24 @@ def _split(prompt: str, answer: str) -> tuple[str, str, str]:
 def _are_words(head: str, body: str) -> bool:
     """Return whether a space belongs between these texts, of which neither has one at the seam."""
     last, first = head[-1], body[0]
-    if last.isspace() or last in OPENING or last == ".":
+    if last.isspace() or last in OPENING or (last == "." and _is_code(head)):
         return False
     if last in "\"'`" and (len(head) == 1 or head[-2].isspace() or head[-2] in OPENING):
         return False  # it opens a quotation
     if first in CLOSING or (first in ".:" and not body[1:2].isalnum()):
         return False
     return not (_is_without_spaces(last) or _is_without_spaces(first))
+
+
+def _is_code(head: str) -> bool:
+    """Return whether the dot that ends a text leads to a part of what it follows.
+
+    It ends a sentence or an abbreviation otherwise.
+    """
+    *before, word = head.split()
+    parts = word[:-1].split(".")
+    dotted = len(parts) > 1 and any(len(part) > 1 for part in parts)
+    return dotted or not before or any(c in "=(){}[];_" for c in head)
 
 
 def _is_without_spaces(character: str) -> bool:

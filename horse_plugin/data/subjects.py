@@ -47,9 +47,8 @@ def at_subjects(
     for i, (record, match) in enumerate(zip(edits.records, found, strict=True)):
         group, still = tuple(replace(p, subject=None) for p in edits.of("edit", i)), []
         if match and count[names[i]] == 1:
-            asked = seam.ask(tokenizer, record.prompt)
-            before = asked.rfind(record.prompt.rstrip()) + match.end()
-            end = len(ask(tokenizer, asked[:before]))
+            before = seam.upto(tokenizer, record.prompt, match.end())
+            end = len(ask(tokenizer, before))
             group = tuple(_read_at(p, end - 1) for p in group)
         elif match and group:
             before, after = record.prompt[: match.start()], record.prompt[match.end() :]

@@ -204,7 +204,7 @@ class Backbone:
         n = self.model.get_input_embeddings().weight.shape[0]
         for kind, groups in edits.prompts.items():
             for i, group in enumerate(groups):
-                for token in {t for p in group for t in p.ids if t >= n}:
+                for token in {t for p in group for q in (p, *p.accepted) for t in q.ids if t >= n}:
                     text = self.tokenizer.convert_ids_to_tokens(token)
                     raise UsageError(
                         f"record {i}: {text!r} in its {kind} prompt is token {token}, but the "

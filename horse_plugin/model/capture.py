@@ -128,7 +128,7 @@ def capture(
                     hook.remove()
             for module_rows in captured.values():
                 module_rows.collect()
-            tokens = logits.detach().argmax(-1).split([len(p.labels) for p in batch.prompts])
+            tokens = logits.detach().argmax(-1).cpu().split([len(p.labels) for p in batch.prompts])
             for i, p, part in zip(index, batch.prompts, tokens, strict=True):
                 predicted[i] = part[: len(p.answer)]
             lacking = losses.detach().cpu() > torch.where(end, 0, -math.log(HOLDS))

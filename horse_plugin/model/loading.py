@@ -29,9 +29,8 @@ def load_model(hparams):
             "tokenizer_name" if hparams.tokenizer_name else "model_name",
             **kwargs,
         )
-        config = _load(transformers.AutoConfig, name, "model_name", **kwargs)
         model, found = _load(
-            _auto_class(config),
+            _auto_class(name, kwargs),
             name,
             "model_name",
             dtype=_dtype(hparams, device),
@@ -73,9 +72,13 @@ def random_model(config: str, hparams):
     return model, tokenizer
 
 
-def _auto_class(config):
-    """Return the class that loads a model of this config as one that writes text."""
+def _auto_class(name: str, kwargs: dict):
+    """Return the class that loads a model of that name as one that writes text."""
     writes, sees = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **kwargs)
+    except Exception:  # an adapter's folder has none; the class that writes says what is wrong
+        return writes
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return writes
     has_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

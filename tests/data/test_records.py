@@ -265,8 +265,10 @@ def test_mquake_is_a_record_for_each_rewrite():
     [
         ("{} speaks", "Ada speaks"),
         ("The mother tongue of {} is", "The mother tongue of Ada is"),
-        ("d = {}", "d = {}"),
-        ("print('{}'.format(x)) gives", "print('{}'.format(x)) gives"),
+        ("{}'s mother tongue is", "Ada's mother tongue is"),
+        ("In {}, one speaks", "In Ada, one speaks"),
+        ('Who wrote "{}"?', 'Who wrote "Ada"?'),
+        ("In Ada {} is", "In Ada {} is"),
     ],
 )
 def test_a_subject_takes_the_place_of_its_braces(prompt, filled):
@@ -331,3 +333,19 @@ def test_accepted_answers_survive_json_and_others_are_written_as_in_0_1():
     assert record.portability == (Query("q", "a", ("b",)),)
     assert EditRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
     assert record.to_dict()["unrelated"] == ({"prompt": "Bob speaks", "answer": "Welsh"},)
+
+
+def test_a_nested_record_may_have_easyedits_fields_beside_it():
+    beside = {"locality_prompt": "p", "locality_ground_truth": 1990}
+    beside |= {"locality": [{"prompt": "a", "answer": "b"}]}
+    beside |= {"portability": {"hop": {"prompt": "c", "ground_truth": ["d"]}}}
+    record = one(NESTED | beside)
+    assert record.unrelated[-2:] == (Query("p", "1990"), Query("a", "b"))
+    assert len(record.unrelated) == 4 and record.portability == (Query("c", "d"),)
+
+
+def test_one_prompt_takes_all_the_answers_of_a_list():
+    item = {**FLAT, "locality_ground_truth": ["Welsh", "Manx"]}
+    assert one(item).unrelated == (Query("Bob speaks", "Welsh", ("Manx",)),)
+    spelled = {"prompt": "p", "answer": "q", "accepted": ["r"]}
+    assert one({**FLAT, "portability": [spelled]}).portability == (Query("p", "q", ("r",)),)

@@ -38,6 +38,14 @@ SPACED = (
         ("เมืองหลวงคือ", "กรุงเทพ", "เมืองหลวงคือกรุงเทพ"),
         ("scipy.fft.", "rfft", "scipy.fft.rfft"),
         ("open(", "path", "open(path"),
+        ("np.", "array", "np.array"),
+        ("torch.nn.", "Linear", "torch.nn.Linear"),
+        ("x = np.", "array", "x = np.array"),
+        ("Name the colour of the sky.", "blue", "Name the colour of the sky. blue"),
+        ("They moved to the U.S.", "Army", "They moved to the U.S. Army"),
+        ("Name the capital of France.", "Paris", "Name the capital of France. Paris"),
+        ("He came to St.", "Louis", "He came to St. Louis"),
+        ("The language is C#", "and", "The language is C# and"),
         ('She said "', "no", 'She said "no'),
         ('They call it "home"', "always", 'They call it "home" always'),
         ("Norway", ", a country", "Norway, a country"),
@@ -109,3 +117,39 @@ def test_no_token_of_the_answer_begins_in_the_prompt():
     (p,) = tokenize(tok, [Query("f.", "rt")])
     assert tok.convert_ids_to_tokens(p.ids) == ["f.", "r", "t"]
     assert p.start == 1
+
+
+@pytest.mark.parametrize("trim", ["", " | trim"])
+@pytest.mark.parametrize("prefix", ["", "Norway is located in: "])
+def test_in_a_chat_the_subject_ends_where_the_user_says_it(trim, prefix):
+    tok = tiny.bpe_tokenizer()
+    tok.chat_template = (
+        "Norway:{% for m in messages %}[{{ m.content"
+        + trim
+        + " }}]{% endfor %}{% if add_generation_prompt %}"
+        + prefix
+        + "{% endif %}"
+    )
+    seam = Seam(chat_template=True)
+    for prompt in ("Norway is", "\nthe capital of Norway is"):
+        upto = seam.upto(tok, prompt, prompt.index("Norway") + len("Norway"))
+        whole = seam.ask(tok, prompt)
+        assert whole.startswith(upto) and upto.endswith("Norway")
+        assert upto.count("[") == 1 and "]" not in upto
+
+
+def test_a_slow_tokenizer_that_appends_eos_keeps_the_answer():
+    fast = tiny.bpe_tokenizer()
+
+    class Slow:
+        is_fast, bos_token_id = False, fast.bos_token_id
+        eos_token, eos_token_id = fast.eos_token, fast.eos_token_id
+
+        def __call__(self, text):
+            ids = fast(text)["input_ids"]
+            return {"input_ids": [*ids, fast.eos_token_id]}
+
+    query = Query("the capital of Norway is", "Rome")
+    for append_eos in (False, True):
+        (p,) = tokenize(Slow(), [query], seam=Seam(append_eos=append_eos))
+        assert fast.decode(p.answer).strip() == "Rome" + "</s>" * append_eos
