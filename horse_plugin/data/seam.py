@@ -92,8 +92,8 @@ def join(prompt: str, answer: str) -> str:
     """Return a prompt and its answer as one text.
 
     White space that either of them has at the seam stays, though spaces are one. Where there is
-    none, a space separates words; nothing stands after an opening bracket or quote, a slash or a dot
-    within code, before closing marks, and beside scripts that are written without spaces.
+    none, a space separates words. Nothing stands after an opening bracket or quote, a slash or a
+    dot within code, before closing marks, and beside scripts that are written without spaces.
     """
     head, gap, body = _split(prompt, answer)
     has_spaces = gap and not gap.strip(" ") and not head.endswith("\n")
