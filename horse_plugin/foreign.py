@@ -54,7 +54,6 @@ RENAMED = {
     "fact_token": "token",
 }
 GROUPS = ("data", "model", "editor")  # of the released code's configuration
-RELEASED = ("horse", "malmen", "mend")  # what its groups may name as the editor
 AT_SUBJECT = {  # one gradient at the subject writes few answers
     "edit_sweeps": 12,
     "normalizer": "scale",
@@ -89,13 +88,14 @@ def converted(files: Sequence[Mapping], known: Sequence[str]) -> tuple[dict, dic
                 file = {k: v for k, v in file.items() if k != group} | dict(file[group])
         keys |= file
     method = str(keys.pop("alg_name", keys.pop("alg", keys.pop("name", "HORSE"))))
-    of_memit = "rewrite_module_tmp" in keys
+    keys.pop("defaults", None)  # which files the released code's configuration is made of
+    module = keys.pop("rewrite_module_tmp", None)
     made, left_out = {"alg_name": "HORSE"}, {}
     for key, value in keys.items():
         name = OF_MEND.get(key, key) if method == "MEND" else key
         name = RENAMED.get(name, name)
-        if key == "layers" and of_memit:
-            value = [keys["rewrite_module_tmp"].format(layer) for layer in value]
+        if key == "layers" and module:
+            value = [module.format(layer) for layer in value]
         elif key == "fact_token":
             value = "subject" if value == "subject_last" else "ans"
         elif key == "inner_params" and method == "MEND":
@@ -106,8 +106,8 @@ def converted(files: Sequence[Mapping], known: Sequence[str]) -> tuple[dict, dic
             continue
         elif key == "token" and value in ("mask", "all"):
             value = "ans"
-        elif name in ("batch_size", "defaults", "rewrite_module_tmp"):
-            left_out[key] = "HORSE edits all facts at once" if name == "batch_size" else "used up"
+        elif key == "batch_size":
+            left_out[key] = "HORSE edits all facts at once"
             continue
         if name in known:
             made[name] = value
@@ -117,4 +117,4 @@ def converted(files: Sequence[Mapping], known: Sequence[str]) -> tuple[dict, dic
         made = AT_SUBJECT | made
     if "model_name" not in made:
         raise UsageError("no model is named in these files (model_name, or name_or_path).")
-    return made, {k: v for k, v in left_out.items() if v != "used up"}
+    return made, left_out

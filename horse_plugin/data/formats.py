@@ -220,12 +220,11 @@ UNRELATED_GROUPS = ("locality", "unrelated", "locality_rs", "locality_f")
 PORTABILITY_GROUPS = ("portability", "portability_r", "portability_s", "portability_l")
 # Nobody misses these: names and notes, and what serves figures that HORSE does not have.
 IGNORED = frozenset(
-    """case_id id cond tag time date pred answers pararel_idx relation_id attribute_prompts
-    generation_prompts orig ent""".split()
+    """case_id id cond tag time date pararel_idx relation_id attribute_prompts generation_prompts
+    orig ent""".split()
 )
 READ = {
     "requested_rewrite",
-    "neighborhood_prompts",
     *(PROMPT + ANSWER + SUBJECT + BEFORE + REPHRASINGS + UNRELATED_GROUPS + PORTABILITY_GROUPS),
     *(name for pairs in (UNRELATED, PORTABILITY) for k, v in pairs.items() for name in (k, *v)),
 }

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from horse_plugin.data.records import EditRecord, Query
-from horse_plugin.data.seam import Seam
+from horse_plugin.data.seam import PLAIN, Seam
 from horse_plugin.errors import UsageError
 
-PLAIN = Seam()
 UNKNOWN = -100  # in place of a token that only the model knows
 
 
@@ -119,9 +118,8 @@ class PreparedEdits:
         Args:
             ends: whether an edit also reads what follows an answer.
         """
-        return [replace(p, ends=ends) for p in self.flat("edit")] + [
-            p for group in self.contrasts for p in group
-        ]
+        contrasts = [p for group in self.contrasts for p in group]
+        return [replace(p, ends=ends) for p in self.flat("edit")] + contrasts
 
     def check(self):
         """Refuse records whose prompts could not be tokenised.
@@ -178,13 +176,13 @@ def tokenize(
         UsageError: the tokenizer has no tokens for an answer or a prompt.
         AnswerTooLongError: an answer exceeds ``max_length``.
     """
-    prompts = []
-    for query in queries:
-        answers = [query, *(Query(query.prompt, answer) for answer in query.accepted)]
-        wholes = [(_tokenize_whole(tokenizer, q, seam), q) for q in answers]
-        first, *others = (_shorten(p, max_length, q, tokenizer) for p, q in wholes)
-        prompts.append(replace(first, accepted=tuple(others)))
-    return prompts
+
+    def tokenized(query: Query) -> Prompt:
+        prompt = _shorten(_tokenize_whole(tokenizer, query, seam), max_length, query, tokenizer)
+        others = tuple(tokenized(Query(query.prompt, answer)) for answer in query.accepted)
+        return replace(prompt, accepted=others) if others else prompt
+
+    return [tokenized(query) for query in queries]
 
 
 def _tokenize_whole(tokenizer, query: Query, seam: Seam) -> Prompt:
@@ -193,8 +191,8 @@ def _tokenize_whole(tokenizer, query: Query, seam: Seam) -> Prompt:
     start = next((i for i, (_, end) in enumerate(spans) if end > n_before), len(ids))
     if start < len(ids) and text[spans[start][0] : n_before].strip():
         # The token begins within the prompt, which the model reads without knowing the answer.
-        ids, start = ask(tokenizer, text[:n_before]), _continuation(tokenizer, text[n_before:])
-        ids, start = (*ids, *start), len(ids)
+        before = ask(tokenizer, text[:n_before])
+        ids, start = [*before, *_continuation(tokenizer, text[n_before:])], len(before)
     if start >= len(ids) or not query.answer.strip():
         raise UsageError(f"answer {query.answer!r}: the tokenizer has no tokens for it.")
     if start == 0:

@@ -33,7 +33,7 @@ class Seam:
     def ask(self, tokenizer, prompt: str) -> str:
         """Return the text that the model reads before the answer."""
         if self.chat_template:
-            return self._chat(tokenizer, prompt)[0]
+            return self._chat(tokenizer, prompt)
         return prompt if self.separator is not None else _split(prompt, "")[0]
 
     def upto(self, tokenizer, prompt: str, end: int) -> str:
@@ -44,8 +44,8 @@ class Seam:
         if not self.chat_template:
             return prompt[:end]
         mark = "¤¤"
-        before = self._chat(tokenizer, mark)[0].partition(mark)[0]
-        asked = self._chat(tokenizer, prompt)[0]
+        before = self._chat(tokenizer, mark).partition(mark)[0]
+        asked = self._chat(tokenizer, prompt)
         trimmed = 0 if asked.startswith(before + prompt) else len(prompt) - len(prompt.lstrip())
         return asked[: len(before) + end - trimmed]
 
@@ -56,9 +56,9 @@ class Seam:
             UsageError: there is no chat template, or no EOS token, where one is wanted.
         """
         if self.chat_template:
-            prompt, gap = self._chat(tokenizer, prompt)
-            answer = gap + answer.strip(" ")
-            start, text = len(prompt), prompt + answer
+            asked = self._chat(tokenizer, prompt)
+            gap = self._gap(tokenizer, prompt, asked)
+            start, text = len(asked), asked + gap + answer.strip(" ")
         elif self.separator is not None:
             start, text = len(prompt), f"{prompt}{self.separator}{answer}"
         else:
@@ -69,23 +69,32 @@ class Seam:
             text = text.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
         return text, start
 
-    def _chat(self, tokenizer, prompt: str) -> tuple[str, str]:
-        """Return a chat up to where the answer begins, and what the template puts before it."""
+    def _chat(self, tokenizer, prompt: str, answer: str | None = None) -> str:
+        """Return a chat up to where the answer begins, or with an answer."""
         turns = [{"role": "user", "content": prompt}]
         if self.system_prompt is not None:
             turns.insert(0, {"role": "system", "content": self.system_prompt})
-        mark = "Answer"
-        answered = [*turns, {"role": "assistant", "content": mark}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
         try:
-            asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            whole = tokenizer.apply_chat_template(answered, tokenize=False)
+            return tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=answer is None
+            )
         except Exception as error:  # templates are programs, and raise what they like
             raise UsageError(
                 f"chat_template: the tokenizer's template failed ({first_line(error)}). "
                 "An instruct model's tokenizer has one; set chat_template: false for others."
             ) from None
+
+    def _gap(self, tokenizer, prompt: str, asked: str) -> str:
+        """Return the white space that the template puts before an answer to what was asked."""
+        mark = "Answer"
+        whole = self._chat(tokenizer, prompt, mark)
         gap, found, _ = whole.removeprefix(asked).partition(mark)
-        return asked, gap if found and whole.startswith(asked) and gap.isspace() else ""
+        return gap if found and whole.startswith(asked) and gap.isspace() else ""
+
+
+PLAIN = Seam()
 
 
 def join(prompt: str, answer: str) -> str:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from horse_plugin.data.prompts import PLAIN, PreparedEdits, Prompt, ask, tokenize
+from horse_plugin.data.prompts import PreparedEdits, Prompt, ask, tokenize
 from horse_plugin.data.records import EditRecord, Query
-from horse_plugin.data.seam import Seam
+from horse_plugin.data.seam import PLAIN, Seam
 from horse_plugin.errors import UsageError
 
 # Who stands in a contrast for the subject of an edit.

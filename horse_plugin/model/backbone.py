@@ -18,17 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from horse_plugin.data.formats import load_records
-from horse_plugin.data.prompts import (
-    KINDS,
-    PLAIN,
-    Batch,
-    PreparedEdits,
-    Prompt,
-    ask,
-    batches,
-    prepare,
-)
-from horse_plugin.data.seam import Seam
+from horse_plugin.data.prompts import KINDS, Batch, PreparedEdits, Prompt, ask, batches, prepare
+from horse_plugin.data.seam import PLAIN, Seam
 from horse_plugin.data.subjects import at_subjects
 from horse_plugin.distributed import local_indices
 from horse_plugin.errors import UsageError, first_line

@@ -93,10 +93,9 @@ def capture(
         allowed = torch.zeros(len(local), dtype=backbone.edit_dtype)
     still_rows, predicted = still.repeat_interleave(sizes), [None] * len(local)
     if skip_held:
-        known = {p: earlier.predicted.get(replace(p, ends=False)) for p in prompts}
         predicted = [  # nothing reads what is predicted at a contrast
-            torch.tensor(prompts[i].answer) if prompts[i].still else known[prompts[i]]
-            for i in local
+            torch.tensor(p.answer) if p.still else earlier.predicted[replace(p, ends=False)]
+            for p in (prompts[i] for i in local)
         ]
         for module_rows, keys in zip(captured.values(), earlier.keys, strict=True):
             module_rows.keys.copy_(keys)
@@ -116,10 +115,11 @@ def capture(
             try:
                 with torch.enable_grad():
                     logits = backbone.top(batch, states).to(backbone.edit_dtype)
-                    of, end = torch.tensor(index)[batch.rows.cpu()], batch.labels.cpu() == UNKNOWN
+                    of, labels = torch.tensor(index)[batch.rows.cpu()], batch.labels.cpu()
+                    end = labels == UNKNOWN
                     if not earlier:
                         _note_what_follows(logits, of, end, followed, allowed)
-                    labels = torch.where(end, followed[of], batch.labels.cpu())
+                    labels = torch.where(end, followed[of], labels)
                     losses = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
                     losses = (losses - torch.where(end, allowed[of], 0).to(losses)).relu()
                     losses.masked_fill(still[of].to(losses.device), 0).sum().backward()
@@ -131,10 +131,11 @@ def capture(
             tokens = logits.detach().argmax(-1).cpu().split([len(p.labels) for p in batch.prompts])
             for i, p, part in zip(index, batch.prompts, tokens, strict=True):
                 predicted[i] = part[: len(p.answer)]
-            lacking = losses.detach().cpu() > torch.where(end, 0, -math.log(HOLDS))
+            losses = losses.detach().cpu()
+            lacking = losses > torch.where(end, 0, -math.log(HOLDS))
             holds[index] = True
             holds[of[lacking]] = False
-            done = of[end & (losses.detach().cpu() == 0)]
+            done = of[end & (losses == 0)]
             still_rows[first_rows[done] + sizes[done] - 1] = True
         holds |= still
         for name, module_rows in captured.items():

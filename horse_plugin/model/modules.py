@@ -119,11 +119,11 @@ def _second_projection(model, block: str) -> str | None:
         for name, m in modules.items()
         if isinstance(m, (nn.Linear, Conv1D))
         and shape_of(m)[1] == width
+        and shape_of(m)[0] > 1
         and not _is_off_the_path(name, modules)
     ]
-    widest = max((shape_of(modules[name])[0] for name in found), default=0)
-    found = [name for name in found if shape_of(modules[name])[0] == widest]
-    return found[-1] if found and widest > 1 else None
+    # Of several as wide as each other the last one.
+    return max(reversed(found), key=lambda name: shape_of(modules[name])[0], default=None)
 
 
 def _is_off_the_path(name: str, modules: dict[str, nn.Module]) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from horse_plugin.data.prompts import FILLED, batches, tokenize
 from horse_plugin.data.records import Query
@@ -33,6 +34,13 @@ class Slow:
         return self.fast(text)
 
 
+def end_texts_with_eos(tokenizer):
+    """Have a tokenizer put its EOS token after every text."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+
+
 @pytest.fixture(params=sorted(TOKENIZERS))
 def tokenizer(request):
     return TOKENIZERS[request.param]()
@@ -57,11 +65,7 @@ def test_bos_comes_once(tokenizer):
 def test_an_eos_that_the_tokenizer_appends_is_left_out():
     tok = tiny.bpe_tokenizer()
     plain = tokenize(tok, [QUERY])
-    from tokenizers import processors
-
-    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", tok.eos_token_id)]
-    )
+    end_texts_with_eos(tok)
     assert tok("Oslo")["input_ids"][-1] == tok.eos_token_id
     for t in (tok, Slow(tok)):
         assert tokenize(t, [QUERY]) == plain

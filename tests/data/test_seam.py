@@ -9,6 +9,7 @@ from horse_plugin.data.records import Query
 from horse_plugin.data.seam import Seam, join
 from horse_plugin.errors import UsageError
 from tests import tiny
+from tests.data.test_prompts import Slow, end_texts_with_eos
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
@@ -140,16 +141,8 @@ def test_in_a_chat_the_subject_ends_where_the_user_says_it(trim, prefix):
 
 def test_a_slow_tokenizer_that_appends_eos_keeps_the_answer():
     fast = tiny.bpe_tokenizer()
-
-    class Slow:
-        is_fast, bos_token_id = False, fast.bos_token_id
-        eos_token, eos_token_id = fast.eos_token, fast.eos_token_id
-
-        def __call__(self, text):
-            ids = fast(text)["input_ids"]
-            return {"input_ids": [*ids, fast.eos_token_id]}
-
+    end_texts_with_eos(fast)
     query = Query("the capital of Norway is", "Rome")
     for append_eos in (False, True):
-        (p,) = tokenize(Slow(), [query], seam=Seam(append_eos=append_eos))
+        (p,) = tokenize(Slow(fast), [query], seam=Seam(append_eos=append_eos))
         assert fast.decode(p.answer).strip() == "Rome" + "</s>" * append_eos
