@@ -10,6 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from horse_plugin.errors import UsageError
 
+_EVERY_TOKEN = (
+    "HORSE edits what every token passes: a dense MLP or a shared expert, or else the attention's "
+    "output projections, if inner_params names them."
+)
+
 
 def find_blocks(model) -> tuple[str, nn.ModuleList]:
     """Return the transformer blocks and their name.
@@ -53,6 +58,8 @@ def find_edit_modules(model, inner_params: Sequence[str], token: str) -> dict[st
         raise UsageError("inner_params: a module is named twice.")
     modules = {n: _linear(model, n) for n in names}
     for name, module in modules.items():
+        if _is_routed(name):
+            raise UsageError(f"inner_params: {name!r} belongs to an expert. {_EVERY_TOKEN}")
         _check_weight(name, module)
     return {n: modules[n] for n, _ in model.named_modules() if n in modules}
 
@@ -92,10 +99,7 @@ def _second_projections(model, token: str) -> list[str]:
     if not found:
         kind = type(model).__name__
         if _has_experts(blocks):
-            raise UsageError(
-                f"{kind}: a mixture of experts without a shared one. HORSE edits what every token "
-                "passes: a dense MLP, or a shared expert."
-            )
+            raise UsageError(f"{kind}: a mixture of experts without a shared one. {_EVERY_TOKEN}")
         raise UsageError(f"{kind}: no MLP projection found; name inner_params in the YAML.")
     if token == "subject":  # where the answer still reads it: below the last block
         lower = [i for i in found if i < n - 1] or list(found)
@@ -135,8 +139,12 @@ def _is_off_the_path(name: str, modules: dict[str, nn.Module]) -> bool:
         hasattr(parent, "base_layer") and path[i + 1] != "base_layer"
         for i, parent in enumerate(above)
     )
-    routed = any("expert" in part and "shared" not in part for part in path)
-    return "att" in name.lower() or mixes or is_adapter or routed
+    return "att" in name.lower() or mixes or is_adapter or _is_routed(name)
+
+
+def _is_routed(name: str) -> bool:
+    """Return whether a router sends only some tokens through a module of that name."""
+    return any("expert" in part and "shared" not in part for part in name.split("."))
 
 
 def _has_experts(blocks: nn.ModuleList) -> bool:

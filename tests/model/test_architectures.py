@@ -176,6 +176,23 @@ def test_it_is_refused_by_name(name):
         Backbone(made(config), None)
 
 
+def test_an_expert_is_refused_where_it_is_named():
+    model = tiny.model()
+    model.model.layers[5].mlp = torch.nn.ModuleDict({"experts": model.model.layers[5].mlp})
+    with pytest.raises(UsageError, match=r"experts\.down_proj' belongs to an expert"):
+        Backbone(model, None, ["model.layers.5.mlp.experts.down_proj"])
+
+
+def test_the_attention_of_a_model_with_experts_is_edited():
+    model = made(REFUSED["mixtral"][0])
+    names = [f"model.layers.{i}.self_attn.o_proj" for i in (4, 5)]
+    settings = tiny.hparams(strength=0.5, inner_params=names)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    HorseEditor(model, tiny.bpe_tokenizer(), settings).edit(tiny.records())
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert moved == [f"{n}.weight" for n in names]
+
+
 def test_blocks_of_several_kinds_are_edited_where_they_have_an_mlp():
     model = made(
         lambda: T.JambaConfig(
