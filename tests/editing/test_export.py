@@ -1,6 +1,7 @@
 """An edit as other programs load it: a plain Hugging Face folder, and a PEFT LoRA adapter."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import transformers
 
 from horse_plugin import HorseEditor, UsageError
 from horse_plugin.editing.export import save_adapter, to_rank
-from tests import tiny
+from tests import ROOT, tiny
 
 IDS = torch.arange(60).reshape(4, 15) + 20
 
@@ -94,6 +95,30 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
     other = HorseEditor(tiny.model(seed=1), tiny.bpe_tokenizer(), tiny.hparams())
     with pytest.raises(UsageError, match="made for"):
         to_rank(other, [delta])
+
+
+def test_a_quantised_model_with_the_adapter_says_the_new_answers(tmp_path, monkeypatch):
+    """The lines of docs/editing.md run as they stand; torchao's weights are refused themselves."""
+    pytest.importorskip("torchao")
+    tiny.model().save_pretrained(tmp_path / "model")
+    settings = tiny.hparams(strength=3.0, ridge=0.01, edit_sweeps=8)
+    float_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    e = HorseEditor(float_model, tiny.bpe_tokenizer(), settings)
+    delta = e.edit(tiny.records())
+    prompts = e.backbone.prepare(tiny.records(), ["edit"]).flat()
+    e.undo()
+    save_adapter(to_rank(e, [delta]), e.backbone, tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/editing.md").read_text(), re.S)
+    exec(example, names := {})
+    model = names["model"]
+    for p in prompts:
+        ids = torch.tensor([p.inputs])
+        assert tuple(model(input_ids=ids).logits[0, p.start - 1 :].argmax(-1)) == p.answer
+        with model.disable_adapter():
+            assert tuple(model(input_ids=ids).logits[0, p.start - 1 :].argmax(-1)) != p.answer
+    with pytest.raises(UsageError, match="quantised or packed"):
+        HorseEditor(model.unload(), tiny.bpe_tokenizer(), settings)
 
 
 @pytest.mark.slow
