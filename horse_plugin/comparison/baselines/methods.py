@@ -24,6 +24,7 @@ from horse_plugin.comparison.baselines import mend, stats
 from horse_plugin.comparison.baselines.targets import Targets
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.data.records import EditRecord
+from horse_plugin.data.seam import PLAIN
 from horse_plugin.easyedit.patches import ALG_DICT, device_of, hparams_class, read_yaml
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
@@ -258,7 +259,15 @@ def run(method: str, path, task: Task) -> Edited:
     """Edit the task's records with a method whose YAML is at ``path``.
 
     Statistics that the method reads are made once, and so is the archive that it needs.
+
+    Raises:
+        UsageError: the model is asked otherwise than EasyEdit's methods ask it.
     """
+    if task.backbone.seam != PLAIN:
+        raise UsageError(
+            "EasyEdit's methods edit plain prompts. Leave chat_template, separator and append_eos "
+            f"out of the model's YAML to compare {method} with HORSE."
+        )
     hparams = load_hparams(method, path, task.backbone.device)
     if getattr(hparams, "stats_dir", None):
         _prepare_statistics(hparams, task)

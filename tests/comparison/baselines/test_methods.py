@@ -138,6 +138,19 @@ def test_easyedits_metrics_agree_with_ours_on_every_edited_model(plan):
         assert row["check"]["ours"].keys() == {"efficacy", "generalization", "specificity"}
 
 
+@pytest.mark.parametrize("how", [{"append_eos": True}, {"separator": ": "}])
+def test_easyedit_is_left_out_with_a_word_where_prompts_are_not_plain(plan, yamls, tmp_path, how):
+    asked = plan("unedited", "FT")
+    asked.check = 3
+    settings = yaml.safe_load((yamls / "HORSE/tiny.yaml").read_text()) | how
+    asked.models["tiny"] = tmp_path / "tiny.yaml"
+    asked.models["tiny"].write_text(yaml.safe_dump(settings))
+    with pytest.warns(match="--check: EasyEdit measures plain prompts only"):
+        unedited, ft = runner.run(asked, progress=False)
+    assert "reason" not in unedited and unedited["check"] is None
+    assert "EasyEdit's methods edit plain prompts" in ft["reason"]
+
+
 @pytest.mark.skipif(not available("UltraEdit"), reason="its LoRA is out of date")
 def test_lora_is_merged_also_in_the_modules_that_we_edit(plan, yamls):
     hparams = baselines.load_hparams("LoRA", yamls / "LoRA/tiny.yaml", torch.device("cpu"))
