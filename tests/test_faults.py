@@ -358,7 +358,7 @@ def test_numbers_that_go_wrong_name_layer_and_record(monkeypatch, what):
 
     def broken(captured):
         fitted = network(captured)
-        row = (captured.prompt_of_row == 4).nonzero()[0].item()
+        row = (captured.record_of_row == 4).nonzero()[0].item()
         keys, residuals = captured.keys[1], fitted.residuals(captured.keys, captured.grads)
         if what == "keys":
             keys[row] = 1e30  # its square is infinite

@@ -115,7 +115,7 @@ def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) 
         "dtype": str(backbone.model.dtype).removeprefix("torch."),
         "n_edits": len(records),
         "n_tokens": sum(len(p.inputs) for p in prompts),
-        "n_answer_tokens": len(captured.prompt_of_row),
+        "n_answer_tokens": len(captured.record_of_row),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "rates": rates,

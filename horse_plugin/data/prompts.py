@@ -26,6 +26,7 @@ class Prompt:
         still: whether an edit must do nothing here, instead of teaching the answer.
         ends: whether the model is also asked what follows the answer, which an edit keeps likely.
         accepted: the same prompt with other answers that are as good.
+        record: the index of its record in the edit that reads it, for messages.
     """
 
     ids: tuple[int, ...]
@@ -35,6 +36,7 @@ class Prompt:
     still: bool = False
     ends: bool = False
     accepted: tuple["Prompt", ...] = ()
+    record: int = field(default=0, compare=False)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -118,8 +120,11 @@ class PreparedEdits:
         Args:
             ends: whether an edit also reads what follows an answer.
         """
-        contrasts = [p for group in self.contrasts for p in group]
-        return [replace(p, ends=ends) for p in self.flat("edit")] + contrasts
+        edits, contrasts = enumerate(self.prompts["edit"]), enumerate(self.contrasts)
+        return [
+            *(replace(p, record=i, ends=ends) for i, group in edits for p in group),
+            *(replace(p, record=i) for i, group in contrasts for p in group),
+        ]
 
     def check(self):
         """Refuse records whose prompts could not be tokenised.

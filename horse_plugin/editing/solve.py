@@ -92,7 +92,7 @@ def edit_residuals(
     with raise_on_all_ranks():
         for name, r in zip(backbone.modules, residuals, strict=True):
             if (bad := ~r.isfinite().all(-1)).any():
-                record = captured.prompt_of_row[bad.cpu()][0].item()
+                record = captured.record_of_row[bad.cpu()][0].item()
                 raise HorseError(
                     f"record {record}: {name}: its residual is not finite. {HALF_PRECISION_HINT}"
                 )
@@ -168,4 +168,4 @@ def predicted_cost(
 
 def _record_of_largest_row(captured: Capture, rows: torch.Tensor) -> int:
     norms = gather_rows(rows.norm(dim=-1)).nan_to_num(torch.inf)
-    return gather_rows(captured.prompt_of_row)[norms.argmax().cpu()].item()
+    return gather_rows(captured.record_of_row)[norms.argmax().cpu()].item()

@@ -29,7 +29,7 @@ class Capture:
         keys: H_l, n×d, the inputs of each edit module at the n answer positions.
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
         value_norms: the mean norm of a row of each module's outputs there.
-        prompt_of_row: n, the index of the prompt that each row belongs to, on the CPU.
+        record_of_row: n, the index of the record that each row belongs to, on the CPU.
         still: n, on the CPU, whether the edit must do nothing at the row.
         holds: n, on the CPU, whether the row's prompt needs no more: the model gives each token of
             the answer a probability of at least ``HOLDS``, and the token that followed it at least
@@ -45,7 +45,7 @@ class Capture:
     keys: list[torch.Tensor]
     grads: list[torch.Tensor]
     value_norms: list[float]
-    prompt_of_row: torch.Tensor
+    record_of_row: torch.Tensor
     still: torch.Tensor
     holds: torch.Tensor
     followed: tuple[torch.Tensor, torch.Tensor]
@@ -76,14 +76,15 @@ def capture(
     start = time.perf_counter()
     local = distributed.local_indices(prompts)
     sizes = torch.tensor([len(prompts[i].keys_at) for i in local], dtype=torch.long)
-    prompt_of_row = torch.tensor(local, dtype=torch.long).repeat_interleave(sizes)
+    records = torch.tensor([prompts[i].record for i in local], dtype=torch.long)
+    record_of_row = records.repeat_interleave(sizes)
     first_rows = sizes.cumsum(0) - sizes
     still = torch.tensor([prompts[i].still for i in local], dtype=torch.bool)
     holds = earlier.holds[first_rows] if skip_held else torch.zeros_like(still)
     run = (~holds).nonzero()[:, 0].tolist()  # indices into ``local``
     where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
     captured = {
-        name: _ModuleRows(len(prompt_of_row), *shape, where)
+        name: _ModuleRows(len(record_of_row), *shape, where)
         for name, shape in zip(backbone.modules, backbone.shapes, strict=True)
     }
     if earlier:
@@ -142,7 +143,7 @@ def capture(
             for what, values in (("keys", module_rows.keys), ("gradient", module_rows.grads)):
                 bad = ~values.isfinite().all(-1).cpu()
                 if bad.any():
-                    record = prompt_of_row[bad][0].item()
+                    record = record_of_row[bad][0].item()
                     raise HorseError(
                         f"record {record}: the {what} at {name} is not finite. "
                         f"{HALF_PRECISION_HINT}"
@@ -154,7 +155,7 @@ def capture(
         keys=[module_rows.keys for module_rows in captured.values()],
         grads=[module_rows.grads for module_rows in captured.values()],
         value_norms=norms,
-        prompt_of_row=prompt_of_row,
+        record_of_row=record_of_row,
         still=still_rows,
         holds=holds.repeat_interleave(sizes),
         followed=(followed, allowed),

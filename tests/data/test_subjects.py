@@ -7,6 +7,7 @@ import torch
 
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.solve import residuals_of
+from horse_plugin.errors import HorseError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
 from tests import tiny
@@ -80,6 +81,16 @@ def test_facts_that_share_a_subject_have_keys_and_contrasts_of_their_own(backbon
         0,
         0,
     ]
+
+
+def test_a_number_that_goes_wrong_at_a_contrast_names_its_record(backbone):
+    first, second, third = shared()
+    prompts = backbone.prepare([third, first, second], ["edit"]).to_capture()
+    told, contrasts = ({t for p in ps for t in p.ids} for ps in (prompts[:3], prompts[3:]))
+    with torch.no_grad():
+        backbone.model.get_input_embeddings().weight[list(contrasts - told)] = torch.nan
+    with pytest.raises(HorseError, match=r"record 1: the keys at .* not finite"):
+        capture(backbone, prompts)
 
 
 def test_an_edit_does_nothing_at_contrasts(backbone):

@@ -40,9 +40,9 @@ def swept(editor, monkeypatch, probability):
 
 def test_prompts_that_hold_are_not_run_again():
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
-    prompts = backbone.prepare(tiny.records(), ["edit"]).flat()
+    prompts = backbone.prepare(tiny.records(), ["edit"]).to_capture()
     first = capture(backbone, prompts)
-    held = first.prompt_of_row == 1
+    held = first.record_of_row == 1
     read = []
     run, trunk = backbone.top, backbone.trunk
     backbone.trunk = lambda batch: (read.extend(batch.prompts), trunk(batch))[1]
@@ -59,14 +59,14 @@ def test_prompts_that_hold_are_not_run_again():
 
 def test_an_answer_holds_if_each_of_its_tokens_does(monkeypatch):
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
-    prompts = backbone.prepare(tiny.records(), ["edit"]).flat()
+    prompts = backbone.prepare(tiny.records(), ["edit"]).to_capture()
     least = []
     for p in prompts:
         logits = backbone.model(torch.tensor([p.inputs])).logits[0, p.start - 1 :].softmax(-1)
         least.append(logits.gather(1, torch.tensor(p.answer)[:, None]).min().item())
     monkeypatch.setattr(capture_module, "HOLDS", sorted(least)[3] * 0.999)
     captured = capture(backbone, prompts)
-    wanted = [least[i] >= capture_module.HOLDS for i in captured.prompt_of_row.tolist()]
+    wanted = [least[i] >= capture_module.HOLDS for i in captured.record_of_row.tolist()]
     assert captured.holds.tolist() == wanted
     assert 0 < sum(wanted) < len(wanted)
 
@@ -125,7 +125,7 @@ def test_what_follows_an_answer_counts_once_it_is_less_likely():
     less = allowed - 1.0  # as if it had been likelier by far
     again = capture(backbone, prompts, replace(first, followed=(followed, less)))
     module = next(iter(backbone.modules.values()))
-    p, rows = prompts[0], again.prompt_of_row == 0
+    p, rows = prompts[0], again.record_of_row == 0
     kept = []
     hook = module.register_forward_hook(lambda m, a, out: kept.append(out.requires_grad_()) or out)
     logits = model(torch.tensor([p.ids])).logits[0, p.start - 1 :]

@@ -144,7 +144,7 @@ def test_the_last_block_alone_may_be_edited():
     every = capture(Backbone(model, None, batch_tokens=40), prompts())
     torch.testing.assert_close(captured.keys[1], every.keys[-1])
     torch.testing.assert_close(captured.grads[1], every.grads[-1])
-    assert captured.keys[0].shape == captured.grads[1].shape == (len(captured.prompt_of_row), 32)
+    assert captured.keys[0].shape == captured.grads[1].shape == (len(captured.record_of_row), 32)
 
 
 def test_named_modules_may_be_few_and_anywhere():
