@@ -1,6 +1,8 @@
 """Queries as tokens: where the answer lies, and batches that waste little on padding."""
 
 import bisect
+import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -145,18 +147,28 @@ def prepare(
 ) -> PreparedEdits:
     """Tokenise the records' queries of these kinds, each once.
 
+    A warning counts other accepted answers that have no tokens or too many, and are left out.
+
     Args:
         max_length: the most tokens of prompt and answer; None is no limit.
         seam: how the model is asked.
     """
-    prepared = PreparedEdits(list(records), {kind: [] for kind in kinds})
+    prepared, n_left_out = PreparedEdits(list(records), {kind: [] for kind in kinds}), 0
     for i, record in enumerate(prepared.records):
         try:
             groups = [tuple(tokenize(tokenizer, KINDS[k](record), max_length, seam)) for k in kinds]
         except UsageError as error:
             prepared.errors[i], groups = error, [()] * len(kinds)
+        else:
+            n_left_out += sum(len(q.accepted) for kind in kinds for q in KINDS[kind](record))
+            n_left_out -= sum(len(p.accepted) for group in groups for p in group)
         for kind, group in zip(kinds, groups, strict=True):
             prepared.prompts[kind].append(group)
+    if n_left_out:
+        warnings.warn(
+            f"{n_left_out} accepted answers left out: too long, or without tokens",
+            stacklevel=3,
+        )
     return prepared
 
 
@@ -172,7 +184,8 @@ def tokenize(
     The answer is found from the tokenizer's offsets, or from the prompt's own length where the
     tokenizer has none; never from the tokenizer's class. A BOS token appears once where the
     tokenizer sets one; an EOS token appears where the answer has one. A prompt over ``max_length``
-    tokens loses its beginning (after BOS), never its answer.
+    tokens loses its beginning (after BOS), never its answer. Of other accepted answers,
+    those that cannot be tokenised are left out.
 
     Args:
         seam: how the model is asked.
@@ -184,8 +197,11 @@ def tokenize(
 
     def tokenized(query: Query) -> Prompt:
         prompt = _shorten(_tokenize_whole(tokenizer, query, seam), max_length, query, tokenizer)
-        others = tuple(tokenized(Query(query.prompt, answer)) for answer in query.accepted)
-        return replace(prompt, accepted=others) if others else prompt
+        others = []
+        for answer in query.accepted:
+            with contextlib.suppress(UsageError):
+                others.append(tokenized(Query(query.prompt, answer)))
+        return replace(prompt, accepted=tuple(others)) if others else prompt
 
     return [tokenized(query) for query in queries]
 

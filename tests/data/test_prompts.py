@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from horse_plugin.data.prompts import FILLED, batches, tokenize
-from horse_plugin.data.records import Query
+from horse_plugin.data.prompts import FILLED, batches, prepare, tokenize
+from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.errors import UsageError
 from horse_plugin.evaluation.metrics import predict
 from horse_plugin.model.backbone import Backbone
@@ -44,6 +44,16 @@ def end_texts_with_eos(tokenizer):
 @pytest.fixture(params=sorted(TOKENIZERS))
 def tokenizer(request):
     return TOKENIZERS[request.param]()
+
+
+def test_an_accepted_answer_that_is_too_long_is_left_out_with_a_count():
+    said = Query("the capital of Norway is", "Lima", ("Oslo", "Lima " * 40))
+    record = EditRecord("the city is", "Rome", portability=(said,))
+    with pytest.warns(match="1 accepted answers left out: too long"):
+        edits = prepare(tiny.bpe_tokenizer(), [record], max_length=20)
+    assert not edits.errors
+    (prompt,) = edits.of("portability", 0)
+    assert [len(p.accepted) for p in (prompt, *prompt.accepted)] == [1, 0]
 
 
 @pytest.mark.parametrize("slow", [False, True])
