@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+import yaml
+
+from horse_plugin.assets import DEFAULT_MODEL, hparams_folder
 from horse_plugin.errors import UsageError
 
 # Keys that mean nothing here, and what to do instead.
@@ -54,14 +57,8 @@ RENAMED = {
     "fact_token": "token",
 }
 GROUPS = ("data", "model", "editor")  # of the released code's configuration
-AT_SUBJECT = {  # one gradient at the subject writes few answers
-    "edit_sweeps": 12,
-    "normalizer": "scale",
-    "residual_cap": 0.7,
-    "strength": 3,
-    "ridge": 2,
-    "keep_next": True,
-}
+# What the default model's YAML sets for keys at the subject, where one gradient writes few answers.
+AT_SUBJECT = ("edit_sweeps", "normalizer", "residual_cap", "strength", "ridge", "keep_next")
 OF_MEND = {"lr": "meta_lr", "lr_lr": "eta_meta_lr"}  # the same word for another rate
 
 
@@ -114,7 +111,9 @@ def converted(files: Sequence[Mapping], known: Sequence[str]) -> tuple[dict, dic
         else:
             left_out[key] = ADVICE.get(key, "it has no counterpart")
     if made.get("token") == "subject":
-        made = AT_SUBJECT | made
+        file = hparams_folder() / "HORSE" / f"{DEFAULT_MODEL}.yaml"
+        shipped = yaml.safe_load(file.read_text(encoding="utf-8"))
+        made = {name: shipped[name] for name in AT_SUBJECT} | made
     if "model_name" not in made:
         raise UsageError("no model is named in these files (model_name, or name_or_path).")
     return made, left_out
