@@ -404,7 +404,17 @@ class HorseEditor:
         self._edits, self._digests = list(edits), self.backbone.weights.digests()
 
     def save_model(self, folder):
-        """Save the model as it is now, with its tokenizer, as a plain Hugging Face folder."""
+        """Save the model as it is now, with its tokenizer, as a plain Hugging Face folder.
+
+        Raises:
+            UsageError: an adapter is attached to the model.
+        """
+        if any(hasattr(module, "base_layer") for module in self.backbone.model.modules()):
+            raise UsageError(
+                f"{folder}: an adapter is attached to the model, and transformers would save it "
+                "without the edit. Merge it before editing (merge_and_unload), or export the edit "
+                "as an adapter of its own (horse export --lora)."
+            )
         with new_folder(folder) as made, quiet_transformers():
             self.backbone.model.save_pretrained(made)
             self.backbone.tokenizer.save_pretrained(made)

@@ -94,7 +94,8 @@ def _truncated(shift: torch.Tensor, rank: int | None):
 def save_adapter(adapter: Adapter, backbone, folder):
     """Write the adapter in PEFT's format; ``PeftModel.from_pretrained`` loads it.
 
-    Modules of a smaller rank are filled up with zeros.
+    Modules of a smaller rank are filled up with zeros. The adapter is one for the plain model, also
+    where the edited one has an adapter attached.
 
     Raises:
         UsageError: something of that name exists.
@@ -107,7 +108,8 @@ def save_adapter(adapter: Adapter, backbone, folder):
             stacklevel=2,
         )
     rank, tensors = adapter.rank, {}
-    for module, (keys, factors) in adapter.factors.items():
+    of_plain = {_name_in_plain(module): parts for module, parts in adapter.factors.items()}
+    for module, (keys, factors) in of_plain.items():
         missing = rank - len(keys)
         A = torch.nn.functional.pad(keys, (0, 0, 0, missing))
         B = torch.nn.functional.pad(factors, (0, 0, 0, missing)).T
@@ -117,7 +119,7 @@ def save_adapter(adapter: Adapter, backbone, folder):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(backbone.model.config.name_or_path),
-        "target_modules": list(adapter.factors),
+        "target_modules": list(of_plain),
         "r": rank,
         "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
         "lora_dropout": 0.0,
@@ -129,3 +131,8 @@ def save_adapter(adapter: Adapter, backbone, folder):
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
         write(made / "adapter_model.safetensors", data)
         write(made / "adapter_config.json", json.dumps(config, indent=1))
+
+
+def _name_in_plain(module: str) -> str:
+    """Return what a module is called in the model that no adapter of PEFT wraps."""
+    return module.removeprefix("base_model.model.").removesuffix(".base_layer")

@@ -92,7 +92,10 @@ def _load(auto_class, name: str, key: str, **kwargs):
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # whatever transformers and its file formats raise
-        raise UsageError(f"{key}: {name!r} not loaded: {first_line(error)}") from None
+        hint = ""
+        if auto_class is transformers.AutoTokenizer and key == "model_name":
+            hint = " If only its tokenizer is missing, name one with tokenizer_name."
+        raise UsageError(f"{key}: {name!r} not loaded: {first_line(error)}{hint}") from None
 
 
 def resolve_device(device) -> torch.device:

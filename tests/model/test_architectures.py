@@ -225,6 +225,37 @@ def test_lora_is_left_alone_and_its_base_edited():
     assert list(Backbone(wrapped, None, [name]).modules) == [f"{name}.base_layer"]
 
 
+def test_the_folder_of_an_adapter_is_a_model(tmp_path):
+    """An edit there is exported for the plain model, where PEFT adds it to the adapter."""
+    tiny.model().save_pretrained(tmp_path / "base")
+    base = T.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(base, config)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tuned.save_pretrained(tmp_path / "tuned")
+    settings = {"model_name": str(tmp_path / "tuned"), "strength": 20.0, "ridge": 0.01}
+    with pytest.raises(UsageError, match="name one with tokenizer_name"):
+        HorseEditor.from_hparams(tiny.hparams(**settings))
+    tiny.bpe_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    settings["tokenizer_name"] = str(tmp_path / "tokenizer")
+    editor = HorseEditor.from_hparams(tiny.hparams(**settings))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = editor.backbone.model(ids).logits
+    torch.testing.assert_close(before, tuned(ids).logits)
+    delta = editor.edit(tiny.records())
+    edited = editor.backbone.model(ids).logits
+    assert (edited - before).abs().max() > 1e-3
+    with pytest.raises(UsageError, match="an adapter is attached"):
+        editor.save_model(tmp_path / "model")
+    editor.undo()
+    save_adapter(to_rank(editor, [delta]), editor.backbone, tmp_path / "edit")
+    tuned.load_adapter(tmp_path / "edit", "edit")
+    tuned.base_model.set_adapter(["default", "edit"])
+    torch.testing.assert_close(tuned(ids).logits, edited, atol=1e-4, rtol=1e-4)
+
+
 def replaced(weight):
     model = tiny.model()
     projection = model.model.layers[5].mlp.down_proj
