@@ -210,7 +210,7 @@ def _tokenize_whole(tokenizer, query: Query, seam: Seam) -> Prompt:
     text, n_before = seam.join(tokenizer, query.prompt, query.answer)
     ids, spans = _encode(tokenizer, text, n_before)
     start = next((i for i, (_, end) in enumerate(spans) if end > n_before), len(ids))
-    if start < len(ids) and text[spans[start][0] : n_before].strip():
+    if start < len(ids) and spans[start][0] < n_before:
         # The token begins within the prompt, which the model reads without knowing the answer.
         before = ask(tokenizer, text[:n_before])
         ids, start = [*before, *_continuation(tokenizer, text[n_before:])], len(before)

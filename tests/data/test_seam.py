@@ -120,6 +120,17 @@ def test_no_token_of_the_answer_begins_in_the_prompt():
     assert p.start == 1
 
 
+def test_nor_in_white_space_that_ends_the_prompt():
+    vocabulary = {c: i for i, c in enumerate(["<unk>", "f", ",", "\n", "\n\n", "r"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("\n", "\n")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("~", "removed")
+    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert tok.convert_ids_to_tokens(tok("f\n\nr")["input_ids"]) == ["f", "\n\n", "r"]
+    (p,) = tokenize(tok, [Query("f\n", "\nr")])
+    assert tok.convert_ids_to_tokens(p.ids) == ["f", "\n", "\n", "r"]
+    assert list(p.ids[: p.start]) == ask(tok, "f\n")
+
+
 @pytest.mark.parametrize("trim", ["", " | trim"])
 @pytest.mark.parametrize("prefix", ["", "Norway is located in: "])
 def test_in_a_chat_the_subject_ends_where_the_user_says_it(trim, prefix):
