@@ -1,13 +1,24 @@
 """How a model is asked: where a prompt ends and its answer begins, and chat templates."""
 
+import re
 import unicodedata
 from dataclasses import dataclass
 
 from horse_plugin.errors import UsageError, first_line
 
-# No space stands after these, nor before those.
-OPENING = "([{<“‘«‹„‚「『【（《〈/\\@_"
-CLOSING = ",;!?)]}>”’»›%"
+# No space stands after a prompt that ends so, nor before an answer that begins so.
+OPENING = "([{<“‘«‹„‚「『【（《〈/\\@_¿¡"
+ENDS_OPEN = re.compile(
+    rf"""(?: \s | [{re.escape(OPENING)}]
+    | [\w)\]](?:[-–—=]|::|->)                         # joins what stands beside it
+    | (?<!\d)(?<!\d\s)[$£€¥]                         # stands before its number
+    | <[|｜][^<>]*[|｜]> | (?<!\w)</?\w[^<>]*>       # a tag, or what a chat marks its turns with
+    )$""",
+    re.VERBOSE,
+)
+BEGINS_CLOSED = re.compile(r"[,;?)\]}”’»›]|!(?!=)|[.:](?!\w)|'(?:s|t|re|ve|ll|d|m)\b|n't\b")
+WITHIN_NUMBER = re.compile(r"\d(?:%|\.\d)$")
+CODE = re.compile(r"[={}_]|\w[(\[]")
 # Scripts without spaces between words, as Unicode names their characters.
 WITHOUT_SPACES = """CJK HIRAGANA KATAKANA BOPOMOFO IDEOGRAPHIC FULLWIDTH HALFWIDTH THAI LAO KHMER
     MYANMAR TIBETAN JAVANESE BALINESE TAI YI""".split()
@@ -122,12 +133,12 @@ def _split(prompt: str, answer: str) -> tuple[str, str, str]:
 def _are_words(head: str, body: str) -> bool:
     """Return whether a space belongs between these texts, of which neither has one at the seam."""
     last, first = head[-1], body[0]
-    if last.isspace() or last in OPENING or (last == "." and _is_code(head)):
+    if ENDS_OPEN.search(head) or BEGINS_CLOSED.match(body):
+        return False
+    if WITHIN_NUMBER.search(head[-2:] + first) or (last == "." and _is_code(head)):
         return False
     if last in "\"'`" and (len(head) == 1 or head[-2].isspace() or head[-2] in OPENING):
         return False  # it opens a quotation
-    if first in CLOSING or (first in ".:" and not body[1:2].isalnum()):
-        return False
     return not (_is_without_spaces(last) or _is_without_spaces(first))
 
 
@@ -138,8 +149,10 @@ def _is_code(head: str) -> bool:
     """
     *before, word = head.split()
     parts = word[:-1].split(".")
-    dotted = len(parts) > 1 and any(len(part) > 1 for part in parts)
-    return dotted or not before or any(c in "=(){}[];_" for c in head)
+    if not parts[-1]:
+        return False  # more than one dot
+    dotted = len(parts) > 1 and len(parts[-1]) > 1
+    return dotted or not before or bool(CODE.search(head))
 
 
 def _is_without_spaces(character: str) -> bool:
