@@ -110,6 +110,10 @@ TAKEN_BACK = (
     "EasyEdit takes edits back once it has measured them, so that the model that it returns is "
     "unedited. Pass sequential_edit=True to keep them."
 )
+PRE_IS_LATE = (
+    "This EasyEdit measures `pre` once it has taken an edit back. Here the edit stays, so that "
+    "`pre` is of the edited model, as `post` is. Take `pre` from a call without sequential_edit."
+)
 
 
 def _for_our_hparams(method):
@@ -131,8 +135,9 @@ def _for_our_hparams(method):
                 if name in kwargs and name not in known and old in known:
                     kwargs[old] = kwargs.pop(name)
             given = dict(zip(known, (editor, *args), strict=False)) | kwargs
-            if "sequential_edit" not in known:  # EasyEdit 0.0.1: no weights come back, none is put
-                kwargs.pop("sequential_edit", None)
+            # EasyEdit 0.0.1: no weights come back, so that it puts none back
+            if "sequential_edit" not in known and kwargs.pop("sequential_edit", None):
+                warnings.warn(PRE_IS_LATE, stacklevel=2)
             if not given.get("sequential_edit"):
                 if method.__name__ in RETURN_A_MODEL:
                     warnings.warn(TAKEN_BACK, stacklevel=2)

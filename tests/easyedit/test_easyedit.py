@@ -445,6 +445,16 @@ def test_an_unedited_model_is_handed_back_with_a_warning_only(hparams):
     assert not same(weights(edited), before)
 
 
+@pytest.mark.skipif(
+    "sequential_edit" in inspect.signature(BaseEditor.batch_edit).parameters,
+    reason="this EasyEdit measures `pre` before the edits",
+)
+def test_figures_of_before_that_are_of_after_have_a_warning(hparams):
+    base = BaseEditor.from_hparams(hparams)
+    with pytest.warns(UserWarning, match="`pre` is of the edited model"):
+        base.batch_edit(**columns(tiny.records(2)), sequential_edit=True, verbose=False)
+
+
 def test_weights_put_back_by_hand_begin_a_new_history(hparams):
     base, records = BaseEditor.from_hparams(hparams), tiny.records(2)
     before = weights(base.model)
