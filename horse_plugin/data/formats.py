@@ -6,10 +6,11 @@ takes what no other does. A record is read and checked before anything runs; a b
 its index and field.
 """
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
@@ -61,16 +62,16 @@ def load_records(source, size: int | None = None) -> list[EditRecord]:
     raw = read_items(source) if isinstance(source, (str, Path)) else _items(source)
     if not raw:
         raise UsageError(f"{where}: no records in it.")
-    records, left_out = [], Counter()
+    records, notes = [], Counter()
     for i, item in enumerate(raw):
         if _has_no_edit(item):
-            left_out["zsRE records without an answer (alt)"] += 1
+            notes["zsRE records without an answer (alt) left out"] += 1
         else:
-            found = _record(item, i, where, left_out)
+            found = _record(item, i, where, notes)
             records += found if isinstance(found, list) else [found]
-    for what, n in left_out.items():
+    for what, n in notes.items():
         if n:
-            warnings.warn(f"{where}: {n} {what} left out", stacklevel=2)
+            warnings.warn(f"{where}: {n} {what}", stacklevel=2)
     _warn_of_unread(raw, where)
     if not records or (size or 0) > len(records):
         raise UsageError(f"{where}: {size or 1} records asked for, but it holds {len(records)}.")
@@ -112,10 +113,10 @@ def _format_of(field: "Fields") -> DataFormat:
     return next(f for f in reversed(FORMATS.values()) if f.recognises(field))
 
 
-def _record(item, index: int, where, left_out: Counter) -> EditRecord | list[EditRecord]:
+def _record(item, index: int, where, notes: Counter) -> EditRecord | list[EditRecord]:
     if isinstance(item, EditRecord):
         return item
-    field = Fields(item, f"{where}: record {index}", left_out)
+    field = Fields(item, f"{where}: record {index}", notes)
     return _format_of(field).read(field)
 
 
@@ -126,11 +127,11 @@ def _is_number(value) -> bool:
 class Fields:
     """Typed access to one raw record; every complaint names the record and the field."""
 
-    def __init__(self, item, where: str, left_out: Counter | None = None):
+    def __init__(self, item, where: str, notes: Counter | None = None):
         if not isinstance(item, Mapping):
             raise UsageError(f"{where}: expected an object, found {type(item).__name__}.")
         self.item, self.where = item, where
-        self.left_out = Counter() if left_out is None else left_out  # what → how many
+        self.notes = Counter() if notes is None else notes  # what to warn of → how many
 
     def first(self, names: Sequence[str]) -> str:
         """Return the first of these names that the record has a value for; else the first."""
@@ -149,7 +150,7 @@ class Fields:
     def sub(self, name) -> "Fields":
         if name not in self:
             raise UsageError(f"{self.where}: field {name!r} is missing or empty.")
-        return Fields(self.item[name], f"{self.where}, {name}", self.left_out)
+        return Fields(self.item[name], f"{self.where}, {name}", self.notes)
 
     def text(self, name, required=True) -> str | None:
         value = self.item.get(name)
@@ -189,6 +190,7 @@ class Fields:
         return text
 
 
+SLOT = re.compile(r"\{\s*(?:subject|0)?\s*\}")  # where a template has its subject
 # What a record's fields are called in EasyEdit's data sets and scripts: zsRE, CounterFact,
 # KnowEdit, CKnowEdit, WikiBigEdit, and the requests of its BaseEditor. The first that a record has
 # counts; of rephrasings and of pairs all do.
@@ -238,8 +240,8 @@ def flat_request(field: Fields) -> EditRecord:
         prompt=_filled(field, field.text(field.first(PROMPT)), subject),
         target_new=field.text(field.first(ANSWER)),
         rephrases=_rephrasings(field, subject),
-        unrelated=_unrelated(field),
-        portability=_portability(field),
+        unrelated=_about(field, _unrelated(field), subject),
+        portability=_about(field, _portability(field), subject),
         subject=subject,
         ground_truth=_truth(field),
         case_id=field.item.get("case_id"),
@@ -266,12 +268,12 @@ def nested_counterfact(field: Fields) -> EditRecord | list[EditRecord]:
             raise UsageError(f"{rewrite.where}: field 'target_true' is missing or empty.")
         records.append(
             EditRecord(
-                prompt=template.replace("{}", subject),
+                prompt=subject.join(SLOT.split(template)),
                 target_new=rewrite.text("target_new"),
                 rephrases=_rephrasings(field, subject) + _rephrasings(rewrite, subject),
                 unrelated=tuple(Query(prompt, truth) for prompt in neighbours)
-                + (_unrelated(field, nested=True) if last else ()),
-                portability=_portability(field) if last else (),
+                + (_about(field, _unrelated(field, nested=True), subject) if last else ()),
+                portability=_about(field, _portability(field), subject) if last else (),
                 subject=subject,
                 ground_truth=truth,
                 case_id=field.item.get("case_id"),
@@ -283,16 +285,24 @@ def nested_counterfact(field: Fields) -> EditRecord | list[EditRecord]:
 def _filled(field: Fields, prompt: str, subject: str | None) -> str:
     """Return a prompt with its subject in the place of ``{}``, as ROME's and MEMIT's have it.
 
-    A prompt that names its subject has its ``{}`` for itself.
+    A prompt that names its subject has its ``{}`` for itself; a warning counts such prompts.
     """
-    if "{}" not in prompt or (subject and subject in prompt):
+    if not SLOT.search(prompt):
+        return prompt
+    if subject and subject in SLOT.sub("", prompt):
+        field.notes["prompts with {} that name their subject, and keep the {}"] += 1
         return prompt
     if not subject:
         raise UsageError(
             f"{field.where}: prompt {prompt!r} has {{}} for its subject, but no field 'subject' "
             "says which. If {} is part of the text, name a subject that the prompt holds."
         )
-    return prompt.replace("{}", subject)
+    return subject.join(SLOT.split(prompt))
+
+
+def _about(field: Fields, queries: Sequence[Query], subject: str | None) -> tuple[Query, ...]:
+    """Return queries with the subject in the place of ``{}``."""
+    return tuple(replace(q, prompt=_filled(field, q.prompt, subject)) for q in queries)
 
 
 def _truth(field: Fields) -> str | None:
@@ -355,7 +365,7 @@ def _groups(field: Fields, names: Sequence[str]) -> tuple[Query, ...]:
             for entry in group if isinstance(group, (list, tuple)) else [group]:
                 if entry:
                     where = f"{field.where}, {name}" + (f", {key}" if key else "")
-                    queries += _pairs(Fields(entry, where, field.left_out))
+                    queries += _pairs(Fields(entry, where, field.notes))
     return tuple(queries)
 
 
@@ -375,5 +385,5 @@ def _queries(field: Fields, prompts, accepted, name: str) -> list[Query]:
         accepted = [()] * len(prompts)
     if len(prompts) != len(accepted):
         raise UsageError(f"{field.where}: needs as many {name} texts as prompts.")
-    field.left_out["prompts without an answer"] += sum(not a for a in accepted)
+    field.notes["prompts without an answer left out"] += sum(not a for a in accepted)
     return [Query(p, a[0], tuple(a[1:])) for p, a in zip(prompts, accepted, strict=True) if a]

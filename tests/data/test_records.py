@@ -268,13 +268,22 @@ def test_mquake_is_a_record_for_each_rewrite():
         ("{}'s mother tongue is", "Ada's mother tongue is"),
         ("In {}, one speaks", "In Ada, one speaks"),
         ('Who wrote "{}"?', 'Who wrote "Ada"?'),
-        ("In Ada {} is", "In Ada {} is"),
+        ("{subject} or { }", "Ada or Ada"),
     ],
 )
 def test_a_subject_takes_the_place_of_its_braces(prompt, filled):
     assert one({"prompt": prompt, "subject": "Ada", "target_new": "x"}).prompt == filled
-    record = one({"prompt": "q", "rephrase": [prompt], "subject": "Ada", "target_new": "x"})
-    assert record.rephrases == (filled,)
+    asked = {"rephrase": [prompt], "loc": prompt, "loc_ans": "{}"}
+    asked["portability"] = {"hop": {"prompt": prompt, "ground_truth": "y"}}
+    record = one({"prompt": "q", **asked, "subject": "Ada", "target_new": "{}"})
+    assert record.rephrases == (filled,) and record.target_new == "{}"
+    assert (record.unrelated, record.portability) == ((Query(filled, "{}"),), (Query(filled, "y"),))
+
+
+def test_braces_beside_the_subject_are_kept_and_counted():
+    item = {"prompt": "In Ada {} is", "subject": "Ada", "target_new": "x"}
+    with pytest.warns(UserWarning, match="1 prompts with {} that name their subject"):
+        assert one(item).prompt == item["prompt"]
 
 
 def test_what_nothing_reads_is_named_once():
