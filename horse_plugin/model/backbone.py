@@ -119,16 +119,24 @@ class Backbone:
         Where they differ, the last MLP runs at all positions; it may mix tokens.
 
         Raises:
-            UsageError: they differ even so.
+            UsageError: they differ even so, or the model is not causal.
         """
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = [7919 * i % vocabulary for i in range(1, 12)]
         made = [Prompt(tuple(ids), 6), Prompt(tuple(ids[1:]), 4)]
         (batch,) = batches(made, len(ids) * 4, self.device)
-        whole = self._forward(batch.ids).logits[batch.rows, batch.cols]
+        logits = self._forward(batch.ids).logits
+        whole = logits[batch.rows, batch.cols]
         least = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1
         if not whole.isfinite().all():
             return  # an edit will name the number
+        n = batch.ids.shape[1] // 2
+        shorter = self._forward(batch.ids[:, :n]).logits
+        if (shorter - logits[:, :n]).abs().max() > least * logits.abs().max():
+            raise UsageError(
+                f"{type(self.model).__name__}: what it predicts depends on later tokens, so it "
+                "is no causal language model. With is_decoder: true in its config it may be one."
+            )
         problem = "their logits are not the model's own"
         for last_mlp in dict.fromkeys((self.last_mlp, None)):
             self.last_mlp = last_mlp

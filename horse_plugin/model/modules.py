@@ -113,7 +113,7 @@ def _second_projections(model, token: str) -> list[str]:
 def _second_projection(model, block: str) -> str | None:
     """Return a block's linear map from its widest inner width back to the model's, or None.
 
-    Attention, other maps that mix tokens, adapters and routed experts have none.
+    Attention, other maps that mix tokens, norms, adapters and routed experts have none.
     """
     embeddings = model.get_input_embeddings().weight  # narrower than the blocks in some models
     width = getattr(model.config.get_text_config(), "hidden_size", embeddings.shape[1])
@@ -139,7 +139,8 @@ def _is_off_the_path(name: str, modules: dict[str, nn.Module]) -> bool:
         hasattr(parent, "base_layer") and path[i + 1] != "base_layer"
         for i, parent in enumerate(above)
     )
-    return "att" in name.lower() or mixes or is_adapter or _is_routed(name)
+    named = any(part in name.lower() for part in ("att", "norm"))
+    return named or mixes or is_adapter or _is_routed(name)
 
 
 def _is_routed(name: str) -> bool:

@@ -1,4 +1,6 @@
-"""Every decoder of transformers: the MLP's second projection is edited, or the model is refused.
+"""Kinds of decoders: the MLP's second projection is edited, saved, exported; or they are refused.
+
+All families of transformers are in test_families.py.
 
 The tiny models have random weights; what an edit holds is measured elsewhere.
 """
