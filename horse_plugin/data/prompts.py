@@ -210,10 +210,11 @@ def _tokenize_whole(tokenizer, query: Query, seam: Seam) -> Prompt:
     text, n_before = seam.join(tokenizer, query.prompt, query.answer)
     ids, spans = _encode(tokenizer, text, n_before)
     start = next((i for i, (_, end) in enumerate(spans) if end > n_before), len(ids))
-    if start < len(ids) and spans[start][0] < n_before:
-        # The token begins within the prompt, which the model reads without knowing the answer.
+    if start < len(ids) and (spans[start][0] < n_before or text[n_before] != " "):
+        # The model reads the prompt without knowing the answer, which may change its last tokens.
         before = ask(tokenizer, text[:n_before])
-        ids, start = [*before, *_continuation(tokenizer, text[n_before:])], len(before)
+        if before != list(ids[:start]):
+            ids, start = [*before, *_continuation(tokenizer, text[n_before:])], len(before)
     if start >= len(ids) or not query.answer.strip():
         raise UsageError(f"answer {query.answer!r}: the tokenizer has no tokens for it.")
     if start == 0:

@@ -154,6 +154,18 @@ def test_nor_in_white_space_that_ends_the_prompt():
     assert list(p.ids[: p.start]) == ask(tok, "f\n")
 
 
+@pytest.mark.parametrize("prompt", ["Q: x\n\n", "Q: x\r\n"])
+def test_several_marks_that_end_a_prompt_are_read_as_without_an_answer(prompt):
+    """GPT-2's pattern leaves the last of them to the word that follows."""
+    tok = tiny.bpe_tokenizer()
+    tok.backend_tokenizer.model = models.BPE(
+        tok.get_vocab() | {"ĊĊ": 400, "čĊ": 401}, [("Ċ", "Ċ"), ("č", "Ċ")]
+    )
+    (p,) = tokenize(tok, [Query(prompt, "yes")])
+    assert list(p.ids[: p.start]) == ask(tok, prompt)
+    assert tok.decode(p.answer) == "yes"
+
+
 @pytest.mark.parametrize("trim", ["", " | trim"])
 @pytest.mark.parametrize("prefix", ["", "Norway is located in: "])
 def test_in_a_chat_the_subject_ends_where_the_user_says_it(trim, prefix):
