@@ -43,7 +43,7 @@ AT_LEAST = dict.fromkeys(
 )
 PATHS = "model_name tokenizer_name archive preserve trunk_dir results_dir stats_dir".split()
 ABOVE_0 = """strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
-    preserve_rho residual_cap""".split()
+    preserve_rho residual_cap full_loss""".split()
 AT_MOST_1 = ("preserve_mix", "preserve_rho")
 # The methods that our engine runs, and the settings that make it run them.
 METHODS = {
@@ -52,6 +52,7 @@ METHODS = {
         "loc_loss": "ce",
         "edit_coef": 1.0,
         "keep_coef": 1.0,
+        "keep_edits": True,
         "preserve": "shipped",
         "val_score": "kept",
     },
@@ -60,6 +61,7 @@ METHODS = {
         "loc_loss": "kl",
         "edit_coef": 0.0,
         "keep_coef": 0.0,
+        "keep_edits": False,
         "preserve": "none",
         "val_score": "paper",
     },
@@ -101,8 +103,12 @@ class HORSEHyperParams:
     # what the residuals so far write; 1: the paper's single step
     train_sweeps: int | None = None  # ... in a training step; null: edit_sweeps
     keep_next: bool = False  # sweeps also keep likely what followed an answer before the edit
+    keep_edits: bool | None = None  # an edit on top of others reads their facts, too, and writes
+    # again those that it would undo; MALMEN false
     residual_cap: float | None = None  # greatest row norm of R over the mean one of the module's
     # output; null: none
+    full_loss: float | None = None  # nats from which on a token's row of R has its full length; it
+    # shrinks in proportion below; null: it never shrinks
     normalizer: str = "feature"  # what the network reads: each feature standardised, or all keys
     # and all gradients divided by one number each (scale)
     edit_ridge: float = 1.0  # share of e^lambda that an edit takes; a training step takes all of it

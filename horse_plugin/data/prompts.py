@@ -26,9 +26,12 @@ class Prompt:
         n_cut: the number of tokens that the prompt lost at its beginning, as it was too long.
         subject: the index of the last token of the subject, if keys are read there; else None.
         still: whether an edit must do nothing here, instead of teaching the answer.
+        in_force: whether an edit in force wrote the answer, so that another edit must do nothing
+            here as long as the answer holds.
         ends: whether the model is also asked what follows the answer, which an edit keeps likely.
         accepted: the same prompt with other answers that are as good.
-        record: the index of its record in the edit that reads it, for messages.
+        record: the index of its record in the edit that reads it, for messages; records of edits
+            in force come after the edit's own.
     """
 
     ids: tuple[int, ...]
@@ -36,6 +39,7 @@ class Prompt:
     n_cut: int = 0
     subject: int | None = None
     still: bool = False
+    in_force: bool = False
     ends: bool = False
     accepted: tuple["Prompt", ...] = ()
     record: int = field(default=0, compare=False)
@@ -108,6 +112,15 @@ class PreparedEdits:
             [self.contrasts[i] for i in indices] if self.contrasts else [],
         )
 
+    def on_top_of(self, earlier: "PreparedEdits") -> "PreparedEdits":
+        """Return the edit prompts of these records, and after them those of edits in force.
+
+        Where keys are read has to be found anew: two of the records may share a subject.
+        """
+        before = [tuple(replace(p, in_force=True) for p in g) for g in earlier.prompts["edit"]]
+        prompts = {"edit": self.prompts["edit"] + before}
+        return PreparedEdits(self.records + earlier.records, prompts)
+
     def flat(self, *kinds: str) -> list[Prompt]:
         """Return the prompts of these kinds, or of all, kind after kind and record after record."""
         return [p for kind in kinds or self.prompts for group in self.prompts[kind] for p in group]
@@ -120,11 +133,11 @@ class PreparedEdits:
         """Return what an edit of these records reads: the edit prompts, then the contrasts.
 
         Args:
-            ends: whether an edit also reads what follows an answer.
+            ends: whether an edit also reads what follows an answer; not that of edits in force.
         """
         edits, contrasts = enumerate(self.prompts["edit"]), enumerate(self.contrasts)
         return [
-            *(replace(p, record=i, ends=ends) for i, group in edits for p in group),
+            *(replace(p, record=i, ends=ends and not p.in_force) for i, g in edits for p in g),
             *(replace(p, record=i) for i, group in contrasts for p in group),
         ]
 

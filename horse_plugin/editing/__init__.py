@@ -1,6 +1,7 @@
 """Edits: made, saved, chained, taken back, exported.
 
     solve       from captured keys and gradients to the tensors of an edit (Eq. 4, 6, 2)
+    in_force    what edits under a new one write, and how it stays written
     sweeps      residuals gathered in several captures of an edit
     editor      HorseEditor: edit a model, undo, apply
     delta       EditDelta: one edit as an object that can be saved, loaded and applied

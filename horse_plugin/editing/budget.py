@@ -54,7 +54,7 @@ class Budget:
 
 def smallest_ridge(
     solve_at: Callable[[float], Tensors],
-    predicted: Callable[[float, Tensors], float],
+    predicted: Callable[[Tensors], float],
     drift_of: Callable[[Tensors], float],
     start: float,
     max_drift: float,
@@ -63,8 +63,8 @@ def smallest_ridge(
 
     Args:
         solve_at: share of e^λ → the tensors of the edit (Eq. 2).
-        predicted: share and tensors → tr(ΔWᵀC̄ΔW), to which drift is nearly proportional; it gives
-            the first guess without a pass of the model.
+        predicted: tensors → tr(ΔWᵀC̄ΔW), to which drift is nearly proportional; it gives the first
+            guess without a pass of the model.
         drift_of: tensors → the drift of the model with them.
         start: the share that the edit would take without a budget; no smaller one is tried.
         max_drift: in nats a token, above 0.
@@ -82,8 +82,8 @@ def smallest_ridge(
     tensors, drift = tried(start)
     if drift <= max_drift:
         return tensors, Budget(max_drift, start, drift, trials)
-    wanted, share = predicted(start, tensors) * max_drift / drift, start
-    while share < MOST * start and predicted(share, solve_at(share)) > wanted:
+    wanted, share = predicted(tensors) * max_drift / drift, start
+    while share < MOST * start and predicted(solve_at(share)) > wanted:
         share *= 2
     low, high, kept = start, None, None
     while high is None or high / low > CLOSE:

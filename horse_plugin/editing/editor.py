@@ -13,12 +13,15 @@ from dataclasses import replace
 import torch
 
 from horse_plugin.data.corpus import shipped_pieces
+from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.editing.archive import as_trained, check_made_for, load_network, network_form
 from horse_plugin.editing.budget import Budget, smallest_ridge
 from horse_plugin.editing.delta import EditDelta
+from horse_plugin.editing.in_force import InForce
 from horse_plugin.editing.solve import (
     Roots,
     calibrate,
+    edit_mus,
     new_network,
     predicted_cost,
     solve,
@@ -120,10 +123,23 @@ class HorseEditor:
         return list(self._edits)
 
     def capture(self, records) -> Capture:
-        """Return the keys and gradients of an edit of these records on the model as it is now."""
+        """Return the keys and gradients of an edit of these records on the model as it is now.
+
+        With ``keep_edits`` they are followed by those of the edits in force.
+        """
         edits = self.backbone.prepare(records, kinds=["edit"])
         edits.check()
-        return capture(self.backbone, edits.to_capture(self.hparams.keep_next))
+        return capture(self.backbone, self._to_capture(edits))
+
+    def _to_capture(self, edits: PreparedEdits) -> list[Prompt]:
+        """Return the prompts that an edit of these records reads."""
+        in_force = {r.prompt: r for delta in self._edits for r in delta.records}
+        for record in edits.records:  # an edit of the same prompt takes its place
+            in_force.pop(record.prompt, None)
+        if self.hparams.keep_edits and in_force:
+            earlier = self.backbone.prepare(list(in_force.values()), ["edit"], warn=False)
+            edits = self.backbone.place_keys(edits.on_top_of(earlier))
+        return edits.to_capture(self.hparams.keep_next)
 
     def edit(self, records, name: str | None = None, captured: Capture | None = None) -> EditDelta:
         """Write all records into the model in one edit.
@@ -151,13 +167,14 @@ class HorseEditor:
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
         captured = captured or self.capture(edits)
-        prompts = edits.to_capture(hp.keep_next)
+        prompts = self._to_capture(edits)
         if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
             raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)
-        parts = self.backbone, network, prompts, captured, hp, self.roots
+        in_force = self._in_force(network, captured) if any(p.in_force for p in prompts) else None
+        parts = self.backbone, network, prompts, captured, hp, self.roots, in_force
         ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)  # the last sweep
-        tensors, budget = self._solve(network, captured, residuals)
+        tensors, budget = self._solve(network, captured, residuals, in_force)
         about = {
             "name": name or self._new_name(),
             "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -181,18 +198,28 @@ class HorseEditor:
         about["seconds"] = time.perf_counter() - start
         return delta
 
-    def _solve(self, network, captured, residuals) -> tuple[dict[str, torch.Tensor], Budget | None]:
+    def _in_force(self, network: HyperNetwork, captured: Capture) -> InForce:
+        """Return what the edits in force write, for an edit on top of them."""
+        shifts = [
+            sum(delta.to(self.backbone.edit_device).shift(name) for delta in self._edits)
+            for name in self.backbone.modules
+        ]
+        return InForce.of(shifts, captured, edit_mus(network, self.hparams), self.roots)
+
+    def _solve(
+        self, network, captured, residuals, in_force
+    ) -> tuple[dict[str, torch.Tensor], Budget | None]:
         """Return the tensors of an edit (Eq. 2), under a larger ridge term if the budget asks."""
         hp, parts = self.hparams, (self.backbone, network, captured, residuals)
 
         def solve_at(share: float) -> dict[str, torch.Tensor]:
-            return solve(*parts, replace(hp, edit_ridge=share), self.roots)
+            return solve(*parts, replace(hp, edit_ridge=share), self.roots, in_force)
 
         if hp.max_drift is None:
             return solve_at(hp.edit_ridge), None
 
-        def predicted(share: float, tensors) -> float:
-            return predicted_cost(*parts, tensors, share)
+        def predicted(tensors) -> float:
+            return predicted_cost(self.backbone, tensors, self.roots, in_force)
 
         def with_them(tensors, measure):
             with self.backbone.weights.shifted(EditDelta(tensors, []).shifts):

@@ -18,6 +18,8 @@ from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation.metrics import Evaluator
 from horse_plugin.storage.files import new_folder, write
 
+ROUNDING = 1e-6  # of the largest singular value: what float32 leaves of a shift that is 0 there
+
 
 @dataclass
 class Adapter:
@@ -85,8 +87,9 @@ def _exact(deltas: Sequence[EditDelta], module: str, rank: int | None):
 
 
 def _truncated(shift: torch.Tensor, rank: int | None):
-    """Return the best factors of that rank (Eckart and Young)."""
+    """Return the best factors of that rank (Eckart and Young); without one, all but rounding."""
     U, S, Vh = torch.linalg.svd(shift, full_matrices=False)
+    rank = rank or int((S / S[0] > ROUNDING).sum())
     root = S[:rank].sqrt()
     return (U[:, :rank] * root).T.float(), (root[:, None] * Vh[:rank]).float()
 

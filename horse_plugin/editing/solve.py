@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
-from horse_plugin.distributed import gather_rows, raise_on_all_ranks, sum_over_ranks
+from horse_plugin.distributed import gather_rows, raise_on_all_ranks
 from horse_plugin.editing.archive import to_edit_device
 from horse_plugin.editing.delta import EditDelta
+from horse_plugin.editing.in_force import InForce
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
@@ -66,17 +67,24 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
 
 
 def residuals_of(
-    network: HyperNetwork, captured: Capture, rows: int | None = None, in_loss: bool = False
+    network: HyperNetwork, captured: Capture, hparams: HORSEHyperParams, in_loss: bool = False
 ) -> list[torch.Tensor]:
-    """Return R'_1 … R'_T, n×d' each (Eq. 4, then Eq. 5 or 6); 0 at the capture's ``still`` rows.
+    """Return R'_1 … R'_T, n×d' each (Eq. 4, then Eq. 5 or 6), as long as their tokens ask for.
+
+    A row whose token costs less than ``full_loss`` is shortened in proportion, so that an answer
+    that almost holds is not pushed as hard as one that does not. The capture's ``still`` rows are
+    0.
 
     Args:
-        rows, in_loss: as in :meth:`HyperNetwork.residuals`.
+        in_loss: as in :meth:`HyperNetwork.residuals`.
     """
+    rows = hparams.editor_batch_size
     residuals = network.residuals(captured.keys, captured.grads, rows, in_loss)
-    if not captured.still.any():
-        return residuals
-    return [r.masked_fill(captured.still.to(r.device)[:, None], 0) for r in residuals]
+    share = torch.ones_like(captured.losses)
+    if hparams.full_loss is not None:
+        share = (captured.losses / hparams.full_loss).clamp(max=1)
+    share = share.masked_fill(captured.still, 0)[:, None]
+    return [r * share.to(r) for r in residuals]
 
 
 @torch.no_grad()
@@ -88,7 +96,7 @@ def edit_residuals(
     Raises:
         HorseError: a residual is not finite; the message names the record and the module.
     """
-    residuals = residuals_of(network, captured, hparams.editor_batch_size)
+    residuals = residuals_of(network, captured, hparams)
     with raise_on_all_ranks():
         for name, r in zip(backbone.modules, residuals, strict=True):
             if (bad := ~r.isfinite().all(-1)).any():
@@ -99,6 +107,11 @@ def edit_residuals(
     return residuals
 
 
+def edit_mus(network: HyperNetwork, hparams: HORSEHyperParams) -> torch.Tensor:
+    """Return the ridge term of an edit for each edit module, e^λ times ``edit_ridge``."""
+    return (network.lamda.detach() + math.log(hparams.edit_ridge)).exp()
+
+
 @torch.no_grad()
 def solve(
     backbone: Backbone,
@@ -107,6 +120,7 @@ def solve(
     residuals: list[torch.Tensor],
     hparams: HORSEHyperParams,
     roots: Roots,
+    in_force: InForce | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a delta: Eq. 2 for each edit module.
 
@@ -115,19 +129,30 @@ def solve(
     and holds better under a smaller one.
 
     Args:
+        residuals: R' of each edit module, n×d'; at the facts of edits in force, what is asked for
+            beyond what their own edits did.
         roots: as in :func:`calibrate`.
+        in_force: the edits under this one.
 
     Raises:
         HorseError: a system cannot be solved, or a shift is not finite; the message names the
             module and a record.
     """
+    if in_force:
+        kept = in_force.residuals(captured)
+        residuals = [r + k for r, k in zip(residuals, kept, strict=True)]
     tensors = {}
-    lamdas = network.lamda + math.log(hparams.edit_ridge)
-    for name, keys, r, lamda, root in zip(
-        backbone.modules, captured.keys, residuals, lamdas, roots, strict=True
+    mus = edit_mus(network, hparams)
+    for l, (name, keys, r) in enumerate(
+        zip(backbone.modules, captured.keys, residuals, strict=True)
     ):
         try:
-            solved = Ridge(keys, lamda.exp(), root).smallest_form(r)
+            ridge = Ridge(keys, mus[l], roots[l])
+            if in_force:
+                pulled = in_force.mus[l] / mus[l] * ridge.anchored(in_force.shifts[l])
+                solved = {"shift": ridge.shift(r) - pulled}
+            else:
+                solved = ridge.smallest_form(r)
         except HorseError as error:
             record = _record_of_largest_row(captured, keys)
             raise HorseError(f"{name}: {error} Record {record} has the largest keys.") from None
@@ -143,26 +168,23 @@ def solve(
 
 def predicted_cost(
     backbone: Backbone,
-    network: HyperNetwork,
-    captured: Capture,
-    residuals: list[torch.Tensor],
     tensors: dict[str, torch.Tensor],
-    edit_ridge: float,
+    roots: Roots,
+    in_force: InForce | None = None,
 ) -> float:
     """Return Σ_l tr(ΔW_lᵀ C̄_l ΔW_l), what the metric says that ordinary text feels of an edit.
 
-    By the normal equations of Eq. 2, e^λ C̄ΔW = Hᵀ(R − HΔW), so no C̄ is needed.
+    It is Σ_l ‖W_l⁻¹ΔW_l‖², where ΔW is the shift of the edit and of those in force together.
 
     Args:
-        tensors: what :func:`solve` returned for these residuals at this share of e^λ.
+        tensors: what :func:`solve` returned.
     """
-    total = 0.0
-    shifts = EditDelta(tensors, []).shifts
-    for name, keys, r, lamda in zip(
-        backbone.modules, captured.keys, residuals, network.lamda.exp(), strict=True
-    ):
-        moved = keys @ shifts[name]
-        total += (sum_over_ranks((moved * (r - moved)).sum()) / (lamda * edit_ridge)).item()
+    total, shifts = 0.0, EditDelta(tensors, []).shifts
+    for l, name in enumerate(backbone.modules):
+        shift = shifts[name] + (in_force.shifts[l] if in_force else 0)
+        if (root := roots[l]) is not None:
+            shift = torch.linalg.solve_triangular(root.to(shift), shift, upper=True)
+        total += shift.square().sum().item()
     return total
 
 

@@ -53,6 +53,21 @@ class Ridge:
         solution = self._inverse(sum_over_ranks(self._keys.T @ residual))
         return solution if self.root is None else self.root @ solution
 
+    def anchored(self, shift: torch.Tensor) -> torch.Tensor:
+        """Return μ(HᵀH + μC̄)⁻¹C̄D, d×d': how far the ridge term pulls D back where it may.
+
+        It is D − C̄⁻¹Hᵀ(HC̄⁻¹Hᵀ + μI)⁻¹HD in the dual, and μW(H'ᵀH' + μI)⁻¹W⁻¹D in the primal.
+
+        Args:
+            shift: D, d×d'.
+        """
+        if self.dual:
+            return shift - self._weighted_keys.T @ self._inverse(self.keys @ shift)
+        if self.root is None:
+            return self.mu * self._inverse(shift)
+        in_metric = torch.linalg.solve_triangular(self.root, shift, upper=True)
+        return self.mu * (self.root @ self._inverse(in_metric))
+
     def smallest_form(self, residual: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ΔW as ``{"shift": ΔW}``, or as factors if they hold fewer numbers.
 

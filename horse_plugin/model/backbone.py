@@ -184,19 +184,22 @@ class Backbone:
         """Return what tells this model from others, :mod:`horse_plugin.model.fingerprint`."""
         return fingerprint(self.model, len(self.blocks))
 
-    def prepare(self, records, kinds: Sequence[str] = tuple(KINDS)) -> PreparedEdits:
+    def prepare(
+        self, records, kinds: Sequence[str] = tuple(KINDS), warn: bool = True
+    ) -> PreparedEdits:
         """Tokenise the prompts of records, or pass on what is prepared already.
 
         Args:
             records: edit records, or anything that :func:`horse_plugin.load_records` takes.
             kinds: the kinds of prompts that are wanted.
+            warn: whether to warn of prompts without a subject, if keys are read there.
         """
         if isinstance(records, PreparedEdits):
             return records
         records = load_records(records)
         edits = prepare(self.tokenizer, records, self.max_length, kinds, self.seam)
         self._check_tokens(edits)
-        return self.place_keys(edits, warn=True)
+        return self.place_keys(edits, warn)
 
     def _check_tokens(self, edits: PreparedEdits):
         """Refuse tokens that the tokenizer knows and the model does not."""

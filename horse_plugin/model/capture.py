@@ -29,16 +29,21 @@ class Capture:
         keys: H_l, n×d, the inputs of each edit module at the n answer positions.
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
         value_norms: the mean norm of a row of each module's outputs there.
-        record_of_row: n, the index of the record that each row belongs to, on the CPU.
-        still: n, on the CPU, whether the edit must do nothing at the row.
+        record_of_row: n, the index of the record that each row belongs to, on the CPU; records of
+            edits in force come after those of the edit.
+        still: n, on the CPU, whether the edit must do nothing at the row: at a contrast, or where
+            an edit in force holds.
+        in_force: n, on the CPU, whether the row is of an edit in force.
+        losses: n, on the CPU, what the token of each row costs, in nats; of a token that follows an
+            answer, what it costs more than it may.
         holds: n, on the CPU, whether the row's prompt needs no more: the model gives each token of
             the answer a probability of at least ``HOLDS``, and the token that followed it at least
             ``KEPT`` of the one it had. Where the edit must do nothing, there is no more to do.
         followed: what followed each answer before the edit, if it is read: the likeliest token, and
             the most that it may cost after the edit, in nats. On the CPU, one per prompt of this
             process.
-        predicted: prompt → the tokens that the model predicts for its answer, on the CPU; those
-            where the edit must do nothing are left out.
+        predicted: prompt → the tokens that the model predicts for its answer, on the CPU; contrasts
+            and the prompts of edits in force are left out.
         seconds: how long the capture took.
     """
 
@@ -47,6 +52,8 @@ class Capture:
     value_norms: list[float]
     record_of_row: torch.Tensor
     still: torch.Tensor
+    in_force: torch.Tensor
+    losses: torch.Tensor
     holds: torch.Tensor
     followed: tuple[torch.Tensor, torch.Tensor]
     predicted: dict[Prompt, torch.Tensor]
@@ -57,7 +64,6 @@ def capture(
     backbone: Backbone,
     prompts: Sequence[Prompt],
     earlier: Capture | None = None,
-    skip_held: bool = False,
 ) -> Capture:
     """Run the prompts through the model as it is, forward and backward.
 
@@ -66,9 +72,8 @@ def capture(
     token that follows an answer counts as far as it exceeds what it may cost.
 
     Args:
-        earlier: a capture of the same prompts earlier in the same edit.
-        skip_held: whether to leave out those that held in it. Their keys and what the model
-            predicts are as they were, and their gradients are 0.
+        earlier: a capture of the same prompts earlier in the same edit, which says what followed
+            the answers before it.
 
     Raises:
         HorseError: a key or a gradient is not finite; the message names the record and the module.
@@ -80,8 +85,7 @@ def capture(
     record_of_row = records.repeat_interleave(sizes)
     first_rows = sizes.cumsum(0) - sizes
     still = torch.tensor([prompts[i].still for i in local], dtype=torch.bool)
-    holds = earlier.holds[first_rows] if skip_held else torch.zeros_like(still)
-    run = (~holds).nonzero()[:, 0].tolist()  # indices into ``local``
+    holds = torch.ones_like(still)
     where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
     captured = {
         name: _ModuleRows(len(record_of_row), *shape, where)
@@ -92,18 +96,12 @@ def capture(
     else:
         followed = torch.zeros(len(local), dtype=torch.long)
         allowed = torch.zeros(len(local), dtype=backbone.edit_dtype)
+    in_force = torch.tensor([prompts[i].in_force for i in local], dtype=torch.bool)
+    row_losses = torch.zeros(len(record_of_row), dtype=backbone.edit_dtype)
     still_rows, predicted = still.repeat_interleave(sizes), [None] * len(local)
-    if skip_held:
-        predicted = [  # nothing reads what is predicted at a contrast
-            torch.tensor(p.answer) if p.still else earlier.predicted[replace(p, ends=False)]
-            for p in (prompts[i] for i in local)
-        ]
-        for module_rows, keys in zip(captured.values(), earlier.keys, strict=True):
-            module_rows.keys.copy_(keys)
-            module_rows.grads.zero_()
     with distributed.raise_on_all_ranks():
-        for batch in backbone.batches([prompts[local[i]] for i in run], "capture"):
-            index = [run[i] for i in batch.index]
+        for batch in backbone.batches([prompts[i] for i in local], "capture"):
+            index = list(batch.index)
             states = backbone.trunk(batch)
             rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in index])
             rows = rows.to(backbone.edit_device)
@@ -133,12 +131,13 @@ def capture(
             for i, p, part in zip(index, batch.prompts, tokens, strict=True):
                 predicted[i] = part[: len(p.answer)]
             losses = losses.detach().cpu()
+            row_losses[rows.cpu()] = losses  # a prompt has as many rows as tokens to predict
             lacking = losses > torch.where(end, 0, -math.log(HOLDS))
-            holds[index] = True
             holds[of[lacking]] = False
             done = of[end & (losses == 0)]
             still_rows[first_rows[done] + sizes[done] - 1] = True
         holds |= still
+        still_rows |= (holds & in_force).repeat_interleave(sizes)
         for name, module_rows in captured.items():
             for what, values in (("keys", module_rows.keys), ("gradient", module_rows.grads)):
                 bad = ~values.isfinite().all(-1).cpu()
@@ -157,10 +156,14 @@ def capture(
         value_norms=norms,
         record_of_row=record_of_row,
         still=still_rows,
+        in_force=in_force.repeat_interleave(sizes),
+        losses=row_losses,
         holds=holds.repeat_interleave(sizes),
         followed=(followed, allowed),
         predicted={
-            replace(p, ends=False): a for p, a in zip(prompts, answers, strict=True) if not p.still
+            replace(p, ends=False): a
+            for p, a in zip(prompts, answers, strict=True)
+            if not (p.still or p.in_force)
         },
         seconds=time.perf_counter() - start,
     )

@@ -50,7 +50,8 @@ class Objective:
         ordinary: Sequence[Prompt] = (),
         roots: Sequence[torch.Tensor | None] | None = None,
     ):
-        self.backbone, self.roots = backbone, roots or [None] * len(backbone.modules)
+        self.backbone, self.hparams = backbone, hparams
+        self.roots = roots or [None] * len(backbone.modules)
         weights = hparams.edit_coef, hparams.gen_coef, hparams.loc_coef, hparams.keep_coef
         self.coefs = dict(zip(LOSS_ON, weights, strict=True))
         prompts = {k: edits.flat(k) for k in TRAINED_ON} | {ORDINARY: list(ordinary)}
@@ -103,7 +104,7 @@ class Objective:
         with self.backbone.weights.shifted(dict(zip(self.backbone.modules, shifts, strict=True))):
             losses, weight_grads = self.weight_gradients()
         # Made only now, so that their graph takes no memory while the model's own does.
-        swept = [residuals_of(network, c, in_loss=True) for c in captures]
+        swept = [residuals_of(network, c, self.hparams, in_loss=True) for c in captures]
         residuals = [sum(of_module) for of_module in zip(*swept, strict=True)]
         lamdas = network.lamda / distributed.world_size()  # of which each rank adds its part
         terms = zip(ridges, weight_grads, residuals, shifts, lamdas, strict=True)

@@ -110,7 +110,7 @@ def test_an_edit_does_nothing_at_contrasts(backbone):
     network = editor.untrained_network(captured)
     for p in network.groups.parameters():  # a trained one, which makes something of no gradient
         p.data.add_(torch.randn_like(p), alpha=0.3)
-    assert all((r[n:] == 0).all() for r in residuals_of(network, captured))
+    assert all((r[n:] == 0).all() for r in residuals_of(network, captured, hparams))
     assert all((r[n:] != 0).any() for r in network.residuals(captured.keys, captured.grads))
     free = HorseEditor.from_backbone(backbone, hparams)
     shifts = editor.edit(edits).shifts

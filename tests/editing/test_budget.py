@@ -84,7 +84,7 @@ def test_the_prediction_is_what_the_metric_says():
     for name, metric in zip(e.backbone.modules, metrics, strict=True):
         shift = (tensors[f"{name}.keys"].T @ tensors[f"{name}.factors"]).double()
         want += (shift.T @ metric @ shift).trace().item()
-    found = predicted_cost(e.backbone, network, captured, residuals, tensors, 0.01)
+    found = predicted_cost(e.backbone, tensors, roots)
     assert found == pytest.approx(want, rel=1e-3)
 
 
@@ -92,7 +92,7 @@ def test_bisection_needs_few_trials_whatever_the_prediction():
     for off in (1e-3, 1, 1e3):
         tensors, budget = smallest_ridge(
             lambda share: share,
-            lambda share, _, off=off: off / share if off == 1 else 1 / share**0.5,
+            lambda share, off=off: off / share if off == 1 else 1 / share**0.5,
             lambda share: 1 / share,
             1.0,
             0.01,

@@ -1,4 +1,4 @@
-"""Sweeps: what holds is left out, all is read again before the end, and the end comes early."""
+"""Sweeps: what holds gets no more, and the end comes early."""
 
 import itertools
 import math
@@ -9,6 +9,7 @@ import torch
 
 from horse_plugin.editing import sweeps as module
 from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.editing.solve import residuals_of
 from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.model import capture as capture_module
 from horse_plugin.model.backbone import Backbone
@@ -23,38 +24,19 @@ def editor():
 
 
 def swept(editor, monkeypatch, probability):
-    """The sweeps of an edit with another limit of what holds, and which prompts each ran."""
+    """The sweeps of an edit with another limit of what holds, and how many captures they took."""
     monkeypatch.setattr(capture_module, "HOLDS", probability)
     prompts = editor.backbone.prepare(tiny.records(), ["edit"]).to_capture()
     first, ran = capture(editor.backbone, prompts), []
 
-    def counted(backbone, prompts, earlier, skip_held):
-        ran.append(int((~earlier.holds).sum()) if skip_held else len(first.holds))
-        return capture(backbone, prompts, earlier, skip_held)
+    def counted(*args):
+        ran.append(args)
+        return capture(*args)
 
     monkeypatch.setattr(module, "capture", counted)
     network = editor.untrained_network(first)
     parts = editor.backbone, network, prompts, first, editor.hparams, editor.roots
-    return list(sweeps(*parts)), ran, first
-
-
-def test_prompts_that_hold_are_not_run_again():
-    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
-    prompts = backbone.prepare(tiny.records(), ["edit"]).to_capture()
-    first = capture(backbone, prompts)
-    held = first.record_of_row == 1
-    read = []
-    run, trunk = backbone.top, backbone.trunk
-    backbone.trunk = lambda batch: (read.extend(batch.prompts), trunk(batch))[1]
-    again = capture(backbone, prompts, replace(first, holds=held), skip_held=True)
-    assert backbone.top == run and sorted(map(prompts.index, read)) == [0, 2, 3, 4, 5]
-    for l in range(len(first.keys)):
-        torch.testing.assert_close(again.keys[l], first.keys[l])
-        torch.testing.assert_close(again.grads[l][~held], first.grads[l][~held])
-        assert (again.grads[l][held] == 0).all()
-    assert again.predicted.keys() == first.predicted.keys()
-    assert again.value_norms == first.value_norms
-    assert again.holds.tolist() == held.tolist()
+    return list(sweeps(*parts)), len(ran), first
 
 
 def test_an_answer_holds_if_each_of_its_tokens_does(monkeypatch):
@@ -72,34 +54,47 @@ def test_an_answer_holds_if_each_of_its_tokens_does(monkeypatch):
 
 
 def test_none_holds(editor, monkeypatch):
-    found, ran, first = swept(editor, monkeypatch, 1.1)
-    assert len(found) == 5
-    assert ran == [len(first.holds)] * 4
+    found, n_captures, _ = swept(editor, monkeypatch, 1.1)
+    assert len(found) == 5 and n_captures == 4
 
 
 def test_all_hold_after_one_sweep(editor, monkeypatch):
-    found, ran, first = swept(editor, monkeypatch, 1e-9)
-    assert len(found) == 1  # and the check that all hold
-    assert ran == [len(first.holds)]
+    found, n_captures, _ = swept(editor, monkeypatch, 1e-9)
+    assert len(found) == 1 and n_captures == 1  # the capture that says so
 
 
-def test_what_holds_adds_nothing_and_all_are_read_before_the_end(editor, monkeypatch):
+def between(editor, monkeypatch):
+    """A probability that some answers have, and others have not."""
     _, _, first = swept(editor, monkeypatch, 1.1)
-    prompts = list(first.predicted)
-    with torch.no_grad():
-        logits = [editor.backbone.model(torch.tensor([p.inputs])).logits[0, -1] for p in prompts]
-    likely = sorted(
-        x.softmax(-1)[p.answer[-1]].item() for x, p in zip(logits, prompts, strict=True)
-    )
-    found, ran, first = swept(editor, monkeypatch, likely[-2])
-    everything = len(first.holds)
-    assert ran[0] == ran[-1] == everything
-    assert any(n < everything for n in ran[1:-1])
+    return math.exp(-first.losses.sort().values[1].item())
+
+
+def test_what_holds_gets_no_more(editor, monkeypatch):
+    found, _, _ = swept(editor, monkeypatch, between(editor, monkeypatch))
     for (_, before), (captured, after) in itertools.pairwise(found):
         assert captured.holds.any()
         for r, total in zip(before, after, strict=True):
             assert torch.equal(r[captured.holds], total[captured.holds])
             assert not torch.equal(r[~captured.holds], total[~captured.holds])
+
+
+def test_the_end_comes_when_few_are_left_and_a_sweep_brings_none(editor, monkeypatch):
+    everything, limit = len(swept(editor, monkeypatch, 1.1)[0]), between(editor, monkeypatch)
+    monkeypatch.setattr(module, "FEW", 1.0)
+    monkeypatch.setattr(module, "edit_residuals", lambda b, n, c, h: [0 * g for g in c.grads])
+    found, n_captures, _ = swept(editor, monkeypatch, limit)
+    assert len(found) == n_captures == 2 < everything
+
+
+def test_a_token_that_costs_little_asks_for_little(editor):
+    captured = editor.capture(tiny.records())
+    network, row = editor.untrained_network(captured), torch.arange(len(captured.losses)) == 0
+    captured.losses = torch.where(row, 0.3, captured.losses.clamp(min=2.0))
+    whole = residuals_of(network, captured, editor.hparams)
+    some = residuals_of(network, captured, replace(editor.hparams, full_loss=1.5))
+    for a, b in zip(whole, some, strict=True):
+        torch.testing.assert_close(b[row], 0.2 * a[row])
+        assert torch.equal(b[~row], a[~row])
 
 
 def test_what_follows_an_answer_counts_once_it_is_less_likely():

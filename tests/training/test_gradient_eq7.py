@@ -21,7 +21,7 @@ def differentiable_loss(backbone, network, captures, prompts, hparams, ordinary=
     """The loss of the edited model as one graph: plain solve, functional call, full logits."""
     model, weights = backbone.model, {}
     captures = captures if isinstance(captures, tuple) else (captures,)
-    swept = [residuals_of(network, c) for c in captures]
+    swept = [residuals_of(network, c, hparams) for c in captures]
     for l, (name, module) in enumerate(backbone.modules.items()):
         h, r = captures[-1].keys[l], torch.stack([rs[l] for rs in swept]).sum(0)
         metric = torch.eye(h.shape[1], dtype=h.dtype) if metrics is None else metrics[l]
@@ -50,10 +50,10 @@ def differentiable_loss(backbone, network, captures, prompts, hparams, ordinary=
     return total
 
 
-def alone(network, captured):
+def alone(network, captured, hparams):
     """What ``backward`` takes for an edit of one sweep."""
     with torch.no_grad():
-        return (captured,), residuals_of(network, captured)
+        return (captured,), residuals_of(network, captured, hparams)
 
 
 def coefs_of(hparams):
@@ -88,7 +88,9 @@ def test_the_training_gradient_is_the_gradient(architecture, spread, loc_loss):
     names = [n for n, _ in network.named_parameters()]
     want = torch.autograd.grad(want_loss, list(network.parameters()), allow_unused=True)
 
-    losses = Objective(backbone, prompts, hparams).backward(network, *alone(network, captured))
+    losses = Objective(backbone, prompts, hparams).backward(
+        network, *alone(network, captured, hparams)
+    )
     assert losses.pop("ordinary") is None
     assert weighted(losses, hparams) == pytest.approx(want_loss.item())
     for name, p, g in zip(names, network.parameters(), want, strict=True):
@@ -125,7 +127,7 @@ def test_with_a_metric_and_ordinary_text_it_is_the_gradient_too(architecture, lo
     )
     want = torch.autograd.grad(want_loss, list(network.parameters()))
     losses = Objective(backbone, prompts, hparams, ordinary, roots).backward(
-        network, *alone(network, captured)
+        network, *alone(network, captured, hparams)
     )
     assert losses["ordinary"] > 0
     assert weighted(losses, hparams) == pytest.approx(want_loss.item())
@@ -162,7 +164,7 @@ def test_more_tokens_than_features_uses_the_primal_and_agrees():
     assert len(captured.keys[0]) > captured.keys[0].shape[1]
     want = differentiable_loss(backbone, network, captured, prompts, hparams)
     want = torch.autograd.grad(want, [network.lamda, network.log_eta])
-    Objective(backbone, prompts, hparams).backward(network, *alone(network, captured))
+    Objective(backbone, prompts, hparams).backward(network, *alone(network, captured, hparams))
     torch.testing.assert_close(network.lamda.grad, want[0], atol=1e-12, rtol=1e-6)
     torch.testing.assert_close(network.log_eta.grad, want[1], atol=1e-12, rtol=1e-6)
 
@@ -180,5 +182,5 @@ def test_without_c_i_of_eq_4_the_residual_is_eta_times_the_gradient(coefficient)
     assert torch.allclose(edit, -0.5 * pseudo) == (coefficient == "none")
     assert torch.allclose(loss, -0.5 * pseudo) == (coefficient != "token")
     edits = backbone.prepare(tiny.records(), TRAINED_ON)
-    Objective(backbone, edits, hparams).backward(network, *alone(network, captured))
+    Objective(backbone, edits, hparams).backward(network, *alone(network, captured, hparams))
     assert network.log_eta.grad.abs().sum() > 0
