@@ -1,5 +1,8 @@
 """Errors meant for people: one line that says what is wrong, where, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class HorseError(Exception):
     """Something failed while running. The command line prints it and exits with 1."""
@@ -21,3 +24,10 @@ def reason(error: BaseException) -> str:
     """Return one line for people: our messages as they are, others with the name of their class."""
     line = first_line(error)
     return line if isinstance(error, HorseError) else f"{type(error).__name__}: {line}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean …?" with the known name that is nearest to this one, or nothing."""
+    by_lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f" Did you mean {by_lower[near[0]]}?" if near else ""

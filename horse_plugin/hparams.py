@@ -3,7 +3,6 @@
 Keys keep EasyEdit's names, so that a MALMEN file becomes a HORSE file by changing ``alg_name``.
 """
 
-import difflib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -12,9 +11,9 @@ from typing import ClassVar
 
 import yaml
 
-from horse_plugin.assets import DEFAULT_MODEL, hparams_folder
+from horse_plugin.assets import DEFAULT_MODEL, shipped_yamls
 from horse_plugin.assets.default_model import resolve
-from horse_plugin.errors import UsageError, first_line
+from horse_plugin.errors import UsageError, did_you_mean, first_line
 from horse_plugin.foreign import ADVICE
 from horse_plugin.method.hypernetwork import COEFFICIENTS, NORMALIZERS
 from horse_plugin.method.losses import LOSSES
@@ -214,10 +213,13 @@ class HORSEHyperParams:
 
     @classmethod
     def from_hparams(cls, path) -> "HORSEHyperParams":
-        """Return the settings of a YAML file; ``path`` may leave out ``.yaml``."""
-        path = Path(path).expanduser()
-        if not path.is_file() and path.suffix not in (".yaml", ".yml"):
-            path = Path(f"{path}.yaml")
+        """Return the settings of a YAML file.
+
+        Args:
+            path: the file, with or without ``.yaml``, or the name of a shipped one, such as
+                ``llama2-7b`` or ``MALMEN/llama-smollm2-135m``.
+        """
+        path = find_yaml(path)
         keys = read_keys(path)
         try:
             made = cls.from_dict(keys)
@@ -237,8 +239,8 @@ class HORSEHyperParams:
             elif key not in known:
                 if advice := ADVICE.get(key):
                     raise UsageError(f"{key!r} is no key of ours. {advice}.")
-                near = difflib.get_close_matches(str(key), known | ALIASES.keys(), n=1)
-                hint = f" Did you mean {near[0]}?" if near else " See hparams/HORSE for the keys."
+                near = did_you_mean(str(key), sorted(known | ALIASES.keys()))
+                hint = near or " See hparams/HORSE for the keys."
                 raise UsageError(f"unknown key {key!r}.{hint}")
         if "model_name" not in keys:
             raise UsageError("model_name is missing: name a model folder or hub id.")
@@ -269,6 +271,28 @@ class HORSEHyperParams:
         return types.SimpleNamespace(name=resolve(self.model_name))
 
 
+def find_yaml(path) -> Path:
+    """Return the YAML file of that path, which may leave out ``.yaml``, or the shipped one.
+
+    A shipped file is found by its name, and by its path in a checkout wherever there is none:
+    ``llama2-7b``, ``HORSE/llama2-7b`` and ``hparams/HORSE/llama2-7b``.
+
+    Raises:
+        UsageError: there is no such file; the message names the nearest shipped one.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+        path = Path(f"{path}.yaml")
+    if path.is_file():
+        return path
+    shipped = shipped_yamls()
+    name = path.with_suffix("").as_posix().removeprefix("hparams/")
+    if name in shipped:
+        return shipped[name]
+    hint = did_you_mean(name, shipped) or " `horse init MODEL` writes one."
+    raise UsageError(f"{path}: no such hparams file.{hint}")
+
+
 def read_keys(path: Path) -> dict:
     """Return the keys of a YAML file.
 
@@ -296,7 +320,7 @@ for _alias, _name in ALIASES.items():  # as attributes, too
 
 def default_hparams() -> HORSEHyperParams:
     """Return the shipped settings for the default model."""
-    return HORSEHyperParams.from_hparams(hparams_folder() / "HORSE" / DEFAULT_MODEL)
+    return HORSEHyperParams.from_hparams(DEFAULT_MODEL)
 
 
 def canonical(keys: dict) -> dict:

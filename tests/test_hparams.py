@@ -6,6 +6,7 @@ from horse_plugin import HORSEHyperParams, UsageError
 from horse_plugin.model.backbone import Backbone
 from tests import ROOT
 
+SHIPPED_7B = ROOT / "hparams/HORSE/llama2-7b.yaml"
 SHIPPED = sorted((ROOT / "hparams/HORSE").glob("*.yaml"))
 MALMEN = """
 alg_name: "MALMEN"
@@ -109,6 +110,18 @@ def test_a_bad_file_is_named_with_its_key(tmp_path, text, says):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UsageError, match="no such hparams file"):
         HORSEHyperParams.from_hparams(tmp_path / "none.yaml")
+
+
+def test_a_shipped_file_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("llama2-7b", "HORSE/llama2-7b.yaml", "hparams/HORSE/llama2-7b"):
+        assert HORSEHyperParams.from_hparams(name).source.samefile(SHIPPED_7B)
+    malmen = HORSEHyperParams.from_hparams("MALMEN/llama-smollm2-135m")
+    assert malmen.alg_name == "MALMEN"
+    (tmp_path / "llama2-7b.yaml").write_text("model_name: mine")
+    assert HORSEHyperParams.from_hparams("llama2-7b").model_name == "mine"
+    with pytest.raises(UsageError, match=r"Did you mean llama3-8b\?"):
+        HORSEHyperParams.from_hparams("Llama-3-8b")
 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path):

@@ -33,3 +33,10 @@ def hparams_folder() -> Path:
         if (folder / "HORSE" / f"{DEFAULT_MODEL}.yaml").is_file():
             return folder
     raise UsageError(f"{_HERE / 'hparams'}: no shipped YAMLs there; name one with --hparams.")
+
+
+def shipped_yamls() -> dict[str, Path]:
+    """Return name → shipped YAML; ``<model>`` is HORSE's, and ``<method>/<model>`` any method's."""
+    files = sorted(hparams_folder().glob("*/*.yaml"))
+    named = {f"{path.parent.name}/{path.stem}": path for path in files}
+    return {path.stem: path for path in files if path.parent.name == "HORSE"} | named

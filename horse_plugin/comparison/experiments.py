@@ -10,6 +10,7 @@ from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.runner import held_rows, run
 from horse_plugin.errors import UsageError
+from horse_plugin.hparams import find_yaml
 
 # `--quick`: three methods and the model itself, trained briefly.
 QUICK = {"methods": ("unedited", "FT", "MALMEN", "HORSE"), "n_edits": (50,)}
@@ -89,14 +90,14 @@ def ablate(
 
     Args:
         out, datasets, n_edits, seeds: as in :func:`compare`.
-        hparams: the path of the YAML; None is the default model's.
+        hparams: the YAML, or the name of a shipped one; None is the default model's.
         archive: the folder of a trained archive for the full method, instead of training one.
         rows: names from :data:`horse_plugin.comparison.methods.ABLATIONS`; none is all.
 
     Returns:
         The rows, as in ``results.json``.
     """
-    yaml = Path(hparams or hparams_folder() / "HORSE" / f"{DEFAULT_MODEL}.yaml")
+    yaml = find_yaml(hparams or DEFAULT_MODEL)
     table = choose(rows or tuple(ABLATIONS), ABLATIONS)
     if archive and "HORSE" in table:
         table["HORSE"] = replace(table["HORSE"], archive=str(archive))

@@ -10,7 +10,7 @@ import transformers
 from horse_plugin import distributed
 from horse_plugin.assets import DEFAULT_MODEL
 from horse_plugin.assets.default_model import resolve
-from horse_plugin.errors import UsageError, first_line
+from horse_plugin.errors import UsageError, did_you_mean, first_line
 
 
 def load_model(hparams):
@@ -88,14 +88,21 @@ def _auto_class(name: str, kwargs: dict):
 def _load(auto_class, name: str, key: str, **kwargs):
     is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if is_path and not Path(name).exists():
-        raise UsageError(f"{key}: no such folder: {name}.")
+        raise UsageError(f"{key}: no such folder: {name}.{_near(name)}")
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # whatever transformers and its file formats raise
-        hint = ""
-        if auto_class is transformers.AutoTokenizer and key == "model_name":
+        hint = _near(name)
+        if auto_class is transformers.AutoTokenizer and key == "model_name" and not hint:
             hint = " If only its tokenizer is missing, name one with tokenizer_name."
         raise UsageError(f"{key}: {name!r} not loaded: {first_line(error)}{hint}") from None
+
+
+def _near(name: str) -> str:
+    """Return a question that names the default model or a folder of a model beside this one."""
+    beside = Path(name).expanduser().parent.glob("*/config.json")
+    others = (str(path.parent) for path in beside if str(path.parent) != name)
+    return did_you_mean(name, [DEFAULT_MODEL, *others])
 
 
 def resolve_device(device) -> torch.device:
