@@ -16,23 +16,28 @@ Packages may import those above them in this list, and never those below::
     training       Eq. 7: training the hypernetwork
     easyedit       HORSE inside EasyEdit
     comparison     methods side by side, the ablation, the demo, timings
-    cli            the command ``horse``
+    cli            the command ``horse``, also as ``python -m horse_plugin`` (``__main__``)
 """
 
-from horse_plugin.assets import FACTS
-from horse_plugin.comparison.experiments import ablate, compare
-from horse_plugin.data.formats import load_records
-from horse_plugin.data.records import EditRecord, Query
+import importlib
+from typing import TYPE_CHECKING
+
 from horse_plugin.easyedit import hook
-from horse_plugin.editing.chain import Chain
-from horse_plugin.editing.checked import checked_edit
-from horse_plugin.editing.delta import EditDelta
-from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.errors import HorseError, UsageError
-from horse_plugin.evaluation.metrics import Evaluation, Evaluator
-from horse_plugin.hparams import HORSEHyperParams, default_hparams
-from horse_plugin.model.backbone import Backbone
-from horse_plugin.training.trainer import HORSETrainer
+
+if TYPE_CHECKING:
+    from horse_plugin.assets import FACTS
+    from horse_plugin.comparison.experiments import ablate, compare
+    from horse_plugin.data.formats import load_records
+    from horse_plugin.data.records import EditRecord, Query
+    from horse_plugin.editing.chain import Chain
+    from horse_plugin.editing.checked import checked_edit
+    from horse_plugin.editing.delta import EditDelta
+    from horse_plugin.editing.editor import HorseEditor
+    from horse_plugin.errors import HorseError, UsageError
+    from horse_plugin.evaluation.metrics import Evaluation, Evaluator
+    from horse_plugin.hparams import HORSEHyperParams, default_hparams
+    from horse_plugin.model.backbone import Backbone
+    from horse_plugin.training.trainer import HORSETrainer
 
 __all__ = [
     "FACTS",
@@ -54,5 +59,40 @@ __all__ = [
     "default_hparams",
     "load_records",
 ]
+
+# Public name → the module that has it. A module is loaded when its name is first asked for: torch
+# takes seconds to load, and the command line's help does without it.
+_PLACES = {
+    "FACTS": "assets",
+    "Backbone": "model.backbone",
+    "Chain": "editing.chain",
+    "EditDelta": "editing.delta",
+    "EditRecord": "data.records",
+    "Evaluation": "evaluation.metrics",
+    "Evaluator": "evaluation.metrics",
+    "HORSEHyperParams": "hparams",
+    "HORSETrainer": "training.trainer",
+    "HorseEditor": "editing.editor",
+    "HorseError": "errors",
+    "Query": "data.records",
+    "UsageError": "errors",
+    "ablate": "comparison.experiments",
+    "checked_edit": "editing.checked",
+    "compare": "comparison.experiments",
+    "default_hparams": "hparams",
+    "load_records": "data.formats",
+}
+
+
+def __getattr__(name: str):
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 hook.install()

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import horse_plugin
 from tests import ROOT
 
 PACKAGE = ROOT / "horse_plugin"
 # Each may import those before it.
 ORDER = """errors assets data distributed method storage foreign hparams model evaluation editing
-    training easyedit comparison cli""".split()
+    training easyedit comparison cli __main__""".split()
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -83,6 +84,15 @@ def test_every_package_says_what_is_in_it():
         text = ast.get_docstring(ast.parse(init.read_text())) or ""
         names = {p.stem for p in init.parent.glob("*.py")} - {"__init__"}
         assert text and all(name in text for name in names), f"{init}: {names}"
+
+
+def test_the_public_names_are_listed_imported_and_found_alike():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert set(horse_plugin.__all__) == imported - {"TYPE_CHECKING", "hook"}
+    assert all(getattr(horse_plugin, name) is not None for name in horse_plugin.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Horse'"):
+        horse_plugin.Horse  # noqa: B018
 
 
 def test_every_public_function_and_class_has_a_docstring():

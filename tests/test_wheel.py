@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from horse_plugin import HORSEHyperParams
 from tests import ROOT, tiny
 
 pytestmark = pytest.mark.slow
@@ -48,6 +49,7 @@ def test_the_command_and_an_edit_run_from_the_wheel(installed):
     where = run(python, "-c", "import horse_plugin; print(horse_plugin.__file__)", cwd=installed)
     assert str(installed) in where
     assert "horse-plugin 0.2.0" in run(horse, "--version", cwd=installed)
+    assert "horse-plugin 0.2.0" in run(python, "-m", "horse_plugin", "--version", cwd=installed)
     tiny.files(installed)
     said = run(
         *(horse, "edit", "--hparams", "tiny", "--data", "val.json", "--out", "edit"),
@@ -61,12 +63,14 @@ def test_the_command_and_an_edit_run_from_the_wheel(installed):
 def test_the_wheel_holds_facts_text_yamls_and_types(installed):
     code = """
         from importlib.resources import files
-        from horse_plugin import FACTS, default_hparams, load_records
+        from horse_plugin import FACTS, HORSEHyperParams, default_hparams, load_records
         from horse_plugin.assets import CALIBRATION, HELDOUT
         print(len(load_records(FACTS / "edit.json")), default_hparams().model_name)
+        print(HORSEHyperParams.from_hparams("hparams/HORSE/llama2-7b").model_name)
         print(files("horse_plugin").joinpath("py.typed").is_file())
         print(CALIBRATION.is_file(), HELDOUT.is_file())
     """
     python = installed / "env/bin/python"
     said = run(python, "-c", "\n".join(line.strip() for line in code.splitlines()), cwd=installed)
-    assert said.split() == ["500", "llama-smollm2-135m", "True", "True", "True"]
+    model = HORSEHyperParams.from_hparams("llama2-7b").model_name
+    assert said.split() == ["500", "llama-smollm2-135m", model, "True", "True", "True"]

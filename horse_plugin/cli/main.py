@@ -1,44 +1,28 @@
-"""The ``horse`` command. It parses and prints; everything else happens in the package."""
+"""The ``horse`` command. It parses and prints; everything else happens in the package.
+
+Each command imports what it needs when it runs. Torch takes seconds to load, and help, versions and
+completions need none of it.
+"""
 
 import os
 import sys
 import traceback
 import warnings
 from dataclasses import fields, replace
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 from rich.console import Console
 
-from horse_plugin import distributed
-from horse_plugin.assets import FACTS
-from horse_plugin.cli import show
-from horse_plugin.comparison import experiments
-from horse_plugin.comparison.baselines.stats import statistics_of_yamls
-from horse_plugin.comparison.bench import bench as run_bench
-from horse_plugin.comparison.demo import run_demo
-from horse_plugin.data.formats import load_records
-from horse_plugin.distributed import is_main_process
-from horse_plugin.editing.archive import ARCHIVE
-from horse_plugin.editing.chain import Chain, read_edits
-from horse_plugin.editing.checked import checked_edit
-from horse_plugin.editing.delta import EditDelta, check_free
-from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.editing.export import save_adapter, to_rank
+from horse_plugin.assets import DEFAULT_MODEL, FACTS, shipped_yamls
 from horse_plugin.errors import HorseError, UsageError, first_line, reason
-from horse_plugin.evaluation import general as general_ability
-from horse_plugin.evaluation import results
-from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
-from horse_plugin.evaluation.metrics import Evaluator
-from horse_plugin.evaluation.tables import number
-from horse_plugin.foreign import converted
-from horse_plugin.hparams import HORSEHyperParams, default_hparams, read_keys
-from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.loading import random_model
-from horse_plugin.storage.files import check_empty, check_writable, locked_folder, write
-from horse_plugin.training.trainer import HORSETrainer
+
+if TYPE_CHECKING:
+    from horse_plugin.editing.delta import EditDelta
+    from horse_plugin.editing.editor import HorseEditor
+    from horse_plugin.hparams import HORSEHyperParams
 
 
 class Commands(typer.core.TyperGroup):
@@ -56,7 +40,6 @@ app = typer.Typer(
     help="Change thousands of facts in a language model at once, with HORSE.\n\n"
     "With --debug, anywhere on the line, errors show where they come from.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console()
@@ -64,7 +47,7 @@ console = Console()
 
 def _print_version(asked: bool):
     if asked:
-        console.print(f"horse-plugin {results.versions()['horse_plugin']}", highlight=False)
+        console.print(f"horse-plugin {metadata.version('horse-plugin')}", highlight=False)
         raise typer.Exit
 
 
@@ -77,7 +60,18 @@ def horse(
     """Hold the options that come before a command."""
 
 
-Hparams = Annotated[Path, typer.Option(help="YAML with the settings, see hparams/HORSE.")]
+def _yamls(begun: str) -> list[str]:
+    """Complete the name of a shipped YAML."""
+    return [name for name in shipped_yamls() if name.startswith(begun)]
+
+
+Hparams = Annotated[
+    str,
+    typer.Option(help="YAML with settings, or a shipped one's name.", autocompletion=_yamls),
+]
+AnotherModel = Annotated[
+    str | None, typer.Option(help="Another model's YAML.", autocompletion=_yamls)
+]
 Data = Annotated[str, typer.Option(help="Facts: JSON, JSONL, Parquet, or a hub data-set id.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an edit, or of a chain of them.")]
 NEdits = Annotated[int | None, typer.Option(help="How many records, from the start.", min=1)]
@@ -90,10 +84,10 @@ Seeds = Annotated[str, typer.Option(help="Seeds, comma-separated.")]
 
 @app.command()
 def train(
-    hparams: Hparams,
     train: Annotated[str, typer.Option(help="Training facts.")],
     val: Annotated[str, typer.Option(help="Validation facts: they choose the archive to keep.")],
     out: Annotated[Path, typer.Option(help="Folder for the archive.")],
+    hparams: Hparams = DEFAULT_MODEL,
     edits_per_step: Annotated[
         int | None,
         typer.Option("--edits-per-step", "--n-edits", help="Facts in one training step.", min=1),
@@ -102,6 +96,11 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUT.")] = False,
 ):
     """Train a hypernetwork; the best archive by validation score stays in OUT."""
+    from horse_plugin.editing.archive import ARCHIVE
+    from horse_plugin.evaluation.tables import number
+    from horse_plugin.storage.files import locked_folder
+    from horse_plugin.training.trainer import HORSETrainer
+
     settings = _hparams(hparams, edits_per_step=edits_per_step, max_epochs=epochs)
     if not resume and (out / ARCHIVE).exists():
         raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
@@ -119,8 +118,8 @@ def train(
 
 @app.command()
 def edit(
-    hparams: Hparams,
     data: Data,
+    hparams: Hparams = DEFAULT_MODEL,
     out: Annotated[Path | None, typer.Option(help="Folder for the edit, by itself.")] = None,
     onto: Annotated[Path | None, typer.Option(help="Chain of edits to put it on top of.")] = None,
     name: Annotated[str | None, typer.Option(help="Its name; else a number, or OUT's.")] = None,
@@ -137,6 +136,16 @@ def edit(
     max_rise: Annotated[float, typer.Option(help="Perplexity's rise without warning, %.")] = 20.0,
 ):
     """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto."""
+    from horse_plugin.cli import show
+    from horse_plugin.data.formats import load_records
+    from horse_plugin.distributed import is_main_process
+    from horse_plugin.editing.chain import Chain
+    from horse_plugin.editing.checked import checked_edit
+    from horse_plugin.editing.delta import check_free
+    from horse_plugin.editing.editor import HorseEditor
+    from horse_plugin.evaluation import results
+    from horse_plugin.storage.files import check_empty, locked_folder
+
     if (out is None) == (onto is None):
         raise UsageError("edit: give --out for an edit by itself, or --onto for a chain of edits.")
     settings = _hparams(hparams, archive=archive and str(archive), max_drift=max_drift)
@@ -172,8 +181,8 @@ def edit(
 
 @app.command(name="eval")
 def evaluate(
-    hparams: Hparams,
     data: Data,
+    hparams: Hparams = DEFAULT_MODEL,
     delta: Annotated[
         Path | None, typer.Option(help="An edit, or a chain of them; none: the model.")
     ] = None,
@@ -181,6 +190,14 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Where to write results.json.")] = None,
 ):
     """Measure the model, or an edit of it, on facts."""
+    from horse_plugin.cli import show
+    from horse_plugin.data.formats import load_records
+    from horse_plugin.distributed import is_main_process
+    from horse_plugin.evaluation import results
+    from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
+    from horse_plugin.evaluation.metrics import Evaluator
+    from horse_plugin.storage.files import check_writable
+
     settings, records = _hparams(hparams), load_records(data, n_edits)
     if out:
         check_writable(out.parent)
@@ -199,6 +216,9 @@ def evaluate(
 @app.command(name="show")
 def show_edit(folder: Folder):
     """Print what an edit is: its facts, model, settings, versions and figures."""
+    from horse_plugin.cli import show
+    from horse_plugin.editing.chain import read_edits
+
     deltas = read_edits(folder)
     for delta in deltas:
         for part in show.edit(delta):
@@ -210,6 +230,9 @@ def show_edit(folder: Folder):
 @app.command()
 def log(folder: Folder):
     """List the edits of a chain, oldest first."""
+    from horse_plugin.cli import show
+    from horse_plugin.editing.chain import Chain
+
     console.print(show.log(Chain.at(folder).entries))
 
 
@@ -219,6 +242,9 @@ def undo(
     name: Annotated[str | None, typer.Argument(help="The edit's name; else the last one.")] = None,
 ):
     """Take an edit out of a chain, the last one or any other; its files stay."""
+    from horse_plugin.editing.chain import Chain
+    from horse_plugin.storage.files import locked_folder
+
     Chain.at(folder)
     with locked_folder(folder):
         undone = Chain(folder).undo(name)
@@ -227,13 +253,17 @@ def undo(
 
 @app.command()
 def export(
-    hparams: Hparams,
     delta: Annotated[Path, typer.Option(help="An edit, or a chain of them.")],
     out: Annotated[Path, typer.Option(help="New folder for the model or the adapter.")],
+    hparams: Hparams = DEFAULT_MODEL,
     lora: Annotated[bool, typer.Option(help="A PEFT LoRA adapter, not the whole model.")] = False,
     rank: Annotated[int | None, typer.Option(help="The adapter's rank; else exact.", min=1)] = None,
 ):
     """Write the edited model as a Hugging Face folder, or the edit as a PEFT LoRA adapter."""
+    from horse_plugin.cli import show
+    from horse_plugin.editing.export import save_adapter, to_rank
+    from horse_plugin.storage.files import check_empty
+
     if rank and not lora:
         raise UsageError("export: --rank is for --lora.")
     check_empty(out)
@@ -268,6 +298,8 @@ def compare(
     ] = 0,
 ):
     """Methods side by side, as the paper's Table 1. Run again, it goes on where it stopped."""
+    from horse_plugin.comparison import experiments
+
     rows = experiments.compare(
         out,
         _names(methods),
@@ -286,7 +318,7 @@ def compare(
 @app.command()
 def ablate(
     out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
-    hparams: Annotated[Path | None, typer.Option(help="YAML; the default model's if none.")] = None,
+    hparams: Hparams = DEFAULT_MODEL,
     archive: Annotated[Path | None, typer.Option(help="The full method's; else trained.")] = None,
     data: Datas = None,
     train: Trains = None,
@@ -296,6 +328,8 @@ def ablate(
     rows: Annotated[str, typer.Option(help="Names of rows, comma-separated; all if none.")] = "",
 ):
     """What each part of HORSE brings, as the paper's Table 2."""
+    from horse_plugin.comparison import experiments
+
     measured = experiments.ablate(
         out,
         hparams,
@@ -317,14 +351,16 @@ def stats(
     out: Annotated[Path | None, typer.Option(help="Instead of the YAML's stats_dir.")] = None,
 ):
     """Second-moment statistics of any text, in the files that EasyEdit's MEMIT family reads."""
+    from horse_plugin.comparison.baselines.stats import statistics_of_yamls
+
     for path in statistics_of_yamls(hparams, corpus, out):
         console.print(f"Written: {path}", soft_wrap=True)
 
 
 @app.command()
 def general(
-    hparams: Hparams,
     out: Annotated[Path, typer.Option(help="Folder for results.json and table.md.")],
+    hparams: Hparams = DEFAULT_MODEL,
     delta: Annotated[Path | None, typer.Option(help="An edit, or a chain of them.")] = None,
     model: Annotated[Path | None, typer.Option(help="Or a folder with the edited model.")] = None,
     tasks: Annotated[
@@ -336,6 +372,12 @@ def general(
     limit: Annotated[int | None, typer.Option(help="Questions a task, at most.", min=1)] = None,
 ):
     """General ability before and after an edit, as the paper's Table 3."""
+    from horse_plugin.cli import show
+    from horse_plugin.evaluation import general as general_ability
+    from horse_plugin.evaluation import results
+    from horse_plugin.model.backbone import Backbone
+    from horse_plugin.storage.files import check_writable, write
+
     if (delta is None) == (model is None):
         raise UsageError("general: give --delta for an edit, or --model for an edited model.")
     check_writable(out)
@@ -355,9 +397,12 @@ def general(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the archive, the edit and the report.")],
-    hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
+    hparams: AnotherModel = None,
 ):
     """Train on real facts, edit 200 at once, show what happened. Needs no file of yours."""
+    from horse_plugin.cli import show
+    from horse_plugin.comparison.demo import run_demo
+
     settings = _hparams(hparams) if hparams else None
     outcome = run_demo(out, settings)
     console.print(show.figures(outcome.rows))
@@ -368,7 +413,7 @@ def demo(
 @app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="Where to write the figures, as JSON.")],
-    hparams: Annotated[Path | None, typer.Option(help="Another model's YAML.")] = None,
+    hparams: Hparams = DEFAULT_MODEL,
     config: Annotated[
         Path | None, typer.Option(help="Config of a model, which gets random weights.")
     ] = None,
@@ -376,7 +421,15 @@ def bench(
     n_edits: Annotated[int, typer.Option(help="Facts edited at once.", min=1)] = 500,
 ):
     """Time and memory of every stage of an edit, beside the least this machine could take."""
-    settings = _hparams(hparams) if hparams else default_hparams()
+    from horse_plugin.cli import show
+    from horse_plugin.comparison.bench import bench as run_bench
+    from horse_plugin.data.formats import load_records
+    from horse_plugin.evaluation import results
+    from horse_plugin.model.backbone import Backbone
+    from horse_plugin.model.loading import random_model
+    from horse_plugin.storage.files import check_writable
+
+    settings = _hparams(hparams)
     check_writable(out.parent)
     records = load_records(data or FACTS / "train.json", n_edits)
     settings.edits_per_step = len(records)
@@ -396,6 +449,12 @@ def convert_hparams(
     out: Annotated[Path, typer.Option(help="The YAML to write.")],
 ):
     """Write a YAML of ours from other methods' of EasyEdit, or from the released code's files."""
+    import yaml
+
+    from horse_plugin.foreign import converted
+    from horse_plugin.hparams import HORSEHyperParams, read_keys
+    from horse_plugin.storage.files import write
+
     if out.exists():
         raise UsageError(f"{out}: there is something already; choose a new name.")
     names = [f.name for f in fields(HORSEHyperParams)]
@@ -410,9 +469,10 @@ def convert_hparams(
     console.print(f"{out}: {len(keys)} keys, and why {len(left_out)} others were left out.")
 
 
-def _hparams(path: Path, **overrides) -> HORSEHyperParams:
+def _hparams(name: str, **overrides) -> "HORSEHyperParams":
+    from horse_plugin.hparams import HORSEHyperParams
 
-    settings = HORSEHyperParams.from_hparams(path)
+    settings = HORSEHyperParams.from_hparams(name)
     return replace(settings, **{k: v for k, v in overrides.items() if v is not None})
 
 
@@ -428,6 +488,8 @@ def _numbers(option: str, text: str, least: int = 1) -> list[int]:
 
 
 def _compared(out: Path, rows: list[dict]):
+    from horse_plugin.cli import show
+
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         console.print(show.figures([row for row in rows if row["dataset"] == dataset]))
     for row in rows:
@@ -436,8 +498,13 @@ def _compared(out: Path, rows: list[dict]):
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
-def _editor(settings: HORSEHyperParams, delta: Path | None) -> tuple[HorseEditor, list[EditDelta]]:
+def _editor(
+    settings: "HORSEHyperParams", delta: Path | None
+) -> tuple["HorseEditor", list["EditDelta"]]:
     """Return an editor without a network, and the edits in the folder ``delta``."""
+    from horse_plugin.editing.chain import read_edits
+    from horse_plugin.editing.editor import HorseEditor
+
     deltas = read_edits(delta) if delta else []
     return HorseEditor.from_hparams(replace(settings, archive=None), progress=True), deltas
 
@@ -467,8 +534,10 @@ def run():
 
 def _join():
     """Join the other processes; all but the main one print nothing but their errors."""
+    from horse_plugin import distributed
+
     distributed.initialize()
-    if not is_main_process():
+    if not distributed.is_main_process():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 

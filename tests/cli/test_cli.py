@@ -174,6 +174,9 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ("train --hparams steps --train val.json --val val.json --out x", 2, "max_iters: must be"),
         ("edit --hparams none --data val.json --out x", 2, "none.yaml: no such hparams file"),
         ("edit --hparams n.yaml --data val.json --out x", 2, "horse: n.yaml: no such hparams"),
+        ("eval --hparams lama2-7b --data val.json", 2, "Did you mean llama2-7b?"),
+        ("eval --hparams near --data val.json", 2, "modle' not loaded"),
+        ("eval --hparams near --data val.json", 2, "Did you mean model?"),
         ("edit --hparams tiny --data none.json --out x", 2, "none.json: no such file"),
         ("edit --hparams tiny --data bad.json --out x", 2, "bad.json: not valid JSON"),
         ("edit --hparams tiny --data empty.json --out x", 2, "empty.json: no records"),
@@ -211,6 +214,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, 
     (folder / "key.yaml").write_text(json.dumps(good | {"rnak": 3}))
     (folder / "type.yaml").write_text(json.dumps(good | {"rank": "high"}))
     (folder / "nomodel.yaml").write_text(json.dumps(good | {"model_name": "nowhere"}))
+    (folder / "near.yaml").write_text(json.dumps(good | {"model_name": "modle"}))
     (folder / "steps.yaml").write_text(json.dumps(good | {"max_iters": 0}))
     (folder / "lines.jsonl").write_text('{"prompt": "a", "target_new": "b"}\n{"prompt": ')
     (folder / "broken").mkdir(exist_ok=True)
@@ -280,6 +284,31 @@ def test_help(horse, command):
     code, out, _ = horse(f"{command} --help")
     assert code == 0
     assert "Usage" in out
+
+
+def test_help_version_and_completion_load_no_torch(folder):
+    code = """
+        import os, sys
+        from horse_plugin.cli.main import app, run
+        import typer
+        for line in ("--version", "--help", "edit --help", "demo --help"):
+            sys.argv = ["horse", *line.split()]
+            try:
+                run()
+            except SystemExit as left:
+                assert not left.code
+        os.environ |= {"_HORSE_COMPLETE": "complete_bash", "COMP_CWORD": "3"}
+        os.environ["COMP_WORDS"] = "horse edit --hparams llama2"
+        try:
+            app(prog_name="horse")
+        except SystemExit:
+            pass
+        assert not {"torch", "transformers", "matplotlib"} & set(sys.modules)
+    """
+    lines = "\n".join(line.removeprefix(" " * 8) for line in code.splitlines())
+    run = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    assert "horse-plugin" in run.stdout and run.stdout.splitlines()[-1] == "llama2-7b"
 
 
 def test_no_space_left_says_so_and_leaves_nothing(folder, horse, monkeypatch):
