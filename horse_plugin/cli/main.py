@@ -83,6 +83,28 @@ Seeds = Annotated[str, typer.Option(help="Seeds, comma-separated.")]
 
 
 @app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="The model's folder, or its hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path(),
+):
+    """Write a YAML for a model, with what is found in it, and facts.json to fill in."""
+    from horse_plugin.editing.settings import EXAMPLE_FACTS, yaml_for
+    from horse_plugin.storage.files import write
+
+    yaml, facts = out / f"{Path(model).expanduser().resolve().name}.yaml", out / "facts.json"
+    if yaml.exists():
+        raise UsageError(f"{yaml}: there is something already; choose another --out.")
+    write(yaml, yaml_for(model))
+    if not facts.exists():
+        write(facts, EXAMPLE_FACTS)
+    console.print(
+        f"Written: {yaml}. Put your facts into {facts}, and then: "
+        f"horse edit --hparams {yaml} --data {facts} --out edit",
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def train(
     train: Annotated[str, typer.Option(help="Training facts.")],
     val: Annotated[str, typer.Option(help="Validation facts: they choose the archive to keep.")],

@@ -10,6 +10,7 @@
     chain       Chain: edits in one folder, made one on top of the other
     conflicts   what will go wrong with a list of edits, found before any weight moves
     checked     checked_edit: conflicts, figures before and after, one edit
+    settings    a YAML to begin with for any model, and facts to begin with
     export      an edit as a PEFT LoRA adapter
 
 This package imports ``evaluation`` and what stands above it.

@@ -278,12 +278,23 @@ def test_wrong_options_are_usage(horse):
 
 @pytest.mark.parametrize(
     "command",
-    """ train edit eval show log undo export bench compare ablate stats demo""".split(" "),
+    """ init train edit eval show log undo export bench compare ablate stats demo""".split(" "),
 )
 def test_help(horse, command):
     code, out, _ = horse(f"{command} --help")
     assert code == 0
     assert "Usage" in out
+
+
+def test_init_writes_a_yaml_and_facts_that_edit_as_they_stand(folder, horse):
+    code, out, err = horse("init model --out begin")
+    assert code == 0, err
+    assert "horse edit --hparams begin/model.yaml --data begin/facts.json" in out
+    (folder / "begin" / "facts.json").write_text("[]")  # filled in
+    code, _, err = horse("init model --out begin")
+    assert (code, "there is something already" in err) == (2, True)
+    assert horse("init model --out begin2")[0] == 0
+    assert (folder / "begin2" / "facts.json").read_text() != "[]"
 
 
 def test_help_version_and_completion_load_no_torch(folder):
