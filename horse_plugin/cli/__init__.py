@@ -1,7 +1,8 @@
 """The ``horse`` command: it parses and prints, and computes nothing.
 
-    main   the commands and their options
-    show   tables for the terminal
+    main     the commands and their options
+    show     tables for the terminal
+    asking   questions to the model, once or in a conversation
 
 This package may import everything.
 """

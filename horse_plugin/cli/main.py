@@ -74,6 +74,7 @@ AnotherModel = Annotated[
 ]
 Data = Annotated[str, typer.Option(help="Facts: JSON, JSONL, Parquet, or a hub data-set id.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an edit, or of a chain of them.")]
+Delta = Annotated[Path | None, typer.Option(help="An edit, or a chain of them; none: the model.")]
 NEdits = Annotated[int | None, typer.Option(help="How many records, from the start.", min=1)]
 
 Datas = Annotated[list[str] | None, typer.Option(help="Facts to edit; may be repeated.")]
@@ -205,9 +206,7 @@ def edit(
 def evaluate(
     data: Data,
     hparams: Hparams = DEFAULT_MODEL,
-    delta: Annotated[
-        Path | None, typer.Option(help="An edit, or a chain of them; none: the model.")
-    ] = None,
+    delta: Delta = None,
     n_edits: NEdits = None,
     out: Annotated[Path | None, typer.Option(help="Where to write results.json.")] = None,
 ):
@@ -233,6 +232,30 @@ def evaluate(
     if out and is_main_process():
         results.save(out, rows)
     console.print(show.figures(rows))
+
+
+@app.command()
+def ask(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="What to ask; none: a conversation.")
+    ] = None,
+    hparams: Hparams = DEFAULT_MODEL,
+    delta: Delta = None,
+    file: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
+    chat: Annotated[bool, typer.Option(help="Ask through the model's chat template.")] = False,
+    before: Annotated[bool, typer.Option(help="Show the unedited model's answer, too.")] = False,
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 50,
+):
+    """Ask the model, or an edit of it, and read what it writes."""
+    from horse_plugin.cli.asking import answer, converse, prompts_of
+
+    prompts = [*(prompts or ()), *(prompts_of(file) if file else ())]
+    editor, deltas = _editor(_hparams(hparams, chat_template=chat or None), delta)
+    editor.apply_chain(deltas)
+    if prompts:
+        answer(editor, prompts, before, tokens)
+    else:
+        converse(editor, before, tokens)
 
 
 @app.command(name="show")

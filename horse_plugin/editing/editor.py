@@ -29,6 +29,7 @@ from horse_plugin.editing.solve import (
 from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation.drift import OrdinaryText, Pieces
+from horse_plugin.evaluation.generation import answers
 from horse_plugin.evaluation.metrics import mean, predict
 from horse_plugin.evaluation.results import versions
 from horse_plugin.hparams import UNTRAINED, HORSEHyperParams
@@ -429,6 +430,24 @@ class HorseEditor:
             self.backbone.weights.restore(before)
             raise
         self._edits, self._digests = list(edits), self.backbone.weights.digests()
+
+    def ask(
+        self, prompts: str | Sequence[str], n_tokens: int = 50, before: bool = False, streamer=None
+    ) -> list[str]:
+        """Return what the model writes after each prompt, greedily.
+
+        Args:
+            prompts: one text or several; with ``chat_template`` each is a user's turn.
+            n_tokens: the most tokens of each answer.
+            before: whether to ask the model as it was before the edits in force.
+            streamer: of transformers, which gets the tokens as they are written; for one prompt.
+
+        Raises:
+            UsageError: a prompt is empty, or leaves no room for an answer.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        with self._unedited() if before else contextlib.nullcontext():
+            return answers(self.backbone, prompts, n_tokens, streamer)
 
     def save_model(self, folder):
         """Save the model as it is now, with its tokenizer, as a plain Hugging Face folder.

@@ -11,6 +11,7 @@ import torch
 from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import ask
 from horse_plugin.data.records import EditRecord
+from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import quiet_transformers
 
@@ -24,7 +25,7 @@ OPENING = 8  # words of it
 
 @torch.no_grad()
 def continuations(
-    backbone: Backbone, prompts: Sequence[tuple[int, ...]], n_tokens: int = SHOWN
+    backbone: Backbone, prompts: Sequence[tuple[int, ...]], n_tokens: int = SHOWN, streamer=None
 ) -> list[tuple[int, ...]]:
     """Return the tokens that the model writes after each prompt, greedily, at most so many.
 
@@ -33,6 +34,7 @@ def continuations(
 
     Args:
         prompts: their token ids.
+        streamer: of transformers, which gets the tokens as they are written; for a single prompt.
     """
     written, by_length = {}, {}
     for row in dict.fromkeys(prompts):
@@ -46,11 +48,38 @@ def continuations(
                     attention_mask=torch.ones_like(batch),
                     max_new_tokens=n_tokens,
                     do_sample=False,
+                    streamer=streamer,
                     pad_token_id=backbone.tokenizer.eos_token_id,
                 )
             for row, new in zip(rows[i : i + ROWS], made[:, batch.shape[1] :], strict=True):
                 written[row] = tuple(new.tolist())
     return [written[prompt] for prompt in prompts]
+
+
+def answers(
+    backbone: Backbone, prompts: Sequence[str], n_tokens: int = LENGTH, streamer=None
+) -> list[str]:
+    """Return what the model writes after each prompt, greedily, as it is asked elsewhere.
+
+    Args:
+        prompts: texts; with ``chat_template`` each is a user's turn.
+        n_tokens: the most tokens of each answer.
+        streamer: as in :func:`continuations`.
+
+    Raises:
+        UsageError: a prompt is empty, or leaves no room for an answer.
+    """
+    rows = [tuple(backbone.ask(prompt)) for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise UsageError("ask: the prompt is empty.")
+        if backbone.max_length and len(row) + n_tokens > backbone.max_length:
+            raise UsageError(
+                f"ask: {prompt[:40]!r}: {len(row)} tokens and an answer of {n_tokens} are more "
+                f"than the model reads, {backbone.max_length}."
+            )
+    written = continuations(backbone, rows, n_tokens, streamer)
+    return [t.strip() for t in backbone.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 def fluency(text: str) -> float:

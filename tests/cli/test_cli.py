@@ -1,14 +1,16 @@
 """The command line on a tiny model: what it writes, and one line for everything that goes wrong."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from horse_plugin import HORSEHyperParams, HORSETrainer
+from horse_plugin import HorseEditor, HORSEHyperParams, HORSETrainer
 from horse_plugin.cli import main as cli
 from horse_plugin.editing.archive import ARCHIVE
 from horse_plugin.storage.tensors import load_tensors
@@ -261,6 +263,39 @@ def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
     assert horse("log chain")[0] == 0
 
 
+def test_the_edited_model_is_asked_once_and_in_a_conversation(folder, horse, monkeypatch):
+    edit = "edit --hparams strong --data val.json --n-edits 4 --out asked --max-rise 1e9"
+    settings = json.loads((folder / "tiny.yaml").read_text()) | {"strength": 5000.0}
+    (folder / "strong.yaml").write_text(json.dumps(settings))
+    assert horse(edit)[0] == 0
+    prompts = [r["prompt"] for r in json.loads((folder / "val.json").read_text())[:2]]
+    (folder / "prompts.txt").write_text("\n\n".join(prompts))
+    editor = HorseEditor.from_hparams(str(folder / "strong.yaml"))
+    before = editor.ask(prompts, 3)
+    editor.apply(editor.load_delta(folder / "asked"))
+    after = editor.ask(prompts, 3)
+    assert before != after
+
+    ask = "ask --hparams strong --delta asked --tokens 3"
+    code, out, err = horse(f"{ask} --file prompts.txt --before")
+    assert code == 0, err
+    for text in (*prompts, *before, *after):
+        assert all(word in out for word in re.findall(r"\w+", text))
+    assert horse(f"{ask} capital")[1].strip() == editor.ask("capital", 3)[0]
+
+    said = ["capital", "/before", "/undo none", "/undo asked", "capital", "/help"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said)))
+    code, out, _ = horse(ask)
+    assert code == 0
+    after, (before,) = editor.ask("capital", 3)[0], editor.ask("capital", 3, before=True)
+    _, *answers = (part.strip() for part in out.split("> "))
+    assert answers[:2] == [after, before] == [answers[0], answers[4]]
+    assert "no edit 'none'" in answers[2] and "No edit is in force" in answers[3]
+    assert "/undo NAME" in answers[5]
+    (folder / "none.txt").write_text("")
+    assert "none.txt: holds no prompt" in horse(f"{ask} --file none.txt")[2]
+
+
 def test_strict_refuses_on_the_command_line(folder, horse):
     (folder / "twice.json").write_text(
         json.dumps([{"prompt": "the capital is", "target_new": a} for a in ("Oslo", "Lima")])
@@ -278,7 +313,7 @@ def test_wrong_options_are_usage(horse):
 
 @pytest.mark.parametrize(
     "command",
-    """ init train edit eval show log undo export bench compare ablate stats demo""".split(" "),
+    """ init train edit eval ask show log undo export bench compare ablate stats demo""".split(" "),
 )
 def test_help(horse, command):
     code, out, _ = horse(f"{command} --help")

@@ -325,3 +325,24 @@ def test_a_capture_of_other_records_is_refused():
             e.edit(others, captured=captured)
     assert same(before, state(e)) and not e.history
     e.edit(tiny.records(3), captured=captured)
+
+
+def test_the_model_is_asked_before_and_after_an_edit():
+    e, prompts = editor(strength=5000.0), [r.prompt for r in tiny.records()]
+    unedited = e.ask(prompts, 6)
+    e.edit(tiny.records())
+    edited = e.ask(prompts, 6)
+    assert edited != unedited
+    assert e.ask(prompts[0], 6) == edited[:1]
+    assert e.ask(prompts, 6, before=True) == unedited
+    assert e.ask(prompts, 6) == edited
+    e.undo()
+    assert e.ask(prompts, 6) == unedited
+
+
+def test_an_empty_or_too_long_prompt_is_refused():
+    e = editor()
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        e.ask("")
+    with pytest.raises(UsageError, match=r"'the capital .*' *: \d+ tokens and an answer of 50 are"):
+        e.ask(tiny.words(0, 120))
