@@ -151,7 +151,7 @@ def edit(
     save_model: Annotated[
         Path | None, typer.Option(help="Also save the edited model here.")
     ] = None,
-    strict: Annotated[bool, typer.Option(help="Refuse facts with conflicts.")] = False,
+    strict: Annotated[bool, typer.Option(help="Refuse conflicts; undo a bad edit.")] = False,
     max_drift: Annotated[
         float | None, typer.Option(help="Most drift of ordinary text, in nats a token: 0.05.")
     ] = None,
@@ -196,8 +196,7 @@ def edit(
             results.save(folder / "results.json", rows)
     if save_model:
         editor.save_model(save_model)
-    console.print(show.figures(rows))
-    for part in show.outcome(delta):
+    for part in (*show.verdict(delta), show.figures(rows), *show.outcome(delta)):
         console.print(part)
     console.print(f"Edit: {folder / delta.name if chain else folder}", soft_wrap=True)
 

@@ -12,6 +12,7 @@ from horse_plugin.editing.export import Adapter
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import ALL_FIGURES
 from horse_plugin.evaluation.tables import Table, examples_table, figure, figures_of, number
+from horse_plugin.evaluation.verdict import judge
 from horse_plugin.model.fingerprint import describe
 
 
@@ -27,8 +28,19 @@ def printed(table: Table) -> RichTable:
 
 
 def figures(rows: list[dict]) -> RichTable:
-    """Return rows of ``results.json`` as a table, in percent."""
-    return printed(figures_of(rows, ALL_FIGURES))
+    """Return rows of ``results.json`` as a table, in percent; a few rows stand side by side."""
+    table = figures_of(rows, ALL_FIGURES)
+    return printed(table.transposed() if len(rows) <= 4 else table)
+
+
+def verdict(delta: EditDelta) -> list[Text]:
+    """Return the verdict on an edit in words and colours, or nothing if it was not measured."""
+    measured = delta.about.get("figures")
+    if not measured:
+        return []
+    found = judge(measured)
+    style = {"good": "green", "fair": "yellow", "bad": "bold red"}
+    return [Text(found.sentence, style[found.level]), *(Text(line) for line in found.advice)]
 
 
 def stages(found: dict) -> RichTable:
@@ -72,8 +84,8 @@ def outcome(delta: EditDelta) -> list:
     return parts
 
 
-def edit(delta: EditDelta, n_records: int = 10) -> list[RichTable]:
-    """Return tables that say what an edit is for, on what, how, and what it did."""
+def edit(delta: EditDelta, n_records: int = 10) -> list:
+    """Return what says what an edit is for, on what, how, and what it did."""
     about, measured = delta.about, delta.about.get("figures")
     size = sum(t.nbytes for t in delta.tensors.values()) / 2**20
     facts = [
@@ -109,7 +121,7 @@ def edit(delta: EditDelta, n_records: int = 10) -> list[RichTable]:
     overview = RichTable(box=box.SIMPLE, show_header=False)
     for line in facts:
         overview.add_row(*line)
-    return [overview, printed(layers), *tables, *outcome(delta), printed(records)]
+    return [overview, *verdict(delta), printed(layers), *tables, *outcome(delta), printed(records)]
 
 
 def log(entries: list[dict]) -> RichTable:

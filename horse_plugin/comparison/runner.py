@@ -37,7 +37,8 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
         from horse_plugin.comparison.baselines import check  # noqa: F401
     rows, wanted = held_rows(plan.out), []
     total = len(plan.models) * len(plan.cells())
-    with tqdm(total=total, desc="compare", unit="cell", disable=not progress) as bar:
+    hidden = None if progress else True  # None: where nobody watches
+    with tqdm(total=total, desc="compare", unit="cell", disable=hidden) as bar:
         for model in plan.models:
             measured = _MeasuredModel(plan, model)
             for data, n, seed, name in plan.cells():

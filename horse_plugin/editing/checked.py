@@ -6,10 +6,11 @@ from dataclasses import asdict
 from horse_plugin.editing.conflicts import Conflicts, find_conflicts, known_facts
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import heldout_pieces
 from horse_plugin.evaluation.metrics import Evaluator
+from horse_plugin.evaluation.verdict import BAD, judge
 
 
 def checked_edit(
@@ -28,7 +29,8 @@ def checked_edit(
             :func:`horse_plugin.load_records` takes.
         dataset: the name of what the records came from, for the rows.
         name: the name of the edit; None is a number.
-        strict: whether to refuse records with conflicts (:mod:`horse_plugin.editing.conflicts`).
+        strict: whether to refuse records with conflicts (:mod:`horse_plugin.editing.conflicts`),
+            and to undo an edit with a bad verdict (:mod:`horse_plugin.evaluation.verdict`).
         heldout: a text file on which drift and perplexity are measured; None is the shipped text.
         max_rise: the largest rise of that perplexity without a warning, in percent.
 
@@ -38,6 +40,8 @@ def checked_edit(
     Raises:
         UsageError: the held-out text cannot be read, a record's prompts cannot be tokenised, or,
             with ``strict``, there are conflicts. The model is as it was.
+        HorseError: with ``strict``, the facts do not hold or the model is damaged. The model is as
+            it was, too.
     """
     hp, backbone = editor.hparams, editor.backbone
     pieces = heldout_pieces(heldout)
@@ -77,10 +81,17 @@ def checked_edit(
     delta.about["figures"] = {
         "before": evaluator.before.summary(),
         "after": after.summary(),
+        "held": after.whole("written"),
+        "kept": after.whole("locality"),
         "kinds": {k: {"before": now.kinds[k], "after": after.cost.kinds[k]} for k in now.kinds},
         "examples": [asdict(example) for example in after.examples],
         "conflicts": conflicts,
     }
+    verdict = judge(delta.about["figures"])
+    if strict and verdict.level == BAD:
+        editor.undo()
+        raise HorseError(f"--strict: undone. {verdict.sentence} {' '.join(verdict.advice)}")
+    delta.about["figures"]["verdict"] = verdict.to_dict()
     rows = [
         results.row("before" if earlier else "unedited", dataset, hp, evaluator.before),
         results.row(hp.alg_name, dataset, hp, after, delta.about["seconds"]),

@@ -4,6 +4,7 @@
     drift        drift and perplexity of ordinary text
     generation   what the model writes, and its fluency
     general      general ability, by lm-evaluation-harness (Table 3)
+    verdict      an edit in words: do the facts hold, is the model still what it was
     results      rows of results.json
     tables       one table as Markdown, LaTeX or HTML
     charts       pictures; nothing else imports matplotlib

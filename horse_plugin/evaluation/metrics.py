@@ -75,6 +75,11 @@ class Evaluation:
         shares = [r[name] for r in self.records if r[name] is not None]
         return 100 * sum(shares) / len(shares) if shares else None
 
+    def whole(self, name: str) -> tuple[int, int]:
+        """Return for how many records a figure is 1, and how many records have it."""
+        shares = [r[name] for r in self.records if r[name] is not None]
+        return sum(share == 1 for share in shares), len(shares)
+
     def summary(self) -> dict[str, float | None]:
         """Return the mean of every figure, in percent, then drift, perplexity and fluency."""
         cost = self.cost.summary() if self.cost else dict.fromkeys(COST)

@@ -64,6 +64,11 @@ class Table:
     rule_before_last: bool = False
     is_text: bool = False
 
+    def transposed(self) -> "Table":
+        """Return the table with its columns as rows; without groups."""
+        first, *others = zip(self.columns, *self.lines, strict=True)
+        return Table(list(first), others, self.caption, notes=self.notes, is_text=self.is_text)
+
     def cells(self, style: Style) -> list[list[str]]:
         return [[style.cell(cell) for cell in line] for line in self.lines]
 
@@ -148,7 +153,7 @@ def figures_of(rows: list[dict], figures: Sequence[str]) -> Table:
         caption += "; drift in nats a token and perplexity, both on held-out text"
     if "fluency" in shown:
         caption += "; fluency in bits"
-    return Table(["method", "edits", *names, "seconds"], lines, caption)
+    return Table(["method", "edits", *names, "edit seconds"], lines, caption)
 
 
 def held_and_drift(rows: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:

@@ -239,7 +239,8 @@ class Backbone:
         """
         made = list(batches(prompts, self.batch_tokens, self.device))
         show = self.progress if progress is None else progress
-        return tqdm(made, desc=task, unit="batch", leave=False, disable=not show)
+        hidden = None if show else True  # None: where nobody watches, as in a log file
+        return tqdm(made, desc=task, unit="batch", leave=False, disable=hidden)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return the logits at the batch's answer positions, n×vocabulary."""

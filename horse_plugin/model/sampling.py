@@ -32,7 +32,8 @@ def written_texts(
     bos, turn = tokenizer.bos_token_id, _users_turn(tokenizer)
     n_rows = min(ROWS, -(-n_tokens // LENGTH))
     show = backbone.progress if progress is None else progress
-    texts, bar = [], tqdm(total=n_tokens, desc="writing text", unit="token", disable=not show)
+    hidden = None if show else True  # None: where nobody watches
+    texts, bar = [], tqdm(total=n_tokens, desc="writing text", unit="token", disable=hidden)
     with bar, quiet_transformers(), torch.random.fork_rng():
         while len(texts) * LENGTH < n_tokens:
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))

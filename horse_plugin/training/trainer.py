@@ -137,7 +137,7 @@ class HORSETrainer:
             initial=self.step,
             desc="train",
             unit="step",
-            disable=not self.progress,
+            disable=None if self.progress else True,  # None: where nobody watches, as in a log
         )
         with bar, self._interruptible() as interrupts:
             while self.step < self.n_steps and not self._is_stale():

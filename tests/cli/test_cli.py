@@ -243,7 +243,7 @@ def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
     assert code == 0 and out.index("towns") < out.index("002") and "undone" not in out
     code, out, _ = horse("show chain/towns")
     assert code == 0
-    for told in ("towns", "LlamaForCausalLM", "efficacy", "down_proj", "perplexity"):
+    for told in ("towns", "LlamaForCausalLM", "efficacy", "down_proj", "perplexity", "facts hold"):
         assert told in out
     assert horse("export --hparams tiny --delta chain --out whole")[0] == 0
     code, out, _ = horse("export --hparams tiny --delta chain --out lora --lora --rank 2")

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from horse_plugin import EditRecord, HorseEditor, UsageError
+from horse_plugin import EditRecord, HorseEditor, HorseError, UsageError
 from horse_plugin.data.prompts import prepare
 from horse_plugin.editing.checked import checked_edit
 from horse_plugin.editing.conflicts import Conflicts, find_conflicts
@@ -70,6 +70,17 @@ def test_strict_refuses_before_any_weight_moves(editor):
         checked_edit(editor, TROUBLE[:3], "facts", strict=True)
     after = editor.backbone.model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before) and not editor.history
+
+
+def test_strict_undoes_an_edit_with_a_bad_verdict(editor):
+    before = {k: v.clone() for k, v in editor.backbone.model.state_dict().items()}
+    with pytest.raises(HorseError, match=r"--strict: undone\. 0 of 6 facts hold; .*try a trained"):
+        checked_edit(editor, tiny.records(), "facts", strict=True, max_rise=1e9)
+    after = editor.backbone.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before) and not editor.history
+    delta, _ = checked_edit(editor, tiny.records(), "facts", max_rise=1e9)
+    assert delta.about["figures"]["verdict"]["facts"] == "bad"
+    assert delta.about["figures"]["held"] == (0, 6) and delta.about["figures"]["kept"][1] == 6
 
 
 def test_edits_on_top_of_others_are_compared_with_them(editor):

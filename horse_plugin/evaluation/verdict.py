@@ -1,0 +1,98 @@
+"""A verdict on an edit, in words: do the facts hold, and is the model still what it was?
+
+The limits are ours. They were set beside what edited models write: up to the first one of each pair
+nobody would notice the edit in ordinary text, and beyond the second one anybody does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from horse_plugin.evaluation.tables import figure, number
+
+GOOD, FAIR, BAD = LEVELS = ("good", "fair", "bad")
+# What is measured → (least of good, least of fair), in percent.
+AT_LEAST = {
+    "held": (95, 80),  # facts whose whole answer the model gives
+    "locality": (70, 30),  # tokens on unrelated prompts that stayed
+}
+# What is measured → (most of good, most of fair).
+AT_MOST = {
+    "drift": (0.1, 0.3),  # of held-out text from the unedited model, nats a token
+    "rise": (10, 20),  # of its perplexity, percent
+    "repetition": (15, 40),  # fall of the fluency of what the model writes, percent
+}
+HARM = {GOOD: "unharmed", FAIR: "somewhat changed", BAD: "damaged"}
+MORE_FACTS = "To hold more facts, try a trained archive, more edit_sweeps or a smaller edit_ridge."
+LESS_HARM = "To spare the model, try a trained archive, max_drift: 0.05 or fewer facts at once."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an edit came to.
+
+    Attributes:
+        facts: the level of what it holds: ``good``, ``fair`` or ``bad``.
+        model: the level of what it left of the model.
+        sentence: both with their figures, in one sentence.
+        advice: what to do where a level is not good.
+    """
+
+    facts: str
+    model: str
+    sentence: str
+    advice: list[str]
+
+    @property
+    def level(self) -> str:
+        """The worse one of the two levels."""
+        return max(self.facts, self.model, key=LEVELS.index)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def judge(figures: Mapping) -> Verdict:
+    """Return the verdict on the figures of an edit, as ``edit.json`` has them.
+
+    Args:
+        figures: the summaries ``before`` and ``after``; ``held`` and ``kept``, the numbers of facts
+            whose answers the model gives and whose unrelated answers stayed, each with the number
+            of facts that were measured. Edits of earlier releases have neither.
+    """
+    before, after = figures["before"], figures["after"]
+    measured = {
+        "held": after.get("written", after["efficacy"]),
+        "locality": after.get("locality"),
+        "drift": after.get("drift"),
+        "rise": _rise(before.get("perplexity"), after.get("perplexity")),
+        "repetition": -(_rise(before.get("fluency"), after.get("fluency")) or 0),
+    }
+    levels = {name: _level(name, value) for name, value in measured.items() if value is not None}
+    facts = levels.pop("held")
+    model = max(levels.values(), key=LEVELS.index)
+    held, kept = figures.get("held"), figures.get("kept")
+    parts = [f"{held[0]:,} of {held[1]:,}" if held else f"{number(measured['held'])} percent"]
+    parts[0] += " facts hold" if held else " of the answers hold"
+    if kept and kept[1]:
+        parts.append(f"the unrelated answers of {kept[0]:,} of {kept[1]:,} facts stay")
+    if after.get("perplexity") is not None:
+        text = f"perplexity {number(before['perplexity'])} → {number(after['perplexity'])}"
+        if measured["drift"] is not None:
+            text += f", drift {figure('drift', measured['drift'])}"
+        parts.append(f"ordinary text: {text}")
+    sentence = f"{'; '.join(parts)}. The model is {HARM[model]}."
+    advice = [MORE_FACTS] * (facts != GOOD) + [LESS_HARM] * (model != GOOD)
+    return Verdict(facts, model, sentence, advice)
+
+
+def _rise(before: float | None, after: float | None) -> float | None:
+    """Return how much a figure rose, in percent."""
+    return None if None in (before, after) or before == 0 else 100 * (after / before - 1)
+
+
+def _level(name: str, value: float) -> str:
+    if name in AT_LEAST:
+        within = [value >= limit for limit in AT_LEAST[name]]
+    else:
+        within = [value <= limit for limit in AT_MOST[name]]
+    return GOOD if within[0] else FAIR if within[1] else BAD
