@@ -207,7 +207,7 @@ def evaluate(
     hparams: Hparams = DEFAULT_MODEL,
     delta: Delta = None,
     n_edits: NEdits = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write results.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the row, and facts.csv.")] = None,
 ):
     """Measure the model, or an edit of it, on facts."""
     from horse_plugin.cli import show
@@ -215,6 +215,7 @@ def evaluate(
     from horse_plugin.distributed import is_main_process
     from horse_plugin.evaluation import results
     from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
+    from horse_plugin.evaluation.facts import fact_rows, save_facts
     from horse_plugin.evaluation.metrics import Evaluator
     from horse_plugin.storage.files import check_writable
 
@@ -230,6 +231,8 @@ def evaluate(
     rows = [results.row(name, Path(data).stem, settings, evaluation)]
     if out and is_main_process():
         results.save(out, rows)
+        facts = fact_rows(evaluator.edits, editor.backbone.tokenizer, evaluator.before, evaluation)
+        save_facts(out.with_name(f"{out.stem}-facts.csv"), facts)
     console.print(show.figures(rows))
 
 
@@ -258,14 +261,24 @@ def ask(
 
 
 @app.command(name="show")
-def show_edit(folder: Folder):
+def show_edit(
+    folder: Folder,
+    failed: Annotated[bool, typer.Option(help="Only the facts that do not hold.")] = False,
+):
     """Print what an edit is: its facts, model, settings, versions and figures."""
     from horse_plugin.cli import show
     from horse_plugin.editing.chain import read_edits
+    from horse_plugin.editing.delta import DELTA
+    from horse_plugin.evaluation.facts import read_facts
 
     deltas = read_edits(folder)
     for delta in deltas:
-        for part in show.edit(delta):
+        if failed:
+            of = folder if (folder / DELTA).exists() else folder / delta.name
+            parts = [show.failed(delta.name, read_facts(of))]
+        else:
+            parts = show.edit(delta)
+        for part in parts:
             console.print(part)
     if not deltas:
         console.print("No edit is in force.")

@@ -124,6 +124,17 @@ def edit(delta: EditDelta, n_records: int = 10) -> list:
     return [overview, *verdict(delta), printed(layers), *tables, *outcome(delta), printed(records)]
 
 
+def failed(name: str, facts: Sequence[dict]) -> RichTable:
+    """Return the facts of an edit that do not hold as a table."""
+    lines = [
+        [row["prompt"], row["wanted"], row["before"], row["after"]]
+        for row in facts
+        if row["holds"] != "True"
+    ]
+    title = f"{name}: {len(lines):,} of {len(facts):,} facts do not hold"
+    return printed(Table(["prompt", "wanted", "before", "after"], lines, title, is_text=True))
+
+
 def log(entries: list[dict]) -> RichTable:
     """Return the edits of a chain as a table, oldest first."""
     states = (f"undone {e['undone']}" if e["undone"] else "in force" for e in entries)

@@ -11,6 +11,7 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
+from horse_plugin.evaluation.facts import fact_rows
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator
 from horse_plugin.hparams import HORSEHyperParams, default_hparams
@@ -76,6 +77,7 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     hparams = replace(hparams, archive=str(trainer.run()))
     trained = HorseEditor.from_backbone(backbone, hparams)
     delta, evaluation = edit_and_measure("HORSE, trained", trained)
+    delta.facts = fact_rows(edits, backbone.tokenizer, evaluator.before, evaluation)
     shutil.rmtree(out / "edit", ignore_errors=True)  # of an earlier demo
     delta.save(out / "edit")
     results.save(out / "results.json", rows)

@@ -9,6 +9,7 @@ from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import heldout_pieces
+from horse_plugin.evaluation.facts import fact_rows
 from horse_plugin.evaluation.metrics import Evaluator
 from horse_plugin.evaluation.verdict import BAD, judge
 
@@ -35,7 +36,8 @@ def checked_edit(
         max_rise: the largest rise of that perplexity without a warning, in percent.
 
     Returns:
-        The delta, with ``about["figures"]``, and the rows of ``results.json`` before and after.
+        The delta, with ``about["figures"]`` and ``facts``, and the rows of ``results.json``
+        before and after.
 
     Raises:
         UsageError: the held-out text cannot be read, a record's prompts cannot be tokenised, or,
@@ -87,6 +89,7 @@ def checked_edit(
         "examples": [asdict(example) for example in after.examples],
         "conflicts": conflicts,
     }
+    delta.facts = fact_rows(edits, backbone.tokenizer, evaluator.before, after)
     verdict = judge(delta.about["figures"])
     if strict and verdict.level == BAD:
         editor.undo()

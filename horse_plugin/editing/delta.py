@@ -9,6 +9,7 @@ import torch
 from horse_plugin.data.records import EditRecord
 from horse_plugin.editing.archive import MADE_FOR
 from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.evaluation.facts import FACTS_FILE, save_facts
 from horse_plugin.storage.digest import text_digest
 from horse_plugin.storage.files import to_json, write
 from horse_plugin.storage.schema import check_form
@@ -32,11 +33,14 @@ class EditDelta:
             ``made`` (UTC), ``seconds``; ``weights`` and ``original``, the digests of the edit
             modules' weights right before this edit and before the first edit of its editor;
             ``moved``, ‖ΔW‖/‖W‖ of each module (Frobenius); ``figures`` if the edit was measured.
+        facts: what became of each fact, :func:`horse_plugin.evaluation.facts.fact_rows`; empty if
+            the edit was not measured, and when it is loaded. :meth:`save` writes it as CSV.
     """
 
     tensors: dict[str, torch.Tensor]
     records: list[EditRecord]
     about: dict = field(default_factory=dict)
+    facts: list[dict] = field(default_factory=list)
 
     @property
     def modules(self) -> list[str]:
@@ -62,7 +66,7 @@ class EditDelta:
         return self.about.get("name") or "edit"
 
     def save(self, folder):
-        """Write ``edit.json`` and ``delta.safetensors`` into a folder; other files there stay.
+        """Write ``edit.json``, ``delta.safetensors`` and any facts into a folder; others stay.
 
         The second file holds the checksum of the first, so that a pair which does not belong
         together is refused as damaged. It is written last: without it, there is no edit.
@@ -75,6 +79,8 @@ class EditDelta:
         text = to_json(described).encode()
         about = {**self.about, "kind": "delta", "edit_json": text_digest(text, 64)}
         write(folder / EDIT, text)
+        if self.facts:
+            save_facts(folder / FACTS_FILE, self.facts)
         save_tensors(folder / DELTA, self.tensors, about)
 
     @classmethod

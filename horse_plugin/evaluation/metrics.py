@@ -10,7 +10,7 @@ token of it, so ``written`` and ``rephrase_written`` are the shares of prompts w
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -63,12 +63,14 @@ class Evaluation:
         cost: what the model is like on ordinary text, if that was measured.
         fluency: of what it writes, in bits, if that was measured.
         examples: some of what it writes.
+        predicted: prompt → the tokens that the model predicts for its answer.
     """
 
     records: list[dict[str, float | None]]
     cost: Cost | None = None
     fluency: float | None = None
     examples: Sequence[Example] = ()
+    predicted: dict[Prompt, torch.Tensor] = field(default_factory=dict)
 
     def mean(self, name: str) -> float | None:
         """Return the mean of a figure over the records that have it, in percent."""
@@ -172,6 +174,7 @@ class Evaluator:
                 for i in range(len(self.edits))
             ],
             cost,
+            predicted=predicted,
         )
 
 

@@ -13,6 +13,7 @@ import pytest
 from horse_plugin import HorseEditor, HORSEHyperParams, HORSETrainer
 from horse_plugin.cli import main as cli
 from horse_plugin.editing.archive import ARCHIVE
+from horse_plugin.evaluation.facts import read_facts
 from horse_plugin.storage.tensors import load_tensors
 from tests import tiny
 
@@ -83,6 +84,7 @@ def test_train_edit_eval(folder, horse):
     assert sorted(p.name for p in (folder / "e").iterdir()) == [
         "delta.safetensors",
         "edit.json",
+        "facts.csv",
         "results.json",
     ]
 
@@ -90,6 +92,7 @@ def test_train_edit_eval(folder, horse):
         "eval --hparams tiny --data val.json --n-edits 5 --delta e --out r/eval.json"
     )
     assert code == 0
+    assert (folder / "r/eval-facts.csv").read_text() == (folder / "e/facts.csv").read_text()
     (row,) = json.loads((folder / "r" / "eval.json").read_text())
     for figure in ("method", "efficacy", "generalization", "specificity", "locality"):
         assert row[figure] == rows[1][figure]
@@ -245,6 +248,11 @@ def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
     assert code == 0
     for told in ("towns", "LlamaForCausalLM", "efficacy", "down_proj", "perplexity", "facts hold"):
         assert told in out
+    facts = read_facts(folder / "chain/towns")
+    failed = [row["prompt"] for row in facts if row["holds"] == "False"]
+    code, out, _ = horse("show chain --failed")
+    assert code == 0 and f"towns: {len(failed)} of 3 facts do not hold" in out
+    assert failed and all(word in out for prompt in failed for word in prompt.split())
     assert horse("export --hparams tiny --delta chain --out whole")[0] == 0
     code, out, _ = horse("export --hparams tiny --delta chain --out lora --lora --rank 2")
     assert code == 0 and "relative error" in out
