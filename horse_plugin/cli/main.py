@@ -199,30 +199,49 @@ def edit(
     for part in (*show.verdict(delta), show.figures(rows), *show.outcome(delta)):
         console.print(part)
     console.print(f"Edit: {folder / delta.name if chain else folder}", soft_wrap=True)
+    for part in show.stale_in(chain) if chain else ():
+        console.print(part, soft_wrap=True)
 
 
 @app.command(name="eval")
 def evaluate(
-    data: Data,
+    data: Annotated[
+        str | None, typer.Option(help="Facts; none: those of the edits in --delta.")
+    ] = None,
     hparams: Hparams = DEFAULT_MODEL,
     delta: Delta = None,
     n_edits: NEdits = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the row, and facts.csv.")] = None,
 ):
-    """Measure the model, or an edit of it, on facts."""
+    """Measure the model, or an edit of it, on facts; without --data, on each edit's own."""
     from horse_plugin.cli import show
     from horse_plugin.data.formats import load_records
     from horse_plugin.distributed import is_main_process
+    from horse_plugin.editing.chain import Chain
+    from horse_plugin.editing.delta import CHAIN_FILE
+    from horse_plugin.editing.standing import measure_again
     from horse_plugin.evaluation import results
     from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
     from horse_plugin.evaluation.facts import fact_rows, save_facts
     from horse_plugin.evaluation.metrics import Evaluator
     from horse_plugin.storage.files import check_writable
 
-    settings, records = _hparams(hparams), load_records(data, n_edits)
+    if data is None and (delta is None or n_edits):
+        raise UsageError("eval: give --data, or --delta for the facts of its edits.")
+    settings, records = _hparams(hparams), load_records(data, n_edits) if data else []
     if out:
         check_writable(out.parent)
     editor, deltas = _editor(settings, delta)
+    if data is None:
+        rows = measure_again(editor, deltas)
+        if not is_main_process():
+            return
+        if (delta / CHAIN_FILE).exists():
+            Chain(delta).save_now(rows)
+        if out:
+            results.save(out, rows)
+        console.print(show.figures(rows))
+        return
     text = OrdinaryText(editor.backbone, heldout_pieces())
     evaluator = Evaluator(editor.backbone, records, text=text, writing=True)
     editor.apply_chain(deltas)
@@ -267,17 +286,20 @@ def show_edit(
 ):
     """Print what an edit is: its facts, model, settings, versions and figures."""
     from horse_plugin.cli import show
-    from horse_plugin.editing.chain import read_edits
+    from horse_plugin.editing.chain import Chain, read_edits
     from horse_plugin.editing.delta import DELTA
+    from horse_plugin.editing.standing import stale
     from horse_plugin.evaluation.facts import read_facts
 
-    deltas = read_edits(folder)
+    deltas, is_chain = read_edits(folder), not (folder / DELTA).exists()
+    others = stale(Chain(folder)) if is_chain else {}
     for delta in deltas:
         if failed:
-            of = folder if (folder / DELTA).exists() else folder / delta.name
-            parts = [show.failed(delta.name, read_facts(of))]
+            parts = [
+                show.failed(delta.name, read_facts(folder / delta.name if is_chain else folder))
+            ]
         else:
-            parts = show.edit(delta)
+            parts = show.edit(delta, others.get(delta.name))
         for part in parts:
             console.print(part)
     if not deltas:
@@ -290,7 +312,7 @@ def log(folder: Folder):
     from horse_plugin.cli import show
     from horse_plugin.editing.chain import Chain
 
-    console.print(show.log(Chain.at(folder).entries))
+    console.print(show.log(Chain.at(folder)))
 
 
 @app.command()
@@ -299,6 +321,7 @@ def undo(
     name: Annotated[str | None, typer.Argument(help="The edit's name; else the last one.")] = None,
 ):
     """Take an edit out of a chain, the last one or any other; its files stay."""
+    from horse_plugin.cli import show
     from horse_plugin.editing.chain import Chain
     from horse_plugin.storage.files import locked_folder
 
@@ -306,6 +329,8 @@ def undo(
     with locked_folder(folder):
         undone = Chain(folder).undo(name)
     console.print(f"Undone: {undone}. Its files stay in {folder / undone}.", soft_wrap=True)
+    for part in show.stale_in(Chain(folder)):
+        console.print(part, soft_wrap=True)
 
 
 @app.command()

@@ -7,8 +7,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from horse_plugin.editing.budget import Budget
+from horse_plugin.editing.chain import Chain
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.export import Adapter
+from horse_plugin.editing.standing import Since, stale
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import ALL_FIGURES
 from horse_plugin.evaluation.tables import Table, examples_table, figure, figures_of, number
@@ -84,13 +86,26 @@ def outcome(delta: EditDelta) -> list:
     return parts
 
 
-def edit(delta: EditDelta, n_records: int = 10) -> list:
-    """Return what says what an edit is for, on what, how, and what it did."""
+def stale_in(chain: Chain) -> list[Text]:
+    """Return a sentence that names the edits whose figures are of another set of edits, if any."""
+    if not (found := stale(chain)):
+        return []
+    told = f"Stale since: the figures of {', '.join(found)}."
+    return [Text(f"{told} `horse eval --delta {chain.folder}` measures them again.", "yellow")]
+
+
+def edit(delta: EditDelta, changed: Since | None = None, n_records: int = 10) -> list:
+    """Return what says what an edit is for, on what, how, and what it did.
+
+    Args:
+        changed: what came and went since it was made, if anything did.
+    """
     about, measured = delta.about, delta.about.get("figures")
     size = sum(t.nbytes for t in delta.tensors.values()) / 2**20
     facts = [
         ("edit", delta.name),
         ("made", about.get("made") or "–"),
+        ("onto", ", ".join(about.get("onto") or ()) or "–"),
         ("facts", f"{len(delta.records):,}"),
         ("model", describe(about["model"])),
         ("method", about["hparams"]["alg_name"]),
@@ -121,7 +136,16 @@ def edit(delta: EditDelta, n_records: int = 10) -> list:
     overview = RichTable(box=box.SIMPLE, show_header=False)
     for line in facts:
         overview.add_row(*line)
-    return [overview, *verdict(delta), printed(layers), *tables, *outcome(delta), printed(records)]
+    notes = [Text(f"These figures are stale; {changed}.", "yellow")] if changed else []
+    return [
+        overview,
+        *notes,
+        *verdict(delta),
+        printed(layers),
+        *tables,
+        *outcome(delta),
+        printed(records),
+    ]
 
 
 def failed(name: str, facts: Sequence[dict]) -> RichTable:
@@ -135,14 +159,19 @@ def failed(name: str, facts: Sequence[dict]) -> RichTable:
     return printed(Table(["prompt", "wanted", "before", "after"], lines, title, is_text=True))
 
 
-def log(entries: list[dict]) -> RichTable:
-    """Return the edits of a chain as a table, oldest first."""
-    states = (f"undone {e['undone']}" if e["undone"] else "in force" for e in entries)
-    lines = [
-        [e["name"], e["made"], f"{e['n_edits']:,}", state]
-        for e, state in zip(entries, states, strict=True)
-    ]
-    return printed(Table(["edit", "made", "facts", ""], lines, is_text=True))
+def log(chain: Chain) -> RichTable:
+    """Return the edits of a chain as a table, oldest first, with what changed around each."""
+    now, others, lines = chain.now(), stale(chain), []
+    for e in chain.entries:
+        state, figures = f"undone {e['undone']}", ""
+        if not e["undone"]:
+            state = "in force"
+            figures = f"stale; {others[e['name']]}" if e["name"] in others else "as made"
+            if e["name"] in now:
+                figures = f"efficacy {number(now[e['name']]['efficacy'])} now"
+        onto = ", ".join(e.get("onto", ()))
+        lines.append([e["name"], e["made"], f"{e['n_edits']:,}", onto, state, figures])
+    return printed(Table(["edit", "made", "facts", "onto", "", "figures"], lines, is_text=True))
 
 
 def adapter(made: Adapter) -> RichTable:

@@ -8,6 +8,7 @@
     budget      the smallest ridge term that keeps drift within a budget
     archive     the trained hypernetwork on disk, and what it was made for
     chain       Chain: edits in one folder, made one on top of the other
+    standing    whether the figures of an edit in a chain still hold, and new ones
     conflicts   what will go wrong with a list of edits, found before any weight moves
     checked     checked_edit: conflicts, figures before and after, one edit
     settings    a YAML to begin with for any model, and facts to begin with

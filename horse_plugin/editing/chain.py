@@ -1,7 +1,8 @@
 """A chain: a folder of edits made one on top of the other, and the list of those in force.
 
     ledger.json     the list, oldest first; an undone edit stays in it, and in its folder
-    <name>/         one edit each: delta.safetensors, edit.json, results.json
+    now.json        the figures of the edits in force, as `horse eval` measured them last
+    <name>/         one edit each: delta.safetensors, edit.json, results.json, facts.csv
 
 A folder with a single edit, as :meth:`EditDelta.save` writes it, is read like a chain of one.
 """
@@ -16,10 +17,11 @@ from horse_plugin.editing.delta import CHAIN_FILE, DELTA, EditDelta
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.storage.digest import json_digest
-from horse_plugin.storage.files import new_folder, write
+from horse_plugin.storage.files import new_folder, to_json, write
 from horse_plugin.storage.schema import check_form
 
 ENTRY = {"name": str, "made": str, "n_edits": int, "undone": (str, type(None))}
+NOW = "now.json"
 UNFINISHED = "unfinished"  # the ``undone`` of an edit whose folder has no final name yet
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -29,8 +31,8 @@ class Chain:
 
     Attributes:
         folder: its path.
-        entries: ``name``, ``made``, ``n_edits`` and ``undone`` (a time, or None) of each edit,
-            oldest first.
+        entries: ``name``, ``made``, ``n_edits``, ``onto`` (the edits in force then; not in chains
+            of 0.1) and ``undone`` (a time, or None) of each edit, oldest first.
     """
 
     def __init__(self, folder):
@@ -62,6 +64,28 @@ class Chain:
         """Return the edits in force, oldest first."""
         return [EditDelta.load(self.folder / e["name"]) for e in self.entries if not e["undone"]]
 
+    @property
+    def in_force(self) -> list[str]:
+        """The names of the edits in force, oldest first."""
+        return [e["name"] for e in self.entries if not e["undone"]]
+
+    def save_now(self, rows: Sequence[dict]):
+        """Keep figures of the edits in force, one row of ``results.json`` for each of them."""
+        write(self.folder / NOW, to_json({"edits": self.in_force, "rows": list(rows)}) + "\n")
+
+    def now(self) -> dict[str, dict]:
+        """Return name → row of figures that :meth:`save_now` kept of just these edits, or nothing.
+
+        Raises:
+            HorseError: the file is damaged.
+        """
+        path = self.folder / NOW
+        if not path.exists():
+            return {}
+        kept = _json(path)
+        check_form(path, kept, {"edits": [str], "rows": [{"method": str}]})
+        return {r["method"]: r for r in kept["rows"]} if kept["edits"] == self.in_force else {}
+
     def new_name(self, name: str | None = None) -> str:
         """Return the name of the next edit: the given one, or the next free number.
 
@@ -75,7 +99,7 @@ class Chain:
             return f"{count:03d}"
         if not NAME.fullmatch(name):
             raise UsageError(f"{name!r}: not a name for an edit; use letters, digits, . _ and -.")
-        if (self.folder / name).exists() or name == CHAIN_FILE:
+        if (self.folder / name).exists() or name in (CHAIN_FILE, NOW):
             raise UsageError(f"{self.folder}: {name} is there already; choose another name.")
         return name
 
@@ -89,6 +113,7 @@ class Chain:
             rows: its rows of ``results.json``.
         """
         entry = {"name": delta.name, "made": delta.about["made"], "n_edits": len(delta.records)}
+        entry["onto"] = self.in_force
         with new_folder(self.folder / delta.name) as made:
             delta.save(made)
             results.save(made / "results.json", list(rows))
@@ -102,7 +127,7 @@ class Chain:
         Raises:
             UsageError: no such edit is in force.
         """
-        active = [e["name"] for e in self.entries if not e["undone"]]
+        active = self.in_force
         name = name or next(reversed(active), "")
         if name not in active:
             there = f"in force are {', '.join(active)}" if active else "none is in force"
@@ -134,16 +159,19 @@ def _digest(entries) -> str:
     return json_digest(entries, 64)
 
 
-def _read(path: Path) -> list[dict]:
+def _json(path: Path):
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise HorseError(f"{path}: damaged, or not the list of a chain ({error}).") from None
+        raise HorseError(f"{path}: damaged, or not a file of a chain ({error}).") from None
+
+
+def _read(path: Path) -> list[dict]:
+    content = _json(path)
     check_form(path, content, {"edits": [ENTRY], "sha256": str})
     entries = content["edits"]
     whole = json.dumps({"edits": entries, "sha256": _digest(entries)}, indent=1) + "\n"
-    if text != whole:
+    if path.read_text(encoding="utf-8") != whole:
         raise HorseError(f"{path}: damaged: its content does not match its checksum.")
     for entry in entries:
         if not NAME.fullmatch(entry["name"]):

@@ -30,8 +30,9 @@ class EditDelta:
             hold fewer numbers.
         records: the facts.
         about: the description: model fingerprint, modules, network, hparams, versions; ``name``,
-            ``made`` (UTC), ``seconds``; ``weights`` and ``original``, the digests of the edit
-            modules' weights right before this edit and before the first edit of its editor;
+            ``made`` (UTC), ``seconds``; ``onto``, the names of the edits in force then; ``weights``
+            and ``original``, the digests of the edit modules' weights right before this edit and
+            before the first edit of its editor;
             ``moved``, ‖ΔW‖/‖W‖ of each module (Frobenius); ``figures`` if the edit was measured.
         facts: what became of each fact, :func:`horse_plugin.evaluation.facts.fact_rows`; empty if
             the edit was not measured, and when it is loaded. :meth:`save` writes it as CSV.

@@ -178,6 +178,7 @@ class HorseEditor:
         tensors, budget = self._solve(network, captured, residuals, in_force)
         about = {
             "name": name or self._new_name(),
+            "onto": [d.name for d in self._edits],
             "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "model": self.backbone.fingerprint(),
             "modules": list(self.backbone.modules),

@@ -181,6 +181,7 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ("edit --hparams n.yaml --data val.json --out x", 2, "horse: n.yaml: no such hparams"),
         ("eval --hparams lama2-7b --data val.json", 2, "Did you mean llama2-7b?"),
         ("eval --hparams near --data val.json", 2, "modle' not loaded"),
+        ("eval --hparams tiny", 2, "give --data, or --delta for the facts of its edits"),
         ("eval --hparams near --data val.json", 2, "Did you mean model?"),
         ("edit --hparams tiny --data none.json --out x", 2, "none.json: no such file"),
         ("edit --hparams tiny --data bad.json --out x", 2, "bad.json: not valid JSON"),
@@ -244,6 +245,16 @@ def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
 
     code, out, _ = horse("log chain")
     assert code == 0 and out.index("towns") < out.index("002") and "undone" not in out
+    assert "stale; since then added: 002" in " ".join(out.split())
+    assert "These figures are stale; since then added: 002." in horse("show chain")[1]
+    assert "stale" not in horse("show chain/towns")[1]
+    code, out, err = horse("eval --hparams tiny --delta chain --out r/now.json")
+    assert code == 0, err
+    now = json.loads((folder / "r" / "now.json").read_text())
+    assert [r["method"] for r in now] == ["towns", "002"]
+    assert now[1]["efficacy"] == last["efficacy"]
+    out = horse("log chain")[1]
+    assert "stale" not in out and f"efficacy {now[0]['efficacy']:.1f}" in " ".join(out.split())
     code, out, _ = horse("show chain/towns")
     assert code == 0
     for told in ("towns", "LlamaForCausalLM", "efficacy", "down_proj", "perplexity", "facts hold"):
@@ -258,7 +269,8 @@ def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
     assert code == 0 and "relative error" in out
     assert json.loads((folder / "lora" / "adapter_config.json").read_text())["r"] == 2
 
-    assert horse("undo chain towns")[0] == 0
+    code, out, _ = horse("undo chain towns")
+    assert code == 0 and "Stale since: the figures of 002." in out
     code, out, _ = horse("log chain")
     assert "undone" in out
     assert horse(evaluate)[0] == 0

@@ -1,0 +1,62 @@
+"""Chains that tell the truth: whose figures are stale, and what they are now."""
+
+import pytest
+
+from horse_plugin import Chain, HorseEditor, UsageError
+from horse_plugin.editing.checked import checked_edit
+from horse_plugin.editing.standing import Since, measure_again, since, stale
+from tests import tiny
+
+
+def editor():
+    return HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams(strength=5000.0))
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """Three edits of other facts, one on top of the other."""
+    e, made = editor(), Chain(tmp_path / "chain")
+    for i, name in enumerate(("a", "b", "c")):
+        records = tiny.records(12)[4 * i : 4 * i + 4]
+        made.add(*checked_edit(e, records, "facts", name, max_rise=1e9))
+    return made
+
+
+def test_every_edit_says_what_it_was_made_onto(chain):
+    assert [d.about["onto"] for d in chain.deltas()] == [[], ["a"], ["a", "b"]]
+    assert [entry["onto"] for entry in Chain(chain.folder).entries] == [[], ["a"], ["a", "b"]]
+
+
+def test_figures_are_stale_once_edits_come_on_top_or_go_below(chain):
+    assert stale(chain) == {"a": Since(("b", "c"), ()), "b": Since(("c",), ())}
+    chain.undo("b")
+    assert stale(chain) == {"a": Since(("c",), ()), "c": Since((), ("b",))}
+    assert str(stale(chain)["c"]) == "since then undone: b"
+    chain.undo("c")
+    assert stale(chain) == {}  # a is alone, as it was when it was made
+    assert since("c", None, ["a", "c"]) == Since((), ())  # of 0.1: onto those below
+
+
+def test_figures_are_measured_again_in_the_model_as_it_is(chain):
+    chain.undo("a")
+    fresh = editor()
+    rows = measure_again(fresh, chain.deltas())
+    assert [row["method"] for row in rows] == ["b", "c"]
+    again = measure_again(editor(), chain.deltas())
+    assert [r["efficacy"] for r in rows] == [r["efficacy"] for r in again]
+    evaluated = fresh.backbone.prepare(chain.deltas()[1].records)
+    assert rows[1]["n_edits"] == len(evaluated) == 4 and rows[1]["drift"] > 0
+    chain.save_now(rows)
+    assert Chain(chain.folder).now()["c"]["efficacy"] == rows[1]["efficacy"]
+    chain.undo("b")
+    assert Chain(chain.folder).now() == {}  # they are of other edits
+    chain.undo("c")
+    with pytest.raises(UsageError, match="no edit is in force"):
+        measure_again(editor(), chain.deltas())
+
+
+def test_the_last_edit_of_a_chain_measured_again_has_the_figures_that_it_was_made_with(chain):
+    rows = measure_again(editor(), chain.deltas())
+    made = chain.deltas()[2].about["figures"]["after"]
+    for figure in ("efficacy", "generalization", "specificity", "drift", "perplexity"):
+        assert rows[2][figure] == pytest.approx(made[figure]), figure
