@@ -47,12 +47,11 @@ def answer(editor: HorseEditor, prompts: Sequence[str], before: bool, n_tokens: 
     if len(prompts) == 1 and not before:
         _write(editor, prompts[0], n_tokens)
         return
-    columns = [prompts]
-    if before:
-        columns.append(editor.ask(prompts, n_tokens, before=True))
-    columns.append(editor.ask(prompts, n_tokens))
+    asked = [True, False] if before else [False]
+    columns = [prompts, *(editor.ask(prompts, n_tokens, when) for when in asked)]
+    lines = [[" ".join(text.split()) for text in line] for line in zip(*columns, strict=True)]
     names = ["prompt", "before", "after"] if before else ["prompt", "answer"]
-    console.print(printed(Table(names, list(zip(*columns, strict=True)), is_text=True)))
+    console.print(printed(Table(names, lines, is_text=True)))
 
 
 def converse(editor: HorseEditor, before: bool, n_tokens: int):
