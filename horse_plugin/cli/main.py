@@ -5,6 +5,7 @@ completions need none of it.
 """
 
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -187,6 +188,7 @@ def edit(
             editor.apply_chain(chain.deltas())
         dataset = Path(data).stem
         delta, rows = checked_edit(editor, records, dataset, name, strict, heldout, max_rise)
+        delta.about["command"] = shlex.join(["horse", *sys.argv[1:]])
         if not is_main_process():
             return
         if chain:
@@ -304,6 +306,20 @@ def show_edit(
             console.print(part)
     if not deltas:
         console.print("No edit is in force.")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of an edit, a chain, a comparison, a demo …")],
+    out: Annotated[Path | None, typer.Option(help="The page; else report.html in it.")] = None,
+):
+    """Draw the report of a folder, or draw it again."""
+    from horse_plugin.comparison.again import report_of
+    from horse_plugin.storage.files import write
+
+    page = out or folder / "report.html"
+    write(page, report_of(folder).html())
+    console.print(f"Report: {page}", soft_wrap=True)
 
 
 @app.command()

@@ -13,7 +13,14 @@ from horse_plugin.editing.export import Adapter
 from horse_plugin.editing.standing import Since, stale
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import ALL_FIGURES
-from horse_plugin.evaluation.tables import Table, examples_table, figure, figures_of, number
+from horse_plugin.evaluation.tables import (
+    Table,
+    examples_table,
+    figure,
+    figures_of,
+    kinds_table,
+    number,
+)
 from horse_plugin.evaluation.verdict import judge
 from horse_plugin.model.fingerprint import describe
 
@@ -72,13 +79,7 @@ def outcome(delta: EditDelta) -> list:
     measured = delta.about.get("figures") or {}
     parts = []
     if kinds := measured.get("kinds"):
-        lines = [
-            [kind, *map(number, (of["before"]["perplexity"], of["after"]["perplexity"])), drift]
-            for kind, of in kinds.items()
-            for drift in [figure("drift", of["after"]["drift"])]
-        ]
-        names = ["held-out text", "perplexity before", "after", "drift"]
-        parts.append(printed(Table(names, lines)))
+        parts.append(printed(kinds_table(kinds)))
     if budget := delta.about.get("budget"):
         parts.append(Text(Budget(**budget).sentence()))
     if written := measured.get("examples"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from horse_plugin.assets import FACTS
 from horse_plugin.data.formats import load_records
+from horse_plugin.editing.checked import figures_of
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation import results
@@ -16,7 +17,7 @@ from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator
 from horse_plugin.hparams import HORSEHyperParams, default_hparams
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage.files import check_writable
+from horse_plugin.storage.files import check_writable, write
 from horse_plugin.training.trainer import HORSETrainer
 
 N_EDITS = 200
@@ -47,7 +48,7 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     Args:
         hparams: the settings; None is the default model's, with a short training.
     """
-    from horse_plugin.evaluation.report import write_report  # loads matplotlib
+    from horse_plugin.comparison.again import report_of  # loads matplotlib
 
     out = Path(out)
     hparams = hparams or replace(default_hparams(), **BRIEF)
@@ -79,7 +80,8 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     delta, evaluation = edit_and_measure("HORSE, trained", trained)
     delta.facts = fact_rows(edits, backbone.tokenizer, evaluator.before, evaluation)
     shutil.rmtree(out / "edit", ignore_errors=True)  # of an earlier demo
+    delta.about["figures"] = figures_of(evaluator.before, evaluation)
     delta.save(out / "edit")
     results.save(out / "results.json", rows)
-    write_report(out / "report.html", rows, trainer.history, evaluation.examples)
+    write(out / "report.html", report_of(out).html())
     return Outcome(rows, evaluation.examples)

@@ -66,7 +66,7 @@ def compare(
         corpus,
         check,
     )
-    return _measured(plan, "compare")
+    return _measured(plan)
 
 
 def _briefly_trained(method: Method) -> Method:
@@ -110,7 +110,7 @@ def ablate(
         Path(out),
         seeds,
     )
-    return _measured(plan, "ablate")
+    return _measured(plan)
 
 
 def shipped_facts() -> DataSet:
@@ -133,7 +133,7 @@ def data_sets(data: Sequence[str], train: Sequence[str], val: Sequence[str]) -> 
     return [DataSet.load(*f) for f in files]
 
 
-def _measured(plan: Plan, kind: str) -> list[dict]:
+def _measured(plan: Plan) -> list[dict]:
     """Run the plan, and write tables and report of all rows that the folder holds.
 
     Methods may so be measured one after the other, some at fewer numbers of edits or seeds.
@@ -141,5 +141,5 @@ def _measured(plan: Plan, kind: str) -> list[dict]:
     rows = run(plan)
     order = list(METHODS | ABLATIONS).index
     held = sorted(held_rows(plan.out), key=lambda row: order(row["method"]))
-    write_output(plan.out, held, kind)
+    write_output(plan.out, held)
     return rows

@@ -1,23 +1,23 @@
 """What a comparison leaves in its folder, beside ``results.json``."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from horse_plugin.comparison import tables
-from horse_plugin.evaluation.tables import held_and_drift
+from horse_plugin.comparison.methods import ABLATIONS, METHODS
+from horse_plugin.evaluation.tables import Table, held_and_drift
 from horse_plugin.storage.files import write
 
-TITLES = {"compare": "Side by side", "ablate": "What each part brings"}
-_READING = """<p>Every figure is the share of answer tokens predicted right, in percent, averaged
-over the edits: efficacy on the edited prompts, generalization on their rephrasings, specificity on
-unrelated prompts. Locality is the share of tokens on unrelated prompts that the edit left as they
-were. "Writ." is the share of edits whose answer the model writes, token for token. Drift is how far
-the edited model's predictions are from the unedited model's on held-out ordinary text, in nats a
-token; perplexity is on the same text. A method that holds the facts and wrecks the model has a high
-drift. All methods start from the same weights, edit the same records, all at once, and are measured
-by the same code.</p>"""
+if TYPE_CHECKING:
+    from horse_plugin.evaluation.report import Report
+
+_READING = """All methods start from the same weights, edit the same records, all at once, and are
+measured by the same code. The upper left corner of a picture of facts held over drift is the best:
+a method that holds the facts and wrecks the model has a high drift."""
 
 
-def write_output(out: Path, rows: list[dict], kind: str = "compare"):
+def write_output(out: Path, rows: list[dict]):
     """Write ``table.md``, ``table.tex``, ``results.csv`` and ``report.html``.
 
     For each model and number of edits there is ``held-<model>-<edits>.svg``, facts held over drift,
@@ -27,30 +27,62 @@ def write_output(out: Path, rows: list[dict], kind: str = "compare"):
     Args:
         out: the folder.
         rows: rows of ``results.json``.
-        kind: ``compare`` or ``ablate``.
     """
-    from horse_plugin.evaluation import charts, report  # matplotlib takes a second to load
+    from horse_plugin.evaluation import charts  # matplotlib takes a second to load
 
-    pages = tables.pages(rows)
-    figures = [tables.figures_table(rows, *page) for page in pages]
-    costs = [tables.cost_table(rows, *page) for page in pages]
-    both = [t for pair in zip(figures, costs, strict=True) for t in pair if t.lines]
+    both = [t for page in _tables(rows) for t in page[1:] if t.lines]
     write(out / "table.md", "\n".join(t.markdown() for t in both))
     write(out / "table.tex", "\n".join(t.latex() for t in both))
     write(out / "results.csv", tables.to_csv(rows))
-    body = f"<h1>{TITLES[kind]}</h1>{_READING}"
-    for model, dataset in dict.fromkeys((r["model"], r["dataset"]) for r in rows):
-        if curves := tables.curves(rows, model, dataset):
-            drawn, name = charts.svg(charts.over_edits(curves)), Path(model).name
-            write(out / f"edits-{name}-{dataset}.svg", drawn)
-            body += f"<h2>{dataset} on {name}, over the number of edits</h2>{report.picture(drawn)}"
-    for (model, n), figure, cost in zip(pages, figures, costs, strict=True):
-        bars = charts.svg(charts.side_by_side(tables.means(rows, model, n)))
-        body += f"<h2>{tables.edits(n)} on {Path(model).name}</h2>"
-        body += figure.html()
+    for model, n in tables.pages(rows):
         if points := held_and_drift(tables.of_page(rows, model, n)):
             drawn = charts.svg(charts.held_over_drift(points))
             write(out / f"held-{Path(model).name}-{n}.svg", drawn)
-            body += f"<h3>Facts held, and what it cost</h3>{report.picture(drawn)}"
-        body += report.picture(bars) + cost.html()
-    write(out / "report.html", report.page(TITLES[kind], body))
+    for model, dataset, curves in _curves(rows):
+        drawn = charts.svg(charts.over_edits(curves, tables.drawn_in(curves)))
+        write(out / f"edits-{Path(model).name}-{dataset}.svg", drawn)
+    write(out / "report.html", comparison_report(rows).html())
+
+
+def comparison_report(rows: list[dict]) -> "Report":
+    """Return the report of a comparison or an ablation.
+
+    Args:
+        rows: rows of ``results.json``.
+    """
+    from horse_plugin.evaluation import charts, report
+
+    made = report.Report(_title(rows), versions=rows[-1]["versions"])
+    made.sections.append(report.Section("How to read this", f"{report.READING} {_READING}"))
+    for (model, n), figures, costs in _tables(rows):
+        held = held_and_drift(tables.of_page(rows, model, n))
+        drawn = [charts.held_over_drift({dataset: points}) for dataset, points in held.items()]
+        means = tables.means(rows, model, n).items()
+        drawn += [charts.side_by_side(dataset, of) for dataset, of in means if of]
+        heading = f"{tables.edits(n)} on {Path(model).name}"
+        pictures = [charts.svg(figure) for figure in drawn]
+        made.sections.append(report.Section(heading, "", pictures, [figures, costs]))
+    for model, dataset, curves in _curves(rows):
+        drawn = [charts.over_edits(curves, [name]) for name in tables.drawn_in(curves)]
+        heading = f"{dataset} on {Path(model).name}, over the number of edits"
+        made.sections.append(report.Section(heading, "", [charts.svg(f) for f in drawn]))
+    return made
+
+
+def _title(rows: list[dict]) -> str:
+    """Return a title by the methods: an ablation has rows that a comparison has not."""
+    is_ablation = any(r["method"] in ABLATIONS and r["method"] not in METHODS for r in rows)
+    return "What each part brings" if is_ablation else "Side by side"
+
+
+def _tables(rows: list[dict]) -> list[tuple[tuple[str, int], Table, Table]]:
+    """Return (model, number of edits), the table of figures and that of costs, of each page."""
+    pages = tables.pages(rows)
+    return [(p, tables.figures_table(rows, *p), tables.cost_table(rows, *p)) for p in pages]
+
+
+def _curves(rows: list[dict]) -> Iterator[tuple[str, str, dict]]:
+    """Yield model, data set and curves wherever several numbers of edits were measured."""
+    for model, dataset in dict.fromkeys((r["model"], r["dataset"]) for r in rows):
+        if curves := tables.curves(rows, model, dataset):
+            yield model, dataset, curves

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from horse_plugin.evaluation.metrics import COST, SCORED, mean
+from horse_plugin.evaluation.metrics import COST, SCORED, SHARES, mean
 from horse_plugin.evaluation.tables import DIGITS, UNEDITED, Table, number
 
 HEADINGS = {
@@ -21,6 +21,7 @@ HEADINGS = {
     "perplexity": "PPL",
 }
 LESS_IS_BETTER = COST
+CURVES = (*SHARES, *COST)  # what is drawn over the number of edits
 OURS = "HORSE"
 
 
@@ -138,19 +139,24 @@ def curves(rows: list[dict], model: str, dataset: str) -> dict[str, dict] | None
 
     def curve(method: str, figure: str) -> list[tuple[int, float]]:
         of = [r for r in rows if r["method"] == method]
-        at = {n: Mean.of([r[figure] for r in of if r["n_edits"] == n]) for n in numbers}
+        at = {n: Mean.of([r.get(figure) for r in of if r["n_edits"] == n]) for n in numbers}
         return [(n, m.mean) for n, m in at.items() if m]
 
-    return {m: {figure: curve(m, figure) for figure in SCORED} for m in _values(rows, "method")}
+    return {m: {figure: curve(m, figure) for figure in CURVES} for m in _values(rows, "method")}
+
+
+def drawn_in(curves: dict[str, dict]) -> list[str]:
+    """Return the figures of :func:`curves` that any method has."""
+    return [f for f in CURVES if any(of[f] for of in curves.values())]
 
 
 def means(rows: list[dict], model: str, n_edits: int) -> dict[str, dict]:
-    """Return data set → method → the three figures; rows without figures are left out."""
+    """Return data set → method → the shares; rows without figures are left out."""
     rows = of_page(rows, model, n_edits)
     done = [r for r in rows if not r.get("reason")]
     return {
         dataset: {
-            method: [m.mean if (m := _mean(done, method, dataset, f)) else 0 for f in SCORED]
+            method: [m.mean if (m := _mean(done, method, dataset, f)) else 0 for f in SHARES]
             for method in _values([r for r in done if r["dataset"] == dataset], "method")
         }
         for dataset in _values(rows, "dataset")

@@ -10,7 +10,7 @@ from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import heldout_pieces
 from horse_plugin.evaluation.facts import fact_rows
-from horse_plugin.evaluation.metrics import Evaluator
+from horse_plugin.evaluation.metrics import Evaluation, Evaluator
 from horse_plugin.evaluation.verdict import BAD, judge
 
 
@@ -80,23 +80,32 @@ def checked_edit(
             "should leave alone. max_drift sets a limit",
             stacklevel=2,
         )
-    delta.about["figures"] = {
-        "before": evaluator.before.summary(),
-        "after": after.summary(),
-        "held": after.whole("written"),
-        "kept": after.whole("locality"),
-        "kinds": {k: {"before": now.kinds[k], "after": after.cost.kinds[k]} for k in now.kinds},
-        "examples": [asdict(example) for example in after.examples],
-        "conflicts": conflicts,
-    }
+    delta.about["figures"] = figures_of(evaluator.before, after) | {"conflicts": conflicts}
     delta.facts = fact_rows(edits, backbone.tokenizer, evaluator.before, after)
     verdict = judge(delta.about["figures"])
     if strict and verdict.level == BAD:
         editor.undo()
         raise HorseError(f"--strict: undone. {verdict.sentence} {' '.join(verdict.advice)}")
-    delta.about["figures"]["verdict"] = verdict.to_dict()
     rows = [
         results.row("before" if earlier else "unedited", dataset, hp, evaluator.before),
         results.row(hp.alg_name, dataset, hp, after, delta.about["seconds"]),
     ]
     return delta, rows
+
+
+def figures_of(before: Evaluation, after: Evaluation) -> dict:
+    """Return the figures of an edit as ``edit.json`` has them, with the verdict on them.
+
+    Args:
+        before, after: what an evaluator found that measures ordinary text and what is written.
+    """
+    kinds = before.cost.kinds
+    figures = {
+        "before": before.summary(),
+        "after": after.summary(),
+        "held": after.whole("written"),
+        "kept": after.whole("locality"),
+        "kinds": {k: {"before": kinds[k], "after": after.cost.kinds[k]} for k in kinds},
+        "examples": [asdict(example) for example in after.examples],
+    }
+    return figures | {"verdict": judge(figures).to_dict()}

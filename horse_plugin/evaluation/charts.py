@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from horse_plugin.evaluation.metrics import SCORED
+from horse_plugin.evaluation.metrics import COST, SHARES
 
 # The lines that should stand out; the others take their turn among colours unlike these.
 STANDING_OUT = {
@@ -19,42 +19,46 @@ COLORS = [color for i, color in enumerate(matplotlib.colormaps["tab10"].colors) 
 
 
 def svg(figure: Figure) -> str:
-    """Return the figure as an ``<svg>`` element, the same bytes for the same figure."""
+    """Return the figure as an ``<svg>`` element, the same bytes for the same figure.
+
+    What is black takes the colour of the text around it, so that it is seen on a dark page, too.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "horse", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    _, _, drawn = buffer.getvalue().partition("<svg")
+    return '<svg fill="currentColor"' + drawn.replace("#000000", "currentColor")
 
 
 def before_and_after(rows: list[dict]) -> Figure:
-    """Draw the three figures as groups of bars, one bar a row of ``results.json``."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    """Draw the shares as groups of bars, one bar a row of ``results.json``."""
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(rows)
     for i, r in enumerate(rows):
-        positions = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(SCORED))]
-        bars = axes.bar(positions, [r[n] or 0 for n in SCORED], width * 0.92, label=r["method"])
+        positions = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(SHARES))]
+        heights = [r.get(n) or 0 for n in SHARES]
+        bars = axes.bar(positions, heights, width * 0.92, label=r["method"])
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set_xticks(range(len(SCORED)), SCORED)
+    axes.set_xticks(range(len(SHARES)), SHARES, fontsize=9)
     axes.set_ylabel("percent")
     axes.set_ylim(0, 108)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     _open(axes)
     return figure
 
 
-def learning_curves(history: list[dict]) -> Figure:
-    """Draw the losses and the validation figures of a training run over its steps."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    losses, validation = figure.subplots(1, 2)
+def learning_curves(history: list[dict]) -> list[Figure]:
+    """Draw the losses of a training run over its steps, and the validation figures."""
+    figures = [Figure(figsize=(5, 3.2), layout="constrained") for _ in range(2)]
+    losses, validation = (figure.subplots() for figure in figures)
     steps = [h["step"] for h in history]
     for kind in ("edit", "rephrase", "unrelated", "ordinary"):
         if history[0].get(kind) is not None:
             losses.plot(steps, [h[kind] for h in history], label=kind)
     losses.set(xlabel="step", ylabel="loss per answer token", ylim=(0, None))
     validated = [h for h in history if "validation" in h]
-    for name in SCORED:
+    for name in SHARES:
         values = [h["validation"][name] for h in validated]
         style = {"marker": "o", "markersize": 3, "label": name}
         validation.plot([h["step"] for h in validated], values, **style)
@@ -62,52 +66,61 @@ def learning_curves(history: list[dict]) -> Figure:
     for axes in (losses, validation):
         axes.legend(frameon=False, fontsize=8)
         _open(axes)
-    return figure
+    return figures
 
 
 Curve = list[tuple[int, float]]
 
 
-def over_edits(curves: dict[str, dict[str, Curve]]) -> Figure:
+def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Figure:
     """Draw Fig. 2: one panel a figure, one line a method, over the number of edits.
 
     Args:
-        curves: method → figure → (number of edits, percent) of each point.
+        curves: method → figure → (number of edits, value) of each point.
+        names: the figures to draw, at most three side by side.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(SCORED), sharey=True), SCORED, strict=True):
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    size = (3.4 * columns + 1.2, 2.7 * lines + 0.7)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, name in zip(panels, names, strict=False):
         axes.set_prop_cycle(color=COLORS)
         for method, of_figure in curves.items():
             style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
             if of_figure[name]:
                 axes.plot(*zip(*of_figure[name], strict=True), label=method, **style)
-        axes.set(title=name, xlabel="edits", xscale="log", ylim=(0, 103))
+        axes.set(title=name, xlabel="edits", xscale="log")
+        if name in COST:
+            axes.set_yscale("log" if name == "perplexity" else "linear")
+        else:
+            axes.set(ylim=(0, 103), ylabel="percent")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         _open(axes)
-    figure.axes[0].set_ylabel("percent")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    for axes in panels:  # left over in the last line
+        axes.set_visible(False)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
-def side_by_side(means: dict[str, dict[str, Sequence[float]]]) -> Figure:
-    """Draw the three figures as horizontal bars, one panel a data set, one group a method.
+def side_by_side(dataset: str, means: dict[str, Sequence[float]]) -> Figure:
+    """Draw the shares of one data set as horizontal bars, one group a method.
 
     Args:
-        means: data set → method → the three figures, in percent.
+        means: method → the shares, in percent.
     """
-    n_methods = len({method for of in means.values() for method in of})
-    figure = Figure(figsize=(9, 1.1 + 0.45 * n_methods), layout="constrained")
-    panels = figure.subplots(1, len(means), squeeze=False)[0]
-    for axes, (dataset, of) in zip(panels, means.items(), strict=True):
-        methods = list(of)[::-1]
-        for i, name in enumerate(SCORED):
-            positions = [j - (i - 1) * 0.27 for j in range(len(methods))]
-            axes.barh(positions, [of[m][i] for m in methods], 0.25, label=name)
-        axes.set_yticks(range(len(methods)), methods)
-        axes.set(title=dataset, xlabel="percent", xlim=(0, 100))
-        _open(axes)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure = Figure(figsize=(5, 1.1 + 0.55 * len(means)), layout="constrained")
+    axes, methods = figure.subplots(), list(means)[::-1]
+    for i, name in enumerate(SHARES):
+        positions = [j - (i - 1.5) * 0.21 for j in range(len(methods))]
+        axes.barh(positions, [means[m][i] for m in methods], 0.19, label=name)
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set(title=dataset, xlabel="percent", xlim=(0, 100))
+    _open(axes)
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 

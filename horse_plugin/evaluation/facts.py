@@ -65,7 +65,7 @@ def save_facts(path, rows: list[dict]):
     """Write the rows of :func:`fact_rows` as CSV."""
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, names)  # its own line ends, so that any in a text are quoted
     writer.writeheader()
     writer.writerows(rows)
     write(path, text.getvalue())

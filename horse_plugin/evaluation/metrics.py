@@ -34,6 +34,7 @@ FIGURES = tuple(MEASURED_ON)
 COST = ("drift", "perplexity")  # nats a token, and a perplexity: the less the better
 ALL_FIGURES = (*FIGURES, *COST, "fluency")
 SCORED = ("efficacy", "generalization", "specificity")  # the paper's three, whose mean is the score
+SHARES = (*SCORED, "locality")  # in percent, the more the better
 
 
 @torch.no_grad()

@@ -1,84 +1,141 @@
-"""A report that opens from disk: one HTML file with its pictures inside."""
+"""Reports that open from disk: one HTML file with its pictures inside, and one look for all."""
 
-import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from horse_plugin.evaluation.charts import (
-    before_and_after,
-    held_over_drift,
-    learning_curves,
-    svg,
+import jinja2
+
+from horse_plugin.evaluation import charts
+from horse_plugin.evaluation.generation import Example
+from horse_plugin.evaluation.metrics import ALL_FIGURES
+from horse_plugin.evaluation.tables import (
+    UNEDITED,
+    Table,
+    examples_table,
+    figures_of,
+    held_and_drift,
+    kinds_table,
+    number,
 )
-from horse_plugin.evaluation.metrics import COST, SCORED
-from horse_plugin.evaluation.tables import examples_table, figures_of, held_and_drift
-from horse_plugin.storage.files import write
+from horse_plugin.evaluation.verdict import Verdict
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff } p, ul { max-width: 60rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
-th, td { padding: .35rem .5rem; border-bottom: 1px solid #ddd; text-align: right }
-td { white-space: nowrap } .text td { white-space: normal }
-th:first-child, td:first-child, .text td, .text th { text-align: left }
-th[colspan] { text-align: center; border-left: 1px solid #ddd }
-svg { max-width: 100%; height: auto } p.note, ul.note { color: #555 }
-@media screen and (max-width: 40rem) {
-  table { font-size: .85rem } th, td { padding: .3rem .4rem }
-  .scroll svg { max-width: none; width: 38rem }
-  th:first-child, td:first-child { position: sticky; left: 0; background: #fff } }
-@media print {
-  body { margin: 0; padding: 0; font-size: .8rem } .scroll { overflow: visible }
-  table { font-size: .6rem } th, td { padding: .2rem .3rem }
-  h2 { break-after: avoid } svg, tr { break-inside: avoid } }
-"""
+READING = (
+    "Efficacy, generalization, specificity and locality are shares of answer tokens, in percent: "
+    "right on the edited prompts, on their rephrasings and on unrelated prompts, and as before the "
+    "edit on the latter. Written is the share of edits whose answer the model writes. Drift is how "
+    "far predictions on held-out ordinary text moved, in nats a token; perplexity is on the same "
+    "text. Fluency falls when the model repeats itself."
+)
 
 
-def write_report(path, rows: list[dict], history: list[dict], examples):
-    """Write the demo's report.
+@dataclass
+class Section:
+    """A part of a report: a text, then pictures side by side, then tables."""
+
+    heading: str
+    text: str = ""
+    pictures: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclass
+class Report:
+    """What a report says, from the top to the bottom of its page.
+
+    Attributes:
+        meta: one line on the model and the data.
+        facts: rows of :func:`horse_plugin.evaluation.facts.fact_rows`, or of ``facts.csv``.
+        command: the command line that repeats it.
+        versions: package → version.
+    """
+
+    title: str
+    meta: str = ""
+    verdict: Verdict | None = None
+    sections: list[Section] = field(default_factory=list)
+    facts: Sequence[Mapping] = ()
+    command: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def html(self) -> str:
+        """Return the whole page, which needs no other file."""
+        folder = jinja2.FileSystemLoader(Path(__file__).parent)
+        environment = jinja2.Environment(
+            loader=folder, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+        )
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        page = environment.get_template("report.html.j2")
+        return page.render(vars(self) | {"versions": versions, "percent": _percent})
+
+
+def _percent(value) -> str:
+    return "" if value in (None, "") else number(float(value), 0)
+
+
+def held_and_cost(rows: list[dict]) -> Section:
+    """Return what some models hold and what it costs, as a section.
 
     Args:
-        path: of the HTML file.
-        rows: rows of ``results.json``.
-        history: the trainer's, a dict per step with losses, some with ``validation``.
-        examples: what the model writes before and after the edit.
+        rows: rows of ``results.json`` of one data set.
     """
-    first = rows[0]
-    body = f"""
-<h1>{first["n_edits"]} facts edited at once</h1>
-<p>Model {_text(first["model"])}, data {_text(first["dataset"])}, seed {first["seed"]}.
-Every figure is the share of answer tokens predicted right, in percent, averaged over the edits:
-efficacy on the edited prompts, generalization on their rephrasings, specificity on unrelated
-prompts. Locality is the share of tokens on unrelated prompts that the edit left as they were,
-written the share of edits whose answer the model writes. Drift is how far the predictions on
-held-out ordinary text moved, in nats a token; perplexity is on the same text. Fluency falls when
-the model repeats itself.</p>
-{figures_of(rows, (*SCORED, "locality", "written", *COST, "fluency")).html()}
-<h2>Before and after</h2>{picture(svg(before_and_after(rows)))}
-<h2>Facts held, and what it cost</h2>{picture(svg(held_over_drift(held_and_drift(rows))))}
-<h2>Learning curve</h2>
-<p class="note">Left: mean loss per answer token of the edited model at each training step. Right:
-the same three figures when the validation facts are edited.</p>
-{picture(svg(learning_curves(history)))}
-<h2>What the model writes</h2>
-{examples_table(examples).html()}
-<p class="note">Versions: {_text(", ".join(f"{k} {v}" for k, v in first["versions"].items()))}.</p>
-"""
-    write(path, page("HORSE report", body))
+    pictures = [charts.svg(charts.before_and_after(rows))]
+    if points := held_and_drift(rows):
+        pictures.insert(0, charts.svg(charts.held_over_drift(points)))
+    table = figures_of(rows, ALL_FIGURES)
+    return Section("Held, and at what cost", READING, pictures, [table])
 
 
-def page(title: str, body: str) -> str:
-    """Return a whole HTML page that needs no other file."""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+def of_edit(about: Mapping, n_facts: int, verdict: Verdict | None, facts=()) -> Report:
+    """Return the report of one edit, as its ``edit.json`` describes it.
+
+    Args:
+        n_facts: the number of its facts.
+        verdict: the one on its figures, if it was measured.
+        facts: its rows of ``facts.csv``.
+    """
+    hp, measured = about["hparams"], about.get("figures")
+    report = Report(
+        f"{about.get('name') or 'edit'}: {n_facts:,} facts edited",
+        f"Model {about['model']['name']}, {hp['alg_name']}, made {about.get('made') or 'in 0.1'}, "
+        f"archive: {hp.get('archive') or 'untrained'}.",
+        verdict,
+        facts=facts,
+        command=about.get("command"),
+        versions=about["versions"],
     )
+    if not measured:
+        return report
+    row = {"dataset": "the facts of this edit", "n_edits": n_facts, "edit_seconds": None}
+    names = {"before": "before" if about.get("onto") else UNEDITED, "after": hp["alg_name"]}
+    rows = [row | {"method": names[when]} | measured[when] for when in names]
+    rows[1]["edit_seconds"] = about.get("seconds")
+    report.sections.append(held_and_cost(rows))
+    if kinds := measured.get("kinds"):
+        heading = "What ordinary text feels of it"
+        report.sections.append(Section(heading, tables=[kinds_table(kinds)]))
+    if written := measured.get("examples"):
+        report.sections.append(written_section([Example(**example) for example in written]))
+    lines = [[name, f"{share:.2e}"] for name, share in about.get("moved", {}).items()]
+    moved = Table(["module", "‖ΔW‖/‖W‖"], lines)
+    report.sections.append(Section("How far the weights moved", tables=[moved]))
+    return report
 
 
-def picture(drawn: str) -> str:
-    """Return an ``<svg>`` that scrolls on a phone instead of shrinking."""
-    return f'<div class="scroll">{drawn}</div>'
+def written_section(examples: Sequence[Example]) -> Section:
+    """Return what the model writes before and after an edit as a section."""
+    table = examples_table(examples)
+    return Section(table.caption, tables=[replace(table, caption="")])
 
 
-def _text(value) -> str:
-    return html.escape(str(value))
+def learning_section(history: list[dict]) -> Section:
+    """Return the losses and validations of a training as a section.
+
+    Args:
+        history: the trainer's, a dict per step with losses, some with ``validation``.
+    """
+    text = (
+        "The loss is the mean per answer token of the edited model at each training step. The "
+        "figures are those of the validation facts when they are edited."
+    )
+    return Section("Learning", text, [charts.svg(f) for f in charts.learning_curves(history)])

@@ -1,6 +1,5 @@
-"""One table, written as Markdown, LaTeX or HTML."""
+"""One table, written as Markdown or LaTeX; the report's template writes it as HTML."""
 
-import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +38,6 @@ def _latex(text: str) -> str:
 
 MARKDOWN = Style("**{}**", "<u>{}</u>", lambda text: text.replace("|", "\\|"))
 LATEX = Style(r"\textbf{{{}}}", r"\underline{{{}}}", _latex)
-HTML = Style("<b>{}</b>", "<u>{}</u>", html.escape)
 
 
 @dataclass
@@ -73,9 +71,7 @@ class Table:
         return [[style.cell(cell) for cell in line] for line in self.lines]
 
     def markdown(self) -> str:
-        over = ["", *(heading for heading, n in self.groups for heading in [heading] * n)]
-        over += [""] * (len(self.columns) - len(over))
-        head = [f"{g} {c}".strip() for g, c in zip(over, self.columns, strict=True)]
+        head = self.labels()
         align = ["---", *(["---" if self.is_text else "--:"] * (len(head) - 1))]
         lines = [head, align, *self.cells(MARKDOWN)]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -109,21 +105,15 @@ class Table:
             ]
         )
 
-    def html(self) -> str:
-        groups = "".join(f'<th colspan="{n}">{html.escape(g)}</th>' for g, n in self.groups)
-        groups = f"<tr><th></th>{groups}</tr>" if groups else ""
-        names = "".join(f"<th>{html.escape(c)}</th>" for c in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in self.cells(HTML)
-        )
-        kind = ' class="text"' if self.is_text else ""
-        caption = f'<p class="note">{html.escape(self.caption)}</p>' if self.caption else ""
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return (
-            f'<div class="scroll"><table{kind}>{groups}<tr>{names}</tr>{body}</table></div>'
-            + caption
-            + (f'<ul class="note">{notes}</ul>' if notes else "")
-        )
+    def marked(self) -> list[list[tuple[str, str]]]:
+        """Return the cells of each line as (text, mark); the mark of a plain text is empty."""
+        return [[(c, "") if isinstance(c, str) else c for c in line] for line in self.lines]
+
+    def labels(self) -> list[str]:
+        """Return what names each column where no head stands over it, as on a phone."""
+        over = ["", *(heading for heading, n in self.groups for heading in [heading] * n)]
+        over += [""] * (len(self.columns) - len(over))
+        return [f"{g} {c}".strip() for g, c in zip(over, self.columns, strict=True)]
 
 
 UNEDITED = "unedited"  # the row of the model as it is
@@ -182,3 +172,16 @@ def examples_table(examples) -> Table:
     lines = [(e.kind, e.prompt, e.before, e.after, e.answer) for e in examples]
     names = ["", "prompt", "before", "after", "answer"]
     return Table(names, lines, "What the model writes", is_text=True)
+
+
+def kinds_table(kinds: dict[str, dict]) -> Table:
+    """Return the perplexity before and after, and the drift, of each kind of held-out text."""
+    lines = [
+        [
+            kind,
+            *map(number, (of["before"]["perplexity"], of["after"]["perplexity"])),
+            figure("drift", of["after"]["drift"]),
+        ]
+        for kind, of in kinds.items()
+    ]
+    return Table(["held-out text", "perplexity before", "after", "drift"], lines)

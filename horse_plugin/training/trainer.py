@@ -37,6 +37,7 @@ from horse_plugin.model.preserve import Preserve, up_to
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.tensors import save_tensors
 from horse_plugin.training import checkpoint
+from horse_plugin.training.history import save_history
 from horse_plugin.training.objective import TRAINED_ON, Objective
 
 
@@ -318,6 +319,8 @@ class HORSETrainer:
 
     def _save_checkpoint(self):
         self._save(checkpoint.CHECKPOINT, checkpoint.tensors_of(self.network, self.optimizer))
+        if is_main_process():
+            save_history(self.out, self.history)
 
     def _save(self, name: str, tensors: dict[str, torch.Tensor], preserve: Preserve | None = None):
         if not is_main_process():

@@ -264,6 +264,10 @@ def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
     code, out, _ = horse("show chain --failed")
     assert code == 0 and f"towns: {len(failed)} of 3 facts do not hold" in out
     assert failed and all(word in out for prompt in failed for word in prompt.split())
+    code, out, _ = horse("report chain --out r/chain.html")
+    assert code == 0 and "Report: r/chain.html" in out
+    page = (folder / "r/chain.html").read_text()
+    assert "002: 4 facts edited" in page and "horse edit --hparams tiny --onto chain" in page
     assert horse("export --hparams tiny --delta chain --out whole")[0] == 0
     code, out, _ = horse("export --hparams tiny --delta chain --out lora --lora --rank 2")
     assert code == 0 and "relative error" in out
@@ -333,7 +337,8 @@ def test_wrong_options_are_usage(horse):
 
 @pytest.mark.parametrize(
     "command",
-    """ init train edit eval ask show log undo export bench compare ablate stats demo""".split(" "),
+    """ init train edit eval ask show report log undo export bench compare ablate stats general
+demo""".replace("\n", " ").split(" "),
 )
 def test_help(horse, command):
     code, out, _ = horse(f"{command} --help")

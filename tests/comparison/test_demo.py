@@ -8,6 +8,7 @@ import torch
 
 from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, load_records
 from horse_plugin.assets import FACTS
+from horse_plugin.comparison.again import report_of
 from horse_plugin.comparison.demo import run_demo
 from horse_plugin.model.backbone import Backbone
 from tests import SHARED_DATA
@@ -81,5 +82,7 @@ def test_the_demo_from_end_to_end(tmp_path):
     made = sorted(p.name for p in (tmp_path / "demo").iterdir())
     assert made == ["archive", "edit", "report.html", "results.json", "stats"]
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
+    assert "of 20 facts hold" in page and "Each fact" in page
+    assert report_of(tmp_path / "demo").html() == page  # drawn again
     assert not re.search(r'(src|href)="http', page)  # nothing is fetched

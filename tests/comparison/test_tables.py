@@ -64,6 +64,6 @@ def test_the_report_needs_nothing_but_itself_and_shows_fig_2(tmp_path):
     rows = [row(m, 10.0 * i, n=n) for i, m in enumerate(("unedited", "HORSE")) for n in (1, 100)]
     write_output(tmp_path, rows)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 3  # bars at 1 and at 100 edits, and Fig. 2
+    assert page.count("<svg") == 5  # bars at 1 and at 100 edits, and three panels of Fig. 2
     assert not re.search(r"""(src|href) *= *["']?[^"'#]|url\((?!#)|@import|<script""", page)
     assert (tmp_path / "edits-llama-facts.svg").read_text().startswith("<svg")

@@ -62,8 +62,8 @@ def test_rows_are_saved_with_the_edit_and_read_again(edited, tmp_path):
     read = read_facts(tmp_path / "edit")
     assert [row["prompt"] for row in read] == [r.prompt for r in delta.records]
     assert [row["holds"] for row in read] == [str(row["holds"]) for row in delta.facts]
-    save_facts(tmp_path / "odd.csv", [{"prompt": 'a "b", c\nd', "x": None}, {"y": 1}])
+    save_facts(tmp_path / "odd.csv", [{"prompt": 'a "b", c\r\nd\re', "x": None}, {"y": 1}])
     with (tmp_path / "odd.csv").open(newline="") as file:
-        assert list(csv.reader(file))[1:] == [['a "b", c\nd', "", ""], ["", "", "1"]]
+        assert list(csv.reader(file))[1:] == [['a "b", c\r\nd\re', "", ""], ["", "", "1"]]
     with pytest.raises(UsageError, match=r"facts\.csv: not there"):
         read_facts(tmp_path)

@@ -1,0 +1,71 @@
+"""The report of a folder, drawn again from the files in it: ``horse report``."""
+
+import json
+from pathlib import Path
+
+from horse_plugin.comparison.output import comparison_report
+from horse_plugin.editing.chain import read_edits
+from horse_plugin.editing.delta import CHAIN_FILE, DELTA, EditDelta
+from horse_plugin.errors import UsageError
+from horse_plugin.evaluation import general, report
+from horse_plugin.evaluation.facts import FACTS_FILE, read_facts
+from horse_plugin.evaluation.verdict import judge
+from horse_plugin.storage.schema import check_form
+from horse_plugin.training.history import HISTORY, read_history
+
+ROW = {"method": str, "dataset": str, "model": str, "n_edits": int}
+
+
+def report_of(folder) -> report.Report:
+    """Return the report of what is in a folder.
+
+    It may be an edit, a chain, of which the last edit in force is shown, a demo, a comparison, an
+    ablation, or general ability before and after an edit.
+
+    Raises:
+        UsageError: the folder holds none of them.
+        HorseError: a file in it is damaged.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / DELTA).exists():
+        return _of_edit(EditDelta.load(folder), folder)
+    if (folder / CHAIN_FILE).exists():
+        if deltas := read_edits(folder):
+            return _of_edit(deltas[-1], folder / deltas[-1].name)
+        raise UsageError(f"{folder}: no edit is in force.")
+    path = folder / "results.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: holds no edit and no results.json.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not readable as JSON ({error}).") from None
+    if rows and isinstance(rows, list) and isinstance(rows[0], dict) and "task" in rows[0]:
+        return report.Report(
+            "General ability before and after",
+            sections=[report.Section("Tasks", tables=[general.table(rows)])],
+        )
+    check_form(path, rows, [ROW])
+    if (folder / "edit" / DELTA).exists():
+        return _of_demo(folder, rows)
+    return comparison_report(rows)
+
+
+def _of_edit(delta: EditDelta, folder: Path) -> report.Report:
+    facts = read_facts(folder) if (folder / FACTS_FILE).exists() else []
+    figures = delta.about.get("figures")
+    return report.of_edit(
+        {"name": delta.name, **delta.about},
+        len(delta.records),
+        judge(figures) if figures else None,
+        facts,
+    )
+
+
+def _of_demo(folder: Path, rows: list[dict]) -> report.Report:
+    made = _of_edit(EditDelta.load(folder / "edit"), folder / "edit")
+    made.title = f"{rows[0]['n_edits']:,} facts edited at once"
+    made.sections = [report.held_and_cost(rows), *made.sections[1:]]
+    if (folder / "archive" / HISTORY).exists():
+        made.sections.append(report.learning_section(read_history(folder / "archive")))
+    return made

@@ -1,0 +1,48 @@
+"""The losses and validations of a training, step by step, as ``training.csv`` in its archive."""
+
+import csv
+import io
+from pathlib import Path
+
+from horse_plugin.errors import HorseError
+from horse_plugin.storage.files import write
+
+HISTORY = "training.csv"
+VALIDATION = "validation_"  # begins the name of a figure of the validation records
+
+
+def save_history(folder, history: list[dict]):
+    """Write the trainer's history, one line a step; a validation stands in the line of its step."""
+    lines = []
+    for step in history:
+        figures = step.get("validation", {})
+        losses = {name: value for name, value in step.items() if name != "validation"}
+        lines.append(losses | {f"{VALIDATION}{name}": value for name, value in figures.items()})
+    text = io.StringIO()
+    names = dict.fromkeys(name for line in lines for name in line)
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write(Path(folder, HISTORY), text.getvalue())
+
+
+def read_history(folder) -> list[dict]:
+    """Return the history that :func:`save_history` wrote.
+
+    Raises:
+        HorseError: the file is damaged.
+    """
+    path, history = Path(folder, HISTORY), []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                values = {name: float(value) for name, value in line.items() if value}
+                step = {n: v for n, v in values.items() if not n.startswith(VALIDATION)}
+                figures = {
+                    n.removeprefix(VALIDATION): v for n, v in values.items() if n not in step
+                }
+                step["step"] = int(step["step"])
+                history.append(step | ({"validation": figures} if figures else {}))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+        raise HorseError(f"{path}: damaged, or not the history of a training ({error}).") from None
+    return history
