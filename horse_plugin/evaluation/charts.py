@@ -4,9 +4,10 @@ import io
 from collections.abc import Sequence
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from horse_plugin.evaluation.metrics import COST, SHARES
 
@@ -16,6 +17,8 @@ STANDING_OUT = {
     "HORSE": {"lw": 2, "color": "black"},
 }
 COLORS = [color for i, color in enumerate(matplotlib.colormaps["tab10"].colors) if i != 7]  # gray
+
+LEGEND = {"frameon": False, "fontsize": 8}
 
 
 def svg(figure: Figure) -> str:
@@ -43,7 +46,7 @@ def before_and_after(rows: list[dict]) -> Figure:
     axes.set_xticks(range(len(SHARES)), SHARES, fontsize=9)
     axes.set_ylabel("percent")
     axes.set_ylim(0, 108)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, **LEGEND)
     _open(axes)
     return figure
 
@@ -64,7 +67,7 @@ def learning_curves(history: list[dict]) -> list[Figure]:
         validation.plot([h["step"] for h in validated], values, **style)
     validation.set(xlabel="step", ylabel="percent", ylim=(0, 100))
     for axes in (losses, validation):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(**LEGEND)
         _open(axes)
     return figures
 
@@ -101,7 +104,7 @@ def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Fig
     for axes in panels:  # left over in the last line
         axes.set_visible(False)
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(*handles, loc="outside lower center", ncols=4, **LEGEND)
     return figure
 
 
@@ -120,7 +123,7 @@ def side_by_side(dataset: str, means: dict[str, Sequence[float]]) -> Figure:
     axes.set(title=dataset, xlabel="percent", xlim=(0, 100))
     _open(axes)
     handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(*handles, loc="outside lower center", ncols=4, **LEGEND)
     return figure
 
 
@@ -132,25 +135,24 @@ def held_over_drift(points: dict[str, dict[str, tuple[float, float]]]) -> Figure
     Args:
         points: data set → method → (facts held in percent, drift in nats a token).
     """
-    figure = Figure(figsize=(4.8 * max(1, len(points)), 3.8), layout="constrained")
+    n_methods = max((len(of) for of in points.values()), default=1)
+    size = 4.8 * max(1, len(points)), 3.6 + 0.2 * (n_methods // 2)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, max(1, len(points)), squeeze=False)[0]
     for axes, (dataset, of) in zip(panels, points.items(), strict=True):
-        axes.set_prop_cycle(color=COLORS)
+        axes.set_prop_cycle(cycler(marker="osD^vP*Xh") + cycler(color=COLORS))
         for method, (held, drift) in of.items():
-            color = STANDING_OUT.get(method, {}).get("color")
-            point = axes.plot([max(drift, 1e-4)], [held], "o", color=color)[0]
-            axes.annotate(
-                method,
-                (max(drift, 1e-4), held),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color=point.get_color(),
-            )
+            color = {k: v for k, v in STANDING_OUT.get(method, {}).items() if k == "color"}
+            axes.plot([max(drift, 1e-4)], [held], ls="", ms=8, alpha=0.8, label=method, **color)
         axes.annotate("better", (0.02, 0.98), xycoords="axes fraction", va="top", color="gray")
         axes.set(title=dataset, xscale="log", ylim=(0, 105))
         axes.margins(x=0.25)
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="drift of ordinary text, nats a token", ylabel="facts held, percent")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, **LEGEND)
         _open(axes)
     return figure
 
