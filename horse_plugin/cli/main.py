@@ -9,7 +9,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -214,6 +214,7 @@ def evaluate(
     delta: Delta = None,
     n_edits: NEdits = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the row, and facts.csv.")] = None,
+    generate: Annotated[bool, typer.Option(help="Let the model write its answers, too.")] = False,
 ):
     """Measure the model, or an edit of it, on facts; without --data, on each edit's own."""
     from horse_plugin.cli import show
@@ -226,9 +227,10 @@ def evaluate(
     from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
     from horse_plugin.evaluation.facts import fact_rows, save_facts
     from horse_plugin.evaluation.metrics import Evaluator
+    from horse_plugin.evaluation.written import figures, table, write_answers
     from horse_plugin.storage.files import check_writable
 
-    if data is None and (delta is None or n_edits):
+    if data is None and (delta is None or n_edits or generate):
         raise UsageError("eval: give --data, or --delta for the facts of its edits.")
     settings, records = _hparams(hparams), load_records(data, n_edits) if data else []
     if out:
@@ -250,11 +252,18 @@ def evaluate(
     evaluation = evaluator.evaluate() if deltas else evaluator.before
     name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
     rows = [results.row(name, Path(data).stem, settings, evaluation)]
+    written = write_answers(editor.backbone, records) if generate else []
+    if written:
+        rows[0]["generated"] = figures(written)
     if out and is_main_process():
         results.save(out, rows)
         facts = fact_rows(evaluator.edits, editor.backbone.tokenizer, evaluator.before, evaluation)
         save_facts(out.with_name(f"{out.stem}-facts.csv"), facts)
+        if written:
+            save_facts(out.with_name(f"{out.stem}-written.csv"), list(map(asdict, written)))
     console.print(show.figures(rows))
+    if written:
+        console.print(show.printed(table(rows[0]["generated"])))
 
 
 @app.command()

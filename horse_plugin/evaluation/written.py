@@ -1,0 +1,102 @@
+"""The answers that a model writes: exact match and contains, with and without a Q&A context.
+
+Teacher-forced figures ask for each token after the right ones. These let the model write by itself,
+greedily, and then look for the answer in its text.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from horse_plugin.data.prompts import KINDS
+from horse_plugin.data.records import EditRecord, Query
+from horse_plugin.evaluation.generation import answers
+from horse_plugin.evaluation.metrics import mean
+from horse_plugin.evaluation.tables import Table, number
+from horse_plugin.model.backbone import Backbone
+
+# How the model is asked: the prompt as it stands, or as a question that wants a short answer.
+CONTEXTS = {"plain": "{}", "qa": "Please answer the question briefly.\n\nQ: {}\nA:"}
+N_TOKENS = 24  # of an answer that is looked at
+
+
+@dataclass(frozen=True)
+class Written:
+    """One prompt and what the model wrote.
+
+    Attributes:
+        record: the index of its record.
+        kind: ``edit``, ``rephrase``, ``unrelated`` or ``portability``.
+        context: a name of :data:`CONTEXTS`.
+        exact: whether the text begins with the answer, and a stop mark or nothing follows.
+        contains: whether the answer is in the text as whole words.
+    """
+
+    record: int
+    kind: str
+    context: str
+    prompt: str
+    wanted: str
+    text: str
+    exact: bool
+    contains: bool
+
+
+def write_answers(
+    backbone: Backbone, records: Sequence[EditRecord], n_tokens: int = N_TOKENS
+) -> list[Written]:
+    """Let the model answer every prompt of the records in every context.
+
+    Raises:
+        UsageError: a prompt leaves no room for an answer.
+    """
+    asked = [
+        (i, kind, context, query)
+        for context in CONTEXTS
+        for kind, queries in KINDS.items()
+        for i, record in enumerate(records)
+        for query in queries(record)
+    ]
+    prompts = [CONTEXTS[context].format(query.prompt) for _, _, context, query in asked]
+    texts = answers(backbone, prompts, n_tokens)
+    return [
+        Written(i, kind, context, query.prompt, query.answer, text, *_matches(query, text))
+        for (i, kind, context, query), text in zip(asked, texts, strict=True)
+    ]
+
+
+def figures(written: Sequence[Written]) -> dict[str, float]:
+    """Return ``<kind>_<exact or contains>_<context>`` → percent, the mean over the records."""
+    found = {}
+    for context in CONTEXTS:
+        for kind in KINDS:
+            of = [w for w in written if (w.kind, w.context) == (kind, context)]
+            for figure in ("exact", "contains"):
+                by_record = {}
+                for w in of:
+                    by_record.setdefault(w.record, []).append(getattr(w, figure))
+                if by_record:
+                    found[f"{kind}_{figure}_{context}"] = 100 * mean(map(mean, by_record.values()))
+    return found
+
+
+def table(found: dict[str, float]) -> Table:
+    """Return the figures as a table, one row a kind of prompt."""
+    columns = [f"{figure}_{context}" for context in CONTEXTS for figure in ("exact", "contains")]
+    lines = [
+        [kind, *(number(found.get(f"{kind}_{column}")) for column in columns)]
+        for kind in KINDS
+        if f"{kind}_{columns[0]}" in found
+    ]
+    names = ["prompts", "exact", "contains", "exact, Q&A", "contains, Q&A"]
+    return Table(names, lines, "Answers in what the model writes, percent")
+
+
+def _matches(query: Query, text: str) -> tuple[bool, bool]:
+    """Return whether a text is an answer to the query, and whether it contains one."""
+    exact = contains = False
+    for answer in (query.answer, *query.accepted):
+        words = r"\s+".join(map(re.escape, answer.split()))
+        exact |= bool(re.match(rf"\W*{words}\s*(?:$|[.,;:!?)\"”\n])", text, re.IGNORECASE))
+        contains |= bool(re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE))
+    return exact, contains
