@@ -3,6 +3,7 @@
 Packages may import those above them in this list, and never those below::
 
     errors         HorseError, UsageError: messages for people
+    progress       one line on a terminal for a whole job
     assets         default model, shipped facts, held-out text, shipped YAMLs
     data           edit records, and their prompts as tokens
     distributed    several processes that work as one

@@ -11,8 +11,8 @@ from tests import ROOT
 
 PACKAGE = ROOT / "horse_plugin"
 # Each may import those before it.
-ORDER = """errors assets data distributed method storage foreign hparams model evaluation editing
-    training easyedit comparison cli __main__""".split()
+ORDER = """errors progress assets data distributed method storage foreign hparams model evaluation
+    editing training easyedit comparison cli __main__""".split()
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import asdict
 
+from horse_plugin.data.prompts import PreparedEdits
 from horse_plugin.editing.conflicts import Conflicts, find_conflicts, known_facts
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
@@ -12,6 +13,7 @@ from horse_plugin.evaluation.drift import heldout_pieces
 from horse_plugin.evaluation.facts import fact_rows
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator
 from horse_plugin.evaluation.verdict import BAD, judge
+from horse_plugin.hparams import HORSEHyperParams
 
 
 def checked_edit(
@@ -60,18 +62,19 @@ def checked_edit(
     conflicts = report(find_conflicts(edits, backbone.tokenizer.unk_token_id, earlier))
     edits.check()
 
-    backbone.cache_trunk_states(edits.flat())
-    captured = editor.capture(edits)  # which predicts the edit prompts' answers on its way
-    text = editor.ordinary_text(pieces)
-    now = text.measure() if earlier else text.before
-    evaluator = Evaluator(backbone, edits, known=captured.predicted, text=text, writing=True)
-    evaluator.before.cost = now
-    conflicts |= report(known_facts(evaluator.before))
+    with backbone.one_job("edit", _work(edits, hp)):
+        backbone.cache_trunk_states(edits.flat())
+        captured = editor.capture(edits)  # which predicts the edit prompts' answers on its way
+        text = editor.ordinary_text(pieces)
+        now = text.measure() if earlier else text.before
+        evaluator = Evaluator(backbone, edits, known=captured.predicted, text=text, writing=True)
+        evaluator.before.cost = now
+        conflicts |= report(known_facts(evaluator.before))
 
-    delta = editor.edit(edits, name, captured)
-    del captured  # gigabytes, for a large edit of a large model
+        delta = editor.edit(edits, name, captured)
+        del captured  # gigabytes, for a large edit of a large model
 
-    after = evaluator.evaluate()
+        after = evaluator.evaluate()
     rise = 100 * (after.cost.perplexity / now.perplexity - 1)
     if not rise <= max_rise:
         warnings.warn(
@@ -109,3 +112,11 @@ def figures_of(before: Evaluation, after: Evaluation) -> dict:
         "examples": [asdict(example) for example in after.examples],
     }
     return figures | {"verdict": judge(figures).to_dict()}
+
+
+def _work(edits: PreparedEdits, hp: HORSEHyperParams) -> int:
+    """Return an estimate of the tokens that an edit with its figures takes through the model."""
+    read, every = (sum(len(p.ids) for p in of) for of in (edits.to_capture(), edits.flat()))
+    sweeps = (1 + hp.edit_sweeps) / 2  # the later ones read few prompts
+    statistics = 0 if hp.preserve == "none" else hp.preserve_tokens
+    return round(3 * every + 3 * read * (1 + sweeps)) + statistics

@@ -9,7 +9,7 @@ last block's MLP and before the output head. No architecture is written out here
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 
 import torch
@@ -34,6 +34,7 @@ from horse_plugin.model.modules import (
 )
 from horse_plugin.model.trunk_cache import TrunkCache
 from horse_plugin.model.weights import EditWeights
+from horse_plugin.progress import Job
 
 # oneDNN keeps what it compiled for the last 1,024 shapes of products. Batches have shapes of their
 # own, so that this grows to gigabytes; a few are as quick.
@@ -72,6 +73,7 @@ class Backbone:
         edit_dtype: the precision of everything that decides an edit: float32, or float64 for
             models of that precision.
         blocks: all transformer blocks.
+        job: what passes are steps of, in :meth:`one_job`; None otherwise.
         first_edited: the index of the lowest edited block.
         head: the output head.
         last_mlp: the name of the last block's MLP, which works at answer positions only, or None.
@@ -97,7 +99,7 @@ class Backbone:
         self.token, self.seam = token, seam
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.batch_tokens, self._max_length = batch_tokens, max_length
-        self.progress = progress
+        self.progress, self.job = progress, None
         self.device = model.get_input_embeddings().weight.device
         self.head = model.get_output_embeddings()
         prefix, self.blocks = find_blocks(model)
@@ -239,8 +241,24 @@ class Backbone:
         """
         made = list(batches(prompts, self.batch_tokens, self.device))
         show = self.progress if progress is None else progress
+        if show and self.job:
+            work = 3 if task == "capture" else 1  # for each token; a capture runs there and back
+            return self.job.watch(task, ((batch, work * batch.ids.numel()) for batch in made))
         hidden = None if show else True  # None: where nobody watches, as in a log file
         return tqdm(made, desc=task, unit="batch", leave=False, disable=hidden)
+
+    @contextlib.contextmanager
+    def one_job(self, name: str, work: float) -> Iterator[None]:
+        """Show the passes in a ``with`` as steps of one job, where their bars would be shown.
+
+        Args:
+            work: an estimate of the tokens that run through the model in all of them.
+        """
+        with Job(name, work) if self.progress else contextlib.nullcontext() as self.job:
+            try:
+                yield
+            finally:
+                self.job = None
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return the logits at the batch's answer positions, n×vocabulary."""
