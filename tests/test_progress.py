@@ -15,17 +15,17 @@ class Terminal(io.StringIO):
 
 def test_one_line_names_the_steps_and_the_whole():
     terminal = Terminal()
-    with Job("edit", 10, terminal) as job:
+    with Job("edit", 10, ("capture", "evaluate"), terminal) as job:
         assert list(job.watch("capture", [("a", 3), ("b", 3)])) == ["a", "b"]
         assert list(job.watch("evaluate", [("c", 10)])) == ["c"]  # more than was thought
     said = terminal.getvalue()
-    assert "edit, capture" in said and "edit, evaluate" in said and "left" in said
+    assert "edit, capture:   0%" in said and "edit, evaluate:  60%" in said and "left" in said
     assert "\n" not in said.strip("\n")
 
 
 def test_where_nobody_watches_nothing_is_written(capsys):
     log = io.StringIO()
-    with Job("edit", 10, log) as job:
+    with Job("edit", 10, (), log) as job:
         assert list(job.watch("capture", [("a", 3)])) == ["a"]
     backbone = Backbone.of(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams(), progress=True)
     checked_edit(

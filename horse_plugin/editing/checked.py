@@ -118,5 +118,4 @@ def _work(edits: PreparedEdits, hp: HORSEHyperParams) -> int:
     """Return an estimate of the tokens that an edit with its figures takes through the model."""
     read, every = (sum(len(p.ids) for p in of) for of in (edits.to_capture(), edits.flat()))
     sweeps = (1 + hp.edit_sweeps) / 2  # the later ones read few prompts
-    statistics = 0 if hp.preserve == "none" else hp.preserve_tokens
-    return round(3 * every + 3 * read * (1 + sweeps)) + statistics
+    return round(3 * every + 3 * read * (1 + sweeps))

@@ -243,7 +243,7 @@ class Backbone:
         show = self.progress if progress is None else progress
         if show and self.job:
             work = 3 if task == "capture" else 1  # for each token; a capture runs there and back
-            return self.job.watch(task, ((batch, work * batch.ids.numel()) for batch in made))
+            return self.job.watch(task, [(batch, work * batch.ids.numel()) for batch in made])
         hidden = None if show else True  # None: where nobody watches, as in a log file
         return tqdm(made, desc=task, unit="batch", leave=False, disable=hidden)
 
@@ -252,9 +252,11 @@ class Backbone:
         """Show the passes in a ``with`` as steps of one job, where their bars would be shown.
 
         Args:
-            work: an estimate of the tokens that run through the model in all of them.
+            work: an estimate of the tokens that run through the model in all of them, but for the
+                statistics, which may be there already.
         """
-        with Job(name, work) if self.progress else contextlib.nullcontext() as self.job:
+        planned = ("trunk", "capture", "evaluate")
+        with Job(name, work, planned) if self.progress else contextlib.nullcontext() as self.job:
             try:
                 yield
             finally:
