@@ -92,7 +92,7 @@ def _load(auto_class, name: str, key: str, **kwargs):
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # whatever transformers and its file formats raise
-        hint = _near(name)
+        hint = "" if Path(name).exists() else _near(name)
         if auto_class is transformers.AutoTokenizer and key == "model_name" and not hint:
             hint = " If only its tokenizer is missing, name one with tokenizer_name."
         raise UsageError(f"{key}: {name!r} not loaded: {first_line(error)}{hint}") from None
@@ -101,8 +101,7 @@ def _load(auto_class, name: str, key: str, **kwargs):
 def _near(name: str) -> str:
     """Return a question that names the default model or a folder of a model beside this one."""
     beside = Path(name).expanduser().parent.glob("*/config.json")
-    others = (str(path.parent) for path in beside if str(path.parent) != name)
-    return did_you_mean(name, [DEFAULT_MODEL, *others])
+    return did_you_mean(name, [DEFAULT_MODEL, *(str(path.parent) for path in beside)])
 
 
 def resolve_device(device) -> torch.device:
