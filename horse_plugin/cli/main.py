@@ -365,19 +365,22 @@ def export(
     hparams: Hparams = DEFAULT_MODEL,
     lora: Annotated[bool, typer.Option(help="A PEFT LoRA adapter, not the whole model.")] = False,
     rank: Annotated[int | None, typer.Option(help="The adapter's rank; else exact.", min=1)] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Or the least rank with this relative error: 0.05.", min=0)
+    ] = None,
 ):
     """Write the edited model as a Hugging Face folder, or the edit as a PEFT LoRA adapter."""
     from horse_plugin.cli import show
     from horse_plugin.editing.export import save_adapter, to_rank
     from horse_plugin.storage.files import check_empty
 
-    if rank and not lora:
-        raise UsageError("export: --rank is for --lora.")
+    if (rank or max_error) and not lora:
+        raise UsageError("export: --rank and --max-error are for --lora.")
     check_empty(out)
     editor, deltas = _editor(_hparams(hparams), delta)
     if lora:
-        adapter = to_rank(editor, deltas, rank)
-        save_adapter(adapter, editor.backbone, out)
+        adapter = to_rank(editor, deltas, rank, max_error)
+        save_adapter(adapter, editor.backbone, out, deltas)
         console.print(show.adapter(adapter))
     else:
         editor.apply_chain(deltas)

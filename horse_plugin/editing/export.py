@@ -1,13 +1,15 @@
 """An edit as a PEFT LoRA adapter, which other programs load without this package.
 
 ΔW = keysᵀ · factors is what LoRA calls B·A, transposed: an edit of n answer tokens is an adapter of
-rank n, exactly. A smaller rank keeps the largest singular values of ΔW.
+rank n, exactly. A smaller rank keeps the largest singular values of Lᵀ ΔW, with C̄ = L Lᵀ the metric
+of the ridge term, so that ordinary text feels least of what is cut; without a metric, those of ΔW.
 """
 
 import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -16,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation.metrics import Evaluator
+from horse_plugin.evaluation.verdict import judge
 from horse_plugin.storage.files import new_folder, write
 
 ROUNDING = 1e-6  # of the largest singular value: what float32 leaves of a shift that is 0 there
@@ -28,7 +31,7 @@ class Adapter:
     Attributes:
         factors: module name → (keys, r×d; factors, r×d') with ΔW ≈ keysᵀ · factors.
         rank: the largest r.
-        error: ‖ΔW − keysᵀ · factors‖ / ‖ΔW‖ over all modules together (Frobenius).
+        error: ‖Lᵀ(ΔW − keysᵀ · factors)‖ / ‖Lᵀ ΔW‖ over all modules together (Frobenius).
         efficacy: of the edit and of the adapter, on the edited facts, in percent.
     """
 
@@ -41,7 +44,12 @@ class Adapter:
         return max(len(keys) for keys, _ in self.factors.values())
 
 
-def to_rank(editor: HorseEditor, deltas: Sequence[EditDelta], rank: int | None = None) -> Adapter:
+def to_rank(
+    editor: HorseEditor,
+    deltas: Sequence[EditDelta],
+    rank: int | None = None,
+    max_error: float | None = None,
+) -> Adapter:
     """Return the sum of the edits as factors of at most that rank, and what is lost by it.
 
     Without a rank, or with one that suffices, nothing is lost but rounding. The editor's model is
@@ -51,6 +59,7 @@ def to_rank(editor: HorseEditor, deltas: Sequence[EditDelta], rank: int | None =
         editor: an editor of the model that the edits were made on, itself unedited.
         deltas: the edits, oldest first.
         rank: the largest rank; None is exact.
+        max_error: the largest :attr:`Adapter.error`, for which the least rank is found; or None.
 
     Raises:
         UsageError: the edits were made for another model.
@@ -65,13 +74,20 @@ def to_rank(editor: HorseEditor, deltas: Sequence[EditDelta], rank: int | None =
         for _ in deltas:
             editor.undo()
 
+    modules, cut = list(backbone.modules), rank is not None or max_error is not None
+    roots = editor.roots if cut else [None] * len(modules)
+    shifts = [sum(delta.shift(m).double() for delta in deltas) for m in modules]
+    if max_error is not None:
+        parts = zip(roots, shifts, strict=True)
+        values = [torch.linalg.svdvals(_in_metric(root, shift)) for root, shift in parts]
+        rank = min(rank or len(values[0]), _least_rank(values, max_error))
     factors, lost, norm = {}, 0.0, 0.0
-    for module in backbone.modules:
-        shift = sum(delta.shift(module).double() for delta in deltas)
-        factors[module] = _exact(deltas, module, rank) or _truncated(shift, rank)
+    for module, root, shift in zip(modules, roots, shifts, strict=True):
+        factors[module] = _exact(deltas, module, rank) or _truncated(root, shift, rank)
         keys, values = factors[module]
-        lost += (shift - keys.T.double() @ values.double()).square().sum().item()
-        norm += shift.square().sum().item()
+        left = _in_metric(root, shift - keys.T.double() @ values.double())
+        lost += left.square().sum().item()
+        norm += _in_metric(root, shift).square().sum().item()
     with backbone.weights.shifted({m: keys.T @ values for m, (keys, values) in factors.items()}):
         kept = evaluator.evaluate().mean("efficacy")
     return Adapter(factors, (lost / norm) ** 0.5, (edited, kept))
@@ -86,19 +102,37 @@ def _exact(deltas: Sequence[EditDelta], module: str, rank: int | None):
     return (keys, factors) if len(keys) <= (rank or min(keys.shape[1], factors.shape[1])) else None
 
 
-def _truncated(shift: torch.Tensor, rank: int | None):
-    """Return the best factors of that rank (Eckart and Young); without one, all but rounding."""
-    U, S, Vh = torch.linalg.svd(shift, full_matrices=False)
+def _in_metric(root: torch.Tensor | None, shift: torch.Tensor) -> torch.Tensor:
+    """Return Lᵀ ΔW, with Lᵀ = W⁻¹ for the root W of C̄⁻¹; ΔW itself without a metric."""
+    return shift if root is None else torch.linalg.solve(root.to(shift), shift)
+
+
+def _least_rank(values: Sequence[torch.Tensor], max_error: float) -> int:
+    """Return the least rank of all modules that keeps to the error, by their singular values."""
+    width = max(map(len, values))
+    squares = sum(torch.nn.functional.pad(v.square(), (0, width - len(v))) for v in values)
+    left = squares.sum() - squares.cumsum(0)  # at rank 1, 2, …
+    return 1 + int((left > max_error**2 * squares.sum()).sum())
+
+
+def _truncated(root: torch.Tensor | None, shift: torch.Tensor, rank: int | None):
+    """Return the best factors of that rank in the metric (Eckart and Young); without one, all."""
+    U, S, Vh = torch.linalg.svd(_in_metric(root, shift), full_matrices=False)
     rank = rank or int((S / S[0] > ROUNDING).sum())
-    root = S[:rank].sqrt()
-    return (U[:, :rank] * root).T.float(), (root[:, None] * Vh[:rank]).float()
+    U = U if root is None else root.to(U) @ U
+    share = S[:rank].sqrt()
+    return (U[:, :rank] * share).T.float(), (share[:, None] * Vh[:rank]).float()
 
 
-def save_adapter(adapter: Adapter, backbone, folder):
-    """Write the adapter in PEFT's format; ``PeftModel.from_pretrained`` loads it.
+def save_adapter(adapter: Adapter, backbone, folder, deltas: Sequence[EditDelta] = ()):
+    """Write the adapter in PEFT's format, with a card; ``PeftModel.from_pretrained`` loads it.
 
     Modules of a smaller rank are filled up with zeros. The adapter is one for the plain model, also
-    where the edited one has an adapter attached.
+    where the edited one has an adapter attached. That model is named by its hub id, or by the name
+    of its folder, which is the same on another machine.
+
+    Args:
+        deltas: the edits, for the card.
 
     Raises:
         UsageError: something of that name exists.
@@ -118,10 +152,12 @@ def save_adapter(adapter: Adapter, backbone, folder):
         B = torch.nn.functional.pad(factors, (0, 0, 0, missing)).T
         for name, matrix in (("lora_A", A), ("lora_B", B)):
             tensors[f"base_model.model.{module}.{name}.weight"] = matrix.cpu().contiguous()
+    base = str(backbone.model.config.name_or_path)
+    base = Path(base).name if Path(base).is_dir() else base
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(backbone.model.config.name_or_path),
+        "base_model_name_or_path": base,
         "target_modules": list(of_plain),
         "r": rank,
         "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
@@ -134,6 +170,34 @@ def save_adapter(adapter: Adapter, backbone, folder):
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
         write(made / "adapter_model.safetensors", data)
         write(made / "adapter_config.json", json.dumps(config, indent=1))
+        write(made / "README.md", _card(adapter, base, deltas))
+
+
+def _card(adapter: Adapter, base: str, deltas: Sequence[EditDelta]) -> str:
+    """Return a model card: the base model, what each edit holds and costs, what the rank loses."""
+    edited, kept = adapter.efficacy
+    said = [
+        f"- {d.name}: {len(d.records):,} facts. {judge(figures).sentence}"
+        if (figures := d.about.get("figures"))
+        else f"- {d.name}: {len(d.records):,} facts, not measured."
+        for d in deltas
+    ]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {base}",
+            "library_name: peft",
+            "tags: [knowledge-editing, lora]",
+            "---",
+            f"# Facts edited in {base}",
+            "",
+            f"A LoRA adapter of rank {adapter.rank}, made with horse-plugin. It holds "
+            f"{kept:.1f} percent of the answers, and the edit itself {edited:.1f} percent.",
+            "",
+            *said,
+            "",
+        ]
+    )
 
 
 def _name_in_plain(module: str) -> str:

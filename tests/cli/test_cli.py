@@ -205,7 +205,11 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ("log none", 2, "none: holds no chain of edits"),
         ("undo none", 2, "none: holds no chain of edits"),
         ("show none", 2, "none: holds no edit"),
-        ("export --hparams tiny --delta none --out x --rank 3", 2, "--rank is for --lora"),
+        (
+            "export --hparams tiny --delta none --out x --rank 3",
+            2,
+            "--max-error are for --lora",
+        ),
         ("compare --methods GPT --out x", 2, "'GPT' is not one of unedited"),
         ("compare --data val.json --n-edits 3,x --out x", 2, "--n-edits: expected whole numbers"),
         ("compare --data val.json --train a --train b --out x", 2, "2 files for 1 data sets"),

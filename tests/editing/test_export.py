@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from horse_plugin import HorseEditor, UsageError
+from horse_plugin import HorseEditor, UsageError, checked_edit
 from horse_plugin.editing.export import save_adapter, to_rank
 from tests import ROOT, tiny
 
@@ -76,6 +76,54 @@ def test_a_smaller_rank_keeps_the_most_and_says_what_it_loses(tmp_path):
     save_adapter(adapter, e.backbone, tmp_path / "adapter")
     for loaded in through_peft(tmp_path):
         assert (loaded - truncated).abs().max() < 5e-3 * (edited - plain).abs().max()
+
+
+def test_the_least_rank_that_keeps_to_an_error_is_found(tmp_path):
+    e = saved_editor(tmp_path, "llama")
+    delta = e.edit(tiny.records(8))
+    e.undo()
+    adapter = to_rank(e, [delta], max_error=0.3)
+    assert adapter.error <= 0.3 < to_rank(e, [delta], adapter.rank - 1).error
+    assert to_rank(e, [delta], 1, max_error=0.3).rank == 1  # the rank is a limit, too
+
+
+def test_a_rank_keeps_what_the_metric_charges_most(tmp_path):
+    """There the factors of ΔW's own singular values are further from the edit."""
+    e = saved_editor(tmp_path, "llama")
+    delta = e.edit(tiny.records(8))
+    e.undo()
+    plain = to_rank(e, [delta], 2)
+    e.use(e.backbone, tiny.hparams(preserve="shipped", stats_dir=str(tmp_path / "stats")))
+    ours = to_rank(e, [delta], 2)
+
+    shifts = {m: delta.shift(m).double() for m in delta.modules}
+
+    def charged(adapter):
+        total = 0.0
+        for root, (module, (keys, values)) in zip(e.roots, adapter.factors.items(), strict=True):
+            left = shifts[module] - keys.T.double() @ values.double()
+            total += torch.linalg.solve(root.double(), left).square().sum().item()
+        return total
+
+    assert charged(ours) < charged(plain)
+    whole = sum(
+        torch.linalg.solve(root.double(), shifts[m]).square().sum().item()
+        for root, m in zip(e.roots, shifts, strict=True)
+    )
+    assert ours.error == pytest.approx((charged(ours) / whole) ** 0.5, rel=1e-4)
+
+
+def test_an_adapter_has_a_card_and_names_a_base_that_other_machines_have(tmp_path):
+    e = saved_editor(tmp_path, "llama")
+    delta, _ = checked_edit(e, tiny.records(4), "facts", "mine", max_rise=1e9)
+    e.undo()
+    save_adapter(to_rank(e, [delta]), e.backbone, tmp_path / "adapter", [delta])
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert config["base_model_name_or_path"] == "base" and "base_model: base" in card
+    assert "mine: 4 facts. " in card and "of 4 facts hold" in card
+    assert str(tmp_path) not in card
+    assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_mode & 0o444 == 0o444
 
 
 def test_a_dense_edit_becomes_an_adapter_by_its_singular_values(tmp_path):
