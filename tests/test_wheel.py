@@ -58,6 +58,8 @@ def test_the_command_and_an_edit_run_from_the_wheel(installed):
     )
     assert "Edit: edit" in said
     assert (installed / "edit/delta.safetensors").is_file()
+    run(horse, "report", "edit", cwd=installed)
+    assert "of 6 facts hold" in (installed / "edit/report.html").read_text()
 
 
 def test_the_wheel_holds_facts_text_yamls_and_types(installed):
