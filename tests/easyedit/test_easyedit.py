@@ -254,7 +254,7 @@ def test_everything_but_the_adapter_works_without_easyedit():
     code = """
         import sys
         sys.modules["easyeditor"] = None
-        import horse_plugin, horse_plugin.cli.main, horse_plugin.comparison.demo
+        import horse_plugin.cli.main, horse_plugin.comparison.again, horse_plugin.comparison.demo
         print("done")
     """
     assert run_python(code).stdout == "done\n"
