@@ -16,7 +16,8 @@ from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, capture
 
-FEW = 0.2  # share of the rows
+FEW = 0.2  # share of the rows that are few
+LITTLE = 0.9  # share of the nats they lacked before that is little gained
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def sweeps(
     gradients are read again in the model with the shifts that all residuals so far make (Eq. 2),
     and theirs are added. Answers that hold by then get nothing more. All are read, since one answer
     may undo another, and since a module's keys change with those below it. The sweeps end early
-    when all answers hold, or when few are left and a sweep brings none.
+    when all answers hold, or when few are left and a sweep gains little on them.
 
     Args:
         prompts: the edit prompts and the contrasts.
@@ -49,7 +50,7 @@ def sweeps(
     """
     total = edit_residuals(backbone, network, captured, hparams)
     yield captured, total
-    left, n = math.inf, hparams.edit_sweeps  # how many rows do not hold yet
+    lacking, n = math.inf, hparams.edit_sweeps
     with backbone.trunk_cache.for_a_while():
         if n > 1:
             backbone.cache_trunk_states(prompts, progress=False)
@@ -58,9 +59,12 @@ def sweeps(
             with backbone.weights.shifted(EditDelta(tensors, []).shifts):
                 captured = capture(backbone, prompts, captured)
             captured = replace(captured, still=captured.still | captured.holds)
-            rows = torch.tensor([(~captured.holds).sum(), len(captured.holds)])
-            before, (left, n_rows) = left, sum_over_ranks(rows).tolist()
-            if not left or before <= left <= FEW * n_rows:
+            left = ~captured.holds
+            of_ranks = torch.stack(
+                [left.sum(), torch.tensor(len(left)), captured.losses[left].sum()]
+            )
+            before, (n_left, n_rows, lacking) = lacking, sum_over_ranks(of_ranks).tolist()
+            if not n_left or (n_left <= FEW * n_rows and lacking > LITTLE * before):
                 return
             more = edit_residuals(backbone, network, captured, hparams)
             total = [r + m for r, m in zip(total, more, strict=True)]

@@ -78,7 +78,7 @@ def test_what_holds_gets_no_more(editor, monkeypatch):
             assert not torch.equal(r[~captured.holds], total[~captured.holds])
 
 
-def test_the_end_comes_when_few_are_left_and_a_sweep_brings_none(editor, monkeypatch):
+def test_the_end_comes_when_few_are_left_and_a_sweep_gains_little(editor, monkeypatch):
     everything, limit = len(swept(editor, monkeypatch, 1.1)[0]), between(editor, monkeypatch)
     monkeypatch.setattr(module, "FEW", 1.0)
     monkeypatch.setattr(module, "edit_residuals", lambda b, n, c, h: [0 * g for g in c.grads])
