@@ -8,7 +8,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -32,10 +32,26 @@ from horse_plugin.hparams import UNTRAINED, HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, capture
+from horse_plugin.model.guard import guarded
 from horse_plugin.model.loading import quiet_transformers
 from horse_plugin.model.preserve import Preserve
 from horse_plugin.storage.digest import matches
 from horse_plugin.storage.files import new_folder
+
+
+@dataclass(frozen=True)
+class _State:
+    """What an editor has done to its model, remembered in one piece.
+
+    Attributes:
+        edits: those in force, oldest first.
+        digests: of the weights as the editor left them.
+        original_weights: module name → weight before the first edit, on the CPU.
+    """
+
+    edits: tuple[EditDelta, ...] = ()
+    digests: dict[str, str] = field(default_factory=dict)
+    original_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class HorseEditor:
@@ -92,12 +108,11 @@ class HorseEditor:
     def _start(self, backbone, hparams, network=None, preserve=None, roots=None):
         self._metric = None
         if network is None and hparams.archive not in (None, UNTRAINED):
-            network, preserve, about = load_network(hparams.archive, backbone)
+            with backbone.held():
+                network, preserve, about = load_network(hparams.archive, backbone)
             hparams = as_trained(hparams, about)
         self.use(backbone, hparams, network, preserve, roots)
-        self._edits: list[EditDelta] = []
-        self._digests: dict[str, str] = {}  # of the weights as this editor left them
-        self.original_weights: dict[str, torch.Tensor] = {}
+        self._state = _State()
 
     def use(self, backbone: Backbone, hparams, network=None, preserve=None, roots=None):
         """Go on with other settings or another network, on top of the edits in force.
@@ -117,14 +132,20 @@ class HorseEditor:
     @property
     def history(self) -> list[EditDelta]:
         """The edits that are in the model now, oldest first."""
-        return list(self._edits)
+        return list(self._state.edits)
 
+    @property
+    def original_weights(self) -> dict[str, torch.Tensor]:
+        return self._state.original_weights
+
+    @guarded
     def capture(self, records) -> Capture:
         """Return the keys and gradients of an edit of these records on the model as it is now."""
         edits = self.backbone.prepare(records, kinds=["edit"])
         edits.check()
         return capture(self.backbone, edits.to_capture(self.hparams.keep_next))
 
+    @guarded
     def edit(self, records, name: str | None = None, captured: Capture | None = None) -> EditDelta:
         """Write all records into the model in one edit.
 
@@ -164,21 +185,22 @@ class HorseEditor:
             "model": self.backbone.fingerprint(),
             "modules": list(self.backbone.modules),
             "weights": weights,
-            "original": self._edits[0].about["original"] if self._edits else weights,
+            "original": self._state.edits[0].about["original"] if self._state.edits else weights,
             "network": network_form(network),
             "hparams": hp.to_dict(),
             "budget": budget.to_dict() if budget else None,
             "versions": versions(),
         }
         delta = EditDelta(tensors, edits.records, about)
-        self._add(delta)
-        if not any(share > 0 for share in about["moved"].values()):
-            self.undo()
-            raise HorseError(
-                "the edit moved no weight: its shifts are smaller than the weights' precision. "
-                "Load the model in fp32, or allow a larger edit (strength, edit_ridge, max_drift)."
-            )
-        about["seconds"] = time.perf_counter() - start
+        with self._all_or_nothing() as before:
+            self._add(delta, before)
+            if not any(share > 0 for share in about["moved"].values()):
+                raise HorseError(
+                    "the edit moved no weight: its shifts are smaller than the weights' precision. "
+                    "Load the model in fp32, or allow a larger edit (strength, edit_ridge, "
+                    "max_drift)."
+                )
+            about["seconds"] = time.perf_counter() - start
         return delta
 
     def _solve(self, network, captured, residuals) -> tuple[dict[str, torch.Tensor], Budget | None]:
@@ -213,7 +235,7 @@ class HorseEditor:
         if budget.edit_ridge > hp.edit_ridge:
             budget.efficacy = with_them(tensors, efficacy)
             budget.efficacy_without = with_them(solve_at(hp.edit_ridge), efficacy)
-            warnings.warn(budget.sentence(), stacklevel=4)
+            warnings.warn(budget.sentence(), stacklevel=5)
         return tensors, budget
 
     @functools.cached_property
@@ -221,6 +243,7 @@ class HorseEditor:
         """Ordinary text by which a budget is kept: none that the metric or a figure is made of."""
         return self.ordinary_text(shipped_pieces("choose"))
 
+    @guarded
     def ordinary_text(self, pieces: Pieces) -> OrdinaryText:
         """Return ordinary text whose drift is that from the unedited model.
 
@@ -231,6 +254,7 @@ class HorseEditor:
             return OrdinaryText(self.backbone, pieces)
 
     @property
+    @guarded
     def roots(self) -> Roots:
         """The metric of the ridge term, W with W Wᵀ = C̄⁻¹ for each edit module; None for I.
 
@@ -248,17 +272,18 @@ class HorseEditor:
     def _unedited(self) -> Iterator[None]:
         """Put the original weights into the model for the length of a ``with``."""
         before = self.backbone.weights.clones()
-        self.backbone.weights.restore(self.original_weights)
         try:
+            self.backbone.weights.restore(self.original_weights)
             yield
         finally:
             self.backbone.weights.restore(before)
 
     def _new_name(self) -> str:
-        names = {d.name for d in self._edits}
+        names = {d.name for d in self._state.edits}
         numbers = (f"{i:03d}" for i in itertools.count(len(names) + 1))
         return next(n for n in numbers if n not in names)
 
+    @guarded
     def untrained_network(self, captured: Capture) -> HyperNetwork:
         """Return an untrained network whose normaliser, η and λ are set by this edit.
 
@@ -298,6 +323,7 @@ class HorseEditor:
         """
         self._apply(deltas, "original")
 
+    @guarded
     def _apply(self, deltas: Sequence[EditDelta], made_on: str):
         now, done = self._current_digests(), self.history
         known = [now, *(d.about["original"] for d in done[:1])]
@@ -314,21 +340,19 @@ class HorseEditor:
                     "has. Load the model in that dtype, and apply first what it was made on top of."
                 )
             known.append(wanted)
-        try:
-            for delta in deltas:
-                self._add(delta)
-        except BaseException:
-            if self._edits:
-                self._replay(done)
-            raise
+        with self._all_or_nothing() as before:
+            for i, delta in enumerate(deltas):
+                self._add(delta, self.backbone.weights.clones() if i else before)
 
     @property
+    @guarded
     def changed(self) -> str | None:
         """The name of an edit module whose weight others changed since the last edit, or None."""
         return self._changed(self.backbone.weights.digests())
 
     def _changed(self, now: dict[str, str]) -> str | None:
-        return next((m for m in now if self._edits and now[m] != self._digests[m]), None)
+        left = self._state.digests
+        return next((m for m in now if left and now[m] != left[m]), None)
 
     def _current_digests(self) -> dict[str, str]:
         """Return the digests of the weights now, which must be as this editor left them."""
@@ -340,13 +364,28 @@ class HorseEditor:
             )
         return now
 
-    def _add(self, delta: EditDelta):
-        before = self.backbone.weights.add(delta.to(self.backbone.edit_device).shifts)
-        if not self._edits:
-            self.original_weights = {name: w.cpu() for name, w in before.items()}
-        self._edits.append(delta)
-        self._digests = self.backbone.weights.digests()
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield copies of the weights; after an exception weights and history are as before."""
+        state = self._state
+        try:
+            with self.backbone.weights.all_or_nothing() as before:
+                yield before
+        except BaseException:
+            self._state = state
+            raise
+
+    def _add(self, delta: EditDelta, before: dict[str, torch.Tensor]):
+        """Put a delta on top, inside :meth:`_all_or_nothing`.
+
+        Args:
+            before: copies of the weights as they are now.
+        """
+        edits, original = self._state.edits, self.original_weights
+        self.backbone.weights.move(delta.to(self.backbone.edit_device).shifts)
+        original = original if edits else {name: w.cpu() for name, w in before.items()}
         delta.about.setdefault("moved", self._moved(before))
+        self._state = _State((*edits, delta), self.backbone.weights.digests(), original)
 
     def _moved(self, before: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return how far each weight moved: ‖W − W before‖/‖W before‖ (Frobenius)."""
@@ -358,6 +397,7 @@ class HorseEditor:
             for name, w in before.items()
         }
 
+    @guarded
     def undo(self, which: int | str = -1, force: bool = False) -> EditDelta:
         """Take an edit back.
 
@@ -376,9 +416,10 @@ class HorseEditor:
             HorseError: there is no edit to undo, or the weights were changed from outside since
                 this editor's last edit.
         """
-        if not self._edits:
+        edits = self._state.edits
+        if not edits:
             raise HorseError("undo: this editor has made no edit.")
-        names = [d.name for d in self._edits]
+        names = [d.name for d in edits]
         if which in names:
             index = len(names) - 1 - names[::-1].index(which)
         elif isinstance(which, int) and -len(names) <= which < len(names):
@@ -387,22 +428,16 @@ class HorseEditor:
             raise UsageError(f"undo: no edit {which!r}; there are {', '.join(names)}.")
         if not force:
             self._current_digests()
-        undone = self._edits[index]
-        self._replay(self._edits[:index] + self._edits[index + 1 :])
-        return undone
+        with self._all_or_nothing():
+            self.backbone.weights.restore(self.original_weights)
+            left = (*edits[:index], *edits[index + 1 :])
+            for delta in left:
+                self.backbone.weights.move(delta.to(self.backbone.edit_device).shifts)
+            digests = self.backbone.weights.digests()
+            self._state = _State(left, digests, self.original_weights) if left else _State()
+        return edits[index]
 
-    def _replay(self, edits: list[EditDelta]):
-        """Set the weights to the original ones plus these edits; on an error leave them alone."""
-        before = self.backbone.weights.clones()
-        self.backbone.weights.restore(self.original_weights)
-        try:
-            for delta in edits:
-                self.backbone.weights.add(delta.to(self.backbone.edit_device).shifts)
-        except BaseException:
-            self.backbone.weights.restore(before)
-            raise
-        self._edits, self._digests = list(edits), self.backbone.weights.digests()
-
+    @guarded
     def save_model(self, folder):
         """Save the model as it is now, with its tokenizer, as a plain Hugging Face folder.
 

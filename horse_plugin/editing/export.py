@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation.metrics import Evaluator
+from horse_plugin.model.guard import guarded
 from horse_plugin.storage.files import new_folder, write
 
 
@@ -39,6 +40,7 @@ class Adapter:
         return max(len(keys) for keys, _ in self.factors.values())
 
 
+@guarded
 def to_rank(editor: HorseEditor, deltas: Sequence[EditDelta], rank: int | None = None) -> Adapter:
     """Return the sum of the edits as factors of at most that rank, and what is lost by it.
 

@@ -17,6 +17,7 @@ from horse_plugin.data.prompts import text_prompts
 from horse_plugin.distributed import local_indices, raise_on_all_ranks, sum_over_ranks
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.guard import guarded
 
 PIECE = 256  # tokens of text in one pass
 Pieces = Sequence[tuple[str, str]]  # (kind, text)
@@ -79,6 +80,7 @@ class OrdinaryText:
         """Return the cost of the model as it is now, or of an edited copy of it."""
         return self._cost_of(backbone or self.backbone)
 
+    @guarded
     @torch.no_grad()
     def _cost_of(self, edited: Backbone | None) -> Cost:
         """Return the cost of an edited model, or of the unedited one."""

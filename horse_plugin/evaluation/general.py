@@ -70,7 +70,7 @@ def measure(
             f"general: {error}: install it with `pip install 'horse-plugin[general]'`."
         ) from None
     try:
-        with quiet_transformers(), _quiet():
+        with quiet_transformers(), _quiet(), backbone.held():
             found = lm_eval.simple_evaluate(
                 HFLM(backbone.model, tokenizer=backbone.tokenizer, batch_size=batch_size),
                 tasks=list(wanted.values()),

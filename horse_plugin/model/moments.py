@@ -4,6 +4,7 @@ The metric of the ridge term is made from them (:mod:`horse_plugin.method.metric
 EMMET, ROME and AlphaEdit read them: the files are those of EasyEdit's ``layer_stats``.
 """
 
+import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from horse_plugin import distributed
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import HorseError
 from horse_plugin.model.backbone import Backbone, StopForward
+from horse_plugin.model.guard import guarded, hooked
 from horse_plugin.storage.files import write
 
 Moments = dict[str, tuple[torch.Tensor, int]]  # edit module → (Σ k kᵀ, d×d; number of keys)
@@ -40,6 +42,7 @@ def model_name(backbone: Backbone) -> str:
     return Path(str(backbone.model.config.name_or_path)).name or type(backbone.model).__name__
 
 
+@guarded
 @torch.no_grad()
 def second_moments(
     backbone: Backbone, prompts: Sequence[Prompt], progress: bool | None = None
@@ -72,16 +75,11 @@ def second_moments(
 
     local = [prompts[i] for i in distributed.local_indices(prompts)]
     for batch in backbone.batches(local, "statistics", progress):
-        hooks = [
-            m.register_forward_pre_hook(add_keys(n, batch)) for n, m in backbone.modules.items()
-        ]
-        try:
+        with contextlib.ExitStack() as hooks, contextlib.suppress(StopForward):
+            for name, module in backbone.modules.items():
+                hook = add_keys(name, batch)
+                hooks.enter_context(hooked(module.register_forward_pre_hook, hook))
             backbone.logits(batch)
-        except StopForward:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
     count = sum(len(p.answer) for p in prompts)
     # In float32 always, as the files hold them, so that both give the same edit.
     return {n: (distributed.sum_over_ranks(s).float().cpu(), count) for n, s in sums.items()}

@@ -33,6 +33,7 @@ from horse_plugin.evaluation.results import versions
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
+from horse_plugin.model.guard import guarded
 from horse_plugin.model.preserve import Preserve, up_to
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.tensors import save_tensors
@@ -92,7 +93,8 @@ class HORSETrainer:
             )
         self.out = Path(out or config.archive_folder)
         self.backbone = backbone or Backbone.load(config)
-        self.network = new_network(self.backbone, config)
+        with self.backbone.held():
+            self.network = new_network(self.backbone, config)
         self.network.spread_strength.requires_grad_(config.train_spread)
         self.network.lamda.requires_grad_(config.train_lamda)
         scalars = [self.network.log_eta, self.network.lamda, self.network.spread_strength]
@@ -124,6 +126,7 @@ class HORSETrainer:
         """The number of steps of the whole run."""
         return self.hparams.n_steps(len(self.train_records))
 
+    @guarded
     def run(self) -> Path:
         """Train to the end and return the archive's folder.
 
@@ -155,6 +158,8 @@ class HORSETrainer:
                     self._stop()
         return self.out
 
+    @guarded
+    @torch.enable_grad()
     def train_step(self, records) -> dict[str, float | None]:
         """Do one step of Eq. 7 on records, prepared or anything that ``load_records`` takes.
 
@@ -209,6 +214,7 @@ class HORSETrainer:
         return Preserve.of(self.backbone, self.hparams, unrelated)
 
     @functools.cached_property
+    @guarded
     def roots(self) -> Roots:
         """W with W Wᵀ = C̄⁻¹ for each edit module, or None for the paper's ridge term."""
         if self.preserve is None:

@@ -56,7 +56,7 @@ def test_edit_modules_are_the_second_projections_of_the_last_six_blocks(architec
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptj", "gpt-neox"])
 def test_the_capture_gives_inputs_and_gradients_at_the_answers(architecture):
     """Against hooks on the plain forward pass, prompt by prompt."""
-    model = tiny.model(architecture)
+    model = tiny.model(architecture).requires_grad_(False)
     backbone = Backbone(model, None, batch_tokens=40)
     captured = capture(backbone, prompts())
     row = 0
