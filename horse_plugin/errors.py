@@ -1,5 +1,10 @@
 """Errors meant for people: one line that says what is wrong, where, and what to do."""
 
+import unicodedata
+
+# Joiners, which some scripts need and which hide nothing but themselves.
+HARMLESS = "\u200c\u200d"
+
 
 class HorseError(Exception):
     """Something failed while running. The command line prints it and exits with 1."""
@@ -21,3 +26,18 @@ def reason(error: BaseException) -> str:
     """Return one line for people: our messages as they are, others with the name of their class."""
     line = first_line(error)
     return line if isinstance(error, HorseError) else f"{type(error).__name__}: {line}"
+
+
+def visible(text) -> str:
+    """Return text of a file as a person may see it: nothing hides, and nothing steers a terminal.
+
+    Control characters, line breaks, marks of direction, other invisible marks and halves of Unicode
+    characters are escaped.
+    """
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in hidden and c not in HARMLESS
+        else c
+        for c in str(text)
+    )

@@ -19,6 +19,7 @@ from horse_plugin.foreign import ADVICE
 from horse_plugin.method.hypernetwork import COEFFICIENTS, NORMALIZERS
 from horse_plugin.method.losses import LOSSES
 from horse_plugin.method.spread import SPREADS
+from horse_plugin.storage.files import file_name
 
 # Keys of EasyEdit's MALMEN and MEND files that say how *its* trainer runs. HORSE does not read
 # them; they are accepted, so that existing files load unchanged.
@@ -255,7 +256,9 @@ class HORSEHyperParams:
     @property
     def archive_folder(self) -> Path:
         """The folder of the archive, unless training is told another."""
-        return Path(self.results_dir, "models", self.alg_name, Path(self.model_name).name)
+        return Path(
+            self.results_dir, "models", self.alg_name, file_name(Path(self.model_name).name)
+        )
 
     @property
     def model(self) -> types.SimpleNamespace:

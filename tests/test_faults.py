@@ -93,8 +93,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path, undisturbe
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(wanted)  # and nothing beside them
 
 
-# Of the 22 calls of each edit the last ten are the list's, the folder's name and the list's again.
-@pytest.mark.parametrize("at", [*range(0, 12, 4), *range(12, 23), 30, 40])
+# Of the 21 calls of each edit the last nine are the list's, the folder's name and the list's again.
+@pytest.mark.parametrize("at", [*range(0, 12, 4), *range(12, 22), 30, 40])
 def test_a_chain_whose_process_is_killed_holds_whole_edits_only(tmp_path, at):
     """And all of them: every folder is in the list, and everything in the list is there."""
     killed = processes.start(processes.chain, tmp_path, 2, at)
@@ -102,7 +102,7 @@ def test_a_chain_whose_process_is_killed_holds_whole_edits_only(tmp_path, at):
     assert killed.exitcode == -signal.SIGKILL
     names = sorted(p.name for p in tmp_path.iterdir() if p.is_dir() and p.name[0] != ".")
     assert names == [d.name for d in Chain(tmp_path).deltas()]
-    assert names == ["001", "002"][: sum(at > named for named in (17, 17 + 22))]
+    assert names == ["001", "002"][: sum(at > named for named in (16, 16 + 21))]
     goes_on = processes.start(processes.chain, tmp_path, 1)
     goes_on.join()
     assert goes_on.exitcode == 0

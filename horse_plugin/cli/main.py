@@ -1,5 +1,6 @@
 """The ``horse`` command. It parses and prints; everything else happens in the package."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -10,7 +11,6 @@ from typing import Annotated
 
 import typer
 import yaml
-from rich.console import Console
 
 from horse_plugin import distributed
 from horse_plugin.assets import FACTS
@@ -27,7 +27,7 @@ from horse_plugin.editing.checked import checked_edit
 from horse_plugin.editing.delta import EditDelta, check_free
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.export import save_adapter, to_rank
-from horse_plugin.errors import HorseError, UsageError, first_line, reason
+from horse_plugin.errors import HorseError, UsageError, first_line, reason, visible
 from horse_plugin.evaluation import general as general_ability
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
@@ -37,7 +37,7 @@ from horse_plugin.foreign import converted
 from horse_plugin.hparams import HORSEHyperParams, default_hparams, read_keys
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import random_model
-from horse_plugin.storage.files import check_empty, check_writable, locked_folder, write
+from horse_plugin.storage.files import check_empty, locked_folder, reserved, write
 from horse_plugin.training.trainer import HORSETrainer
 
 
@@ -59,7 +59,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = show.PlainConsole()
 
 
 def _print_version(asked: bool):
@@ -141,9 +141,11 @@ def edit(
         raise UsageError("edit: give --out for an edit by itself, or --onto for a chain of edits.")
     settings = _hparams(hparams, archive=archive and str(archive), max_drift=max_drift)
     records = load_records(data, n_edits)
-    if save_model:
-        check_empty(save_model)
-    with locked_folder(out or onto) as folder:
+    with contextlib.ExitStack() as stack:
+        if save_model:
+            stack.enter_context(reserved(save_model))
+            check_empty(save_model)
+        folder = stack.enter_context(locked_folder(out or onto))
         chain = Chain(folder) if onto else None
         name = chain.new_name(name) if chain else name or folder.name
         if not chain:
@@ -162,8 +164,8 @@ def edit(
         else:
             delta.save(folder)
             results.save(folder / "results.json", rows)
-    if save_model:
-        editor.save_model(save_model)
+        if save_model:
+            editor.save_model(save_model)
     console.print(show.figures(rows))
     for part in show.outcome(delta):
         console.print(part)
@@ -182,26 +184,29 @@ def evaluate(
 ):
     """Measure the model, or an edit of it, on facts."""
     settings, records = _hparams(hparams), load_records(data, n_edits)
-    if out:
-        check_writable(out.parent)
-    editor, deltas = _editor(settings, delta)
-    text = OrdinaryText(editor.backbone, heldout_pieces())
-    evaluator = Evaluator(editor.backbone, records, text=text, writing=True)
-    editor.apply_chain(deltas)
-    evaluation = evaluator.evaluate() if deltas else evaluator.before
-    name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
-    rows = [results.row(name, Path(data).stem, settings, evaluation)]
-    if out and is_main_process():
-        results.save(out, rows)
+    with reserved(out) if out else contextlib.nullcontext():
+        editor, deltas = _editor(settings, delta)
+        text = OrdinaryText(editor.backbone, heldout_pieces())
+        evaluator = Evaluator(editor.backbone, records, text=text, writing=True)
+        editor.apply_chain(deltas)
+        evaluation = evaluator.evaluate() if deltas else evaluator.before
+        name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
+        rows = [results.row(name, Path(data).stem, settings, evaluation)]
+        if out and is_main_process():
+            results.save(out, rows)
     console.print(show.figures(rows))
 
 
 @app.command(name="show")
-def show_edit(folder: Folder):
+def show_edit(
+    folder: Folder,
+    skip: Annotated[int, typer.Option(help="Facts of each edit to leave out first.", min=0)] = 0,
+    facts: Annotated[int, typer.Option(help="Facts of each edit to show after them.", min=1)] = 10,
+):
     """Print what an edit is: its facts, model, settings, versions and figures."""
     deltas = read_edits(folder)
     for delta in deltas:
-        for part in show.edit(delta):
+        for part in show.edit(delta, skip, facts):
             console.print(part)
     if not deltas:
         console.print("No edit is in force.")
@@ -219,9 +224,7 @@ def undo(
     name: Annotated[str | None, typer.Argument(help="The edit's name; else the last one.")] = None,
 ):
     """Take an edit out of a chain, the last one or any other; its files stay."""
-    Chain.at(folder)
-    with locked_folder(folder):
-        undone = Chain(folder).undo(name)
+    undone = Chain.at(folder).undo(name)
     console.print(f"Undone: {undone}. Its files stay in {folder / undone}.", soft_wrap=True)
 
 
@@ -236,15 +239,16 @@ def export(
     """Write the edited model as a Hugging Face folder, or the edit as a PEFT LoRA adapter."""
     if rank and not lora:
         raise UsageError("export: --rank is for --lora.")
-    check_empty(out)
-    editor, deltas = _editor(_hparams(hparams), delta)
-    if lora:
-        adapter = to_rank(editor, deltas, rank)
-        save_adapter(adapter, editor.backbone, out)
-        console.print(show.adapter(adapter))
-    else:
-        editor.apply_chain(deltas)
-        editor.save_model(out)
+    with reserved(out):
+        check_empty(out)
+        editor, deltas = _editor(_hparams(hparams), delta)
+        if lora:
+            adapter = to_rank(editor, deltas, rank)
+            save_adapter(adapter, editor.backbone, out)
+            console.print(show.adapter(adapter))
+        else:
+            editor.apply_chain(deltas)
+            editor.save_model(out)
     console.print(f"{'Adapter' if lora else 'Model'}: {out}", soft_wrap=True)
 
 
@@ -338,17 +342,18 @@ def general(
     """General ability before and after an edit, as the paper's Table 3."""
     if (delta is None) == (model is None):
         raise UsageError("general: give --delta for an edit, or --model for an edited model.")
-    check_writable(out)
-    editor, deltas = _editor(_hparams(hparams), delta)
-    before = general_ability.measure(editor.backbone, _names(tasks), data, limit)
-    editor.apply_chain(deltas)
-    edited = editor.backbone
-    if model:
-        edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
-    rows = general_ability.rows(before, general_ability.measure(edited, _names(tasks), data, limit))
-    results.save(out / "results.json", rows)
-    table = general_ability.table(rows)
-    write(out / "table.md", table.markdown())
+    with locked_folder(out):
+        editor, deltas = _editor(_hparams(hparams), delta)
+        before = general_ability.measure(editor.backbone, _names(tasks), data, limit)
+        editor.apply_chain(deltas)
+        edited = editor.backbone
+        if model:
+            edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
+        after = general_ability.measure(edited, _names(tasks), data, limit)
+        rows = general_ability.rows(before, after)
+        results.save(out / "results.json", rows)
+        table = general_ability.table(rows)
+        write(out / "table.md", table.markdown())
     console.print(show.printed(table))
 
 
@@ -377,16 +382,16 @@ def bench(
 ):
     """Time and memory of every stage of an edit, beside the least this machine could take."""
     settings = _hparams(hparams) if hparams else default_hparams()
-    check_writable(out.parent)
-    records = load_records(data or FACTS / "train.json", n_edits)
-    settings.edits_per_step = len(records)
-    if config:
-        settings.inner_params = []
-        backbone = Backbone.of(*random_model(config, settings), settings)
-    else:
-        backbone = Backbone.load(settings)
-    found = run_bench(backbone, settings, records)
-    results.save(out, [found])
+    with reserved(out):
+        records = load_records(data or FACTS / "train.json", n_edits)
+        settings.edits_per_step = len(records)
+        if config:
+            settings.inner_params = []
+            backbone = Backbone.of(*random_model(config, settings), settings)
+        else:
+            backbone = Backbone.load(settings)
+        found = run_bench(backbone, settings, records)
+        results.save(out, [found])
     console.print(show.stages(found))
 
 
@@ -442,8 +447,8 @@ def _editor(settings: HORSEHyperParams, delta: Path | None) -> tuple[HorseEditor
     return HorseEditor.from_hparams(replace(settings, archive=None), progress=True), deltas
 
 
-def _say(message: str):
-    print(message, file=sys.stderr)
+def _say(message: str, file=None):
+    print(visible(message), file=file or sys.stderr)
 
 
 def run():
@@ -461,7 +466,7 @@ def run():
     except Exception as error:  # ours, or a bug of ours or of a library below: one line
         if debug:
             traceback.print_exc()
-        print(f"horse: {_one_line(error)}", file=errors)
+        _say(f"horse: {_one_line(error)}", errors)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

@@ -3,16 +3,30 @@
 from collections.abc import Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from horse_plugin.editing.budget import Budget
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.export import Adapter
+from horse_plugin.errors import visible
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import ALL_FIGURES
 from horse_plugin.evaluation.tables import Table, examples_table, figure, figures_of, number
 from horse_plugin.model.fingerprint import describe
+
+
+class PlainConsole(Console):
+    """A console that shows text as it is: no markup, no emoji names, no control characters.
+
+    What we print comes from files of others in many places: facts, names, paths, versions.
+    """
+
+    def __init__(self):
+        super().__init__(markup=False, emoji=False)
+
+    def render_str(self, text: str, **kwargs):
+        return super().render_str(visible(text), **kwargs)
 
 
 def printed(table: Table) -> RichTable:
@@ -66,14 +80,19 @@ def outcome(delta: EditDelta) -> list:
         names = ["held-out text", "perplexity before", "after", "drift"]
         parts.append(printed(Table(names, lines)))
     if budget := delta.about.get("budget"):
-        parts.append(Text(Budget(**budget).sentence()))
+        parts.append(Budget(**budget).sentence())
     if written := measured.get("examples"):
         parts.append(examples([Example(**example) for example in written]))
     return parts
 
 
-def edit(delta: EditDelta, n_records: int = 10) -> list[RichTable]:
-    """Return tables that say what an edit is for, on what, how, and what it did."""
+def edit(delta: EditDelta, first: int = 0, n_records: int = 10) -> list:
+    """Return tables that say what an edit is for, on what, how, and what it did.
+
+    Args:
+        first: how many facts to leave out at the start.
+        n_records: the most facts to show after them.
+    """
     about, measured = delta.about, delta.about.get("figures")
     size = sum(t.nbytes for t in delta.tensors.values()) / 2**20
     facts = [
@@ -104,8 +123,9 @@ def edit(delta: EditDelta, n_records: int = 10) -> list[RichTable]:
         moved = about.get("moved", {}).get(module, float("nan"))
         layers.append([module, form, f"{moved:.2e}"])
     layers = Table(["module", "form", "moved, ‖ΔW‖/‖W‖"], layers, "Weights")
-    records = [[r.prompt, r.target_new] for r in delta.records[:n_records]]
-    records = Table(["prompt", "answer"], records, f"Facts, {n_records} at most", is_text=True)
+    records = [[r.prompt, r.target_new] for r in delta.records[first : first + n_records]]
+    shown = f"Facts {first + 1:,} to {first + len(records):,} of {len(delta.records):,}"
+    records = Table(["prompt", "answer"], records, shown, is_text=True)
     overview = RichTable(box=box.SIMPLE, show_header=False)
     for line in facts:
         overview.add_row(*line)

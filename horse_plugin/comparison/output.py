@@ -1,10 +1,11 @@
 """What a comparison leaves in its folder, beside ``results.json``."""
 
+import html
 from pathlib import Path
 
 from horse_plugin.comparison import tables
 from horse_plugin.evaluation.tables import held_and_drift
-from horse_plugin.storage.files import write
+from horse_plugin.storage.files import file_name, write
 
 TITLES = {"compare": "Side by side", "ablate": "What each part brings"}
 _READING = """<p>Every figure is the share of answer tokens predicted right, in percent, averaged
@@ -42,15 +43,16 @@ def write_output(out: Path, rows: list[dict], kind: str = "compare"):
     for model, dataset in dict.fromkeys((r["model"], r["dataset"]) for r in rows):
         if curves := tables.curves(rows, model, dataset):
             drawn, name = charts.svg(charts.over_edits(curves)), Path(model).name
-            write(out / f"edits-{name}-{dataset}.svg", drawn)
-            body += f"<h2>{dataset} on {name}, over the number of edits</h2>{report.picture(drawn)}"
+            write(out / f"edits-{file_name(name)}-{file_name(dataset)}.svg", drawn)
+            body += f"<h2>{html.escape(f'{dataset} on {name}')}, over the number of edits</h2>"
+            body += report.picture(drawn)
     for (model, n), figure, cost in zip(pages, figures, costs, strict=True):
         bars = charts.svg(charts.side_by_side(tables.means(rows, model, n)))
-        body += f"<h2>{tables.edits(n)} on {Path(model).name}</h2>"
+        body += f"<h2>{tables.edits(n)} on {html.escape(Path(model).name)}</h2>"
         body += figure.html()
         if points := held_and_drift(tables.of_page(rows, model, n)):
             drawn = charts.svg(charts.held_over_drift(points))
-            write(out / f"held-{Path(model).name}-{n}.svg", drawn)
+            write(out / f"held-{file_name(Path(model).name)}-{n}.svg", drawn)
             body += f"<h3>Facts held, and what it cost</h3>{report.picture(drawn)}"
         body += report.picture(bars) + cost.html()
     write(out / "report.html", report.page(TITLES[kind], body))

@@ -6,17 +6,18 @@
 A folder with a single edit, as :meth:`EditDelta.save` writes it, is read like a chain of one.
 """
 
+import contextlib
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from horse_plugin.editing.delta import CHAIN_FILE, DELTA, EditDelta
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.storage.digest import json_digest
-from horse_plugin.storage.files import new_folder, write
+from horse_plugin.storage.files import locked_folder, new_folder, write
 from horse_plugin.storage.schema import check_form
 
 ENTRY = {"name": str, "made": str, "n_edits": int, "undone": (str, type(None))}
@@ -26,6 +27,9 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 class Chain:
     """The chain of edits in one folder.
+
+    Whoever changes it locks the folder meanwhile. To make an edit on top of the others and add it,
+    lock the folder from reading to adding, with :func:`horse_plugin.storage.files.locked_folder`.
 
     Attributes:
         folder: its path.
@@ -43,9 +47,21 @@ class Chain:
         self.folder, self.entries = Path(folder).expanduser(), []
         if Path(folder, DELTA).exists():
             raise UsageError(f"{folder}: holds a single edit, not a chain; choose another folder.")
+        self.entries = self._listed()
+
+    def _listed(self) -> list[dict]:
         path = self.folder / CHAIN_FILE
-        if path.exists():
-            self.entries = _read(path)
+        return _read(path) if path.exists() else []
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Lock the folder, whose list must be the one that this object has read."""
+        with locked_folder(self.folder):
+            if self._listed() != self.entries:
+                raise HorseError(
+                    f"{self.folder}: another process has changed the chain. Open it again."
+                )
+            yield
 
     @classmethod
     def at(cls, folder) -> "Chain":
@@ -87,30 +103,37 @@ class Chain:
 
         Args:
             rows: its rows of ``results.json``.
+
+        Raises:
+            UsageError: the edit's name is taken, or no plain name for a folder.
+            HorseError: another process writes into the folder, or has changed the chain.
         """
         entry = {"name": delta.name, "made": delta.about["made"], "n_edits": len(delta.records)}
-        with new_folder(self.folder / delta.name) as made:
-            delta.save(made)
-            results.save(made / "results.json", list(rows))
-            self._write([*self.entries, entry | {"undone": UNFINISHED}])
-        self.entries.append(entry | {"undone": None})
-        self._write(self.entries)
+        with self._changing():
+            with new_folder(self.folder / self.new_name(delta.name)) as made:
+                delta.save(made)
+                results.save(made / "results.json", list(rows))
+                self._write([*self.entries, entry | {"undone": UNFINISHED}])
+            self.entries.append(entry | {"undone": None})
+            self._write(self.entries)
 
     def undo(self, name: str | None = None) -> str:
         """Take an edit out of force, the last one by default; its folder stays. Return its name.
 
         Raises:
             UsageError: no such edit is in force.
+            HorseError: another process writes into the folder, or has changed the chain.
         """
-        active = [e["name"] for e in self.entries if not e["undone"]]
-        name = name or next(reversed(active), "")
-        if name not in active:
-            there = f"in force are {', '.join(active)}" if active else "none is in force"
-            raise UsageError(f"{self.folder}: no edit{name and f' {name}'} to undo; {there}.")
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        entries = [e | {"undone": now} if e["name"] == name else e for e in self.entries]
-        self._write(entries)
-        self.entries = entries
+        with self._changing():
+            active = [e["name"] for e in self.entries if not e["undone"]]
+            name = name or next(reversed(active), "")
+            if name not in active:
+                there = f"in force are {', '.join(active)}" if active else "none is in force"
+                raise UsageError(f"{self.folder}: no edit{name and f' {name}'} to undo; {there}.")
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            entries = [e | {"undone": now} if e["name"] == name else e for e in self.entries]
+            self._write(entries)
+            self.entries = entries
         return name
 
     def _write(self, entries: list[dict]):

@@ -10,7 +10,7 @@ from horse_plugin.data.records import EditRecord
 from horse_plugin.editing.archive import MADE_FOR
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.storage.digest import text_digest
-from horse_plugin.storage.files import to_json, write
+from horse_plugin.storage.files import locked_folder, to_json, write
 from horse_plugin.storage.schema import check_form
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 
@@ -69,13 +69,16 @@ class EditDelta:
 
         Raises:
             UsageError: the folder holds an edit, or a chain of edits, already.
+            HorseError: another process writes into it.
         """
         folder = check_free(folder)
         described = {**self.about, "records": [r.to_dict() for r in self.records]}
         text = to_json(described).encode()
         about = {**self.about, "kind": "delta", "edit_json": text_digest(text, 64)}
-        write(folder / EDIT, text)
-        save_tensors(folder / DELTA, self.tensors, about)
+        with locked_folder(folder):
+            check_free(folder)
+            write(folder / EDIT, text)
+            save_tensors(folder / DELTA, self.tensors, about)
 
     @classmethod
     def load(cls, folder) -> "EditDelta":

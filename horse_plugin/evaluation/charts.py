@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from horse_plugin.errors import visible
 from horse_plugin.evaluation.metrics import SCORED
 
 # The lines that should stand out; the others take their turn among colours unlike these.
@@ -80,7 +81,7 @@ def over_edits(curves: dict[str, dict[str, Curve]]) -> Figure:
         for method, of_figure in curves.items():
             style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
             if of_figure[name]:
-                axes.plot(*zip(*of_figure[name], strict=True), label=method, **style)
+                axes.plot(*zip(*of_figure[name], strict=True), label=_label(method), **style)
         axes.set(title=name, xlabel="edits", xscale="log", ylim=(0, 103))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -104,8 +105,8 @@ def side_by_side(means: dict[str, dict[str, Sequence[float]]]) -> Figure:
         for i, name in enumerate(SCORED):
             positions = [j - (i - 1) * 0.27 for j in range(len(methods))]
             axes.barh(positions, [of[m][i] for m in methods], 0.25, label=name)
-        axes.set_yticks(range(len(methods)), methods)
-        axes.set(title=dataset, xlabel="percent", xlim=(0, 100))
+        axes.set_yticks(range(len(methods)), map(_label, methods))
+        axes.set(title=_label(dataset), xlabel="percent", xlim=(0, 100))
         _open(axes)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
@@ -127,7 +128,7 @@ def held_over_drift(points: dict[str, dict[str, tuple[float, float]]]) -> Figure
             color = STANDING_OUT.get(method, {}).get("color")
             point = axes.plot([max(drift, 1e-4)], [held], "o", color=color)[0]
             axes.annotate(
-                method,
+                _label(method),
                 (max(drift, 1e-4), held),
                 xytext=(5, 4),
                 textcoords="offset points",
@@ -135,11 +136,16 @@ def held_over_drift(points: dict[str, dict[str, tuple[float, float]]]) -> Figure
                 color=point.get_color(),
             )
         axes.annotate("better", (0.02, 0.98), xycoords="axes fraction", va="top", color="gray")
-        axes.set(title=dataset, xscale="log", ylim=(0, 105))
+        axes.set(title=_label(dataset), xscale="log", ylim=(0, 105))
         axes.margins(x=0.25)
         axes.set(xlabel="drift of ordinary text, nats a token", ylabel="facts held, percent")
         _open(axes)
     return figure
+
+
+def _label(name: str) -> str:
+    """Return a name as matplotlib shows it letter by letter, and reads no formula in it."""
+    return visible(name).replace("$", r"\$")
 
 
 def _open(axes: Axes):

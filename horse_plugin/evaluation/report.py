@@ -2,6 +2,7 @@
 
 import html
 
+from horse_plugin.errors import visible
 from horse_plugin.evaluation.charts import (
     before_and_after,
     held_over_drift,
@@ -81,4 +82,4 @@ def picture(drawn: str) -> str:
 
 
 def _text(value) -> str:
-    return html.escape(str(value))
+    return html.escape(visible(value))

@@ -4,6 +4,7 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from horse_plugin.errors import visible
 from horse_plugin.evaluation.metrics import mean
 
 Cell = str | tuple[str, str]  # a text, or a text and its mark: "best" or "second"
@@ -28,18 +29,28 @@ class Style:
         return pattern.format(self.escape(text))
 
 
+_LATEX = {c: f"\\{c}" for c in "&%#_{}"} | {"\\": r"\textbackslash{}", "$": r"\$"}
+_LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
+_LATEX |= {">": r"\textgreater{}", "λ": r"$\lambda$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--"}
+_MARKDOWN = {c: f"\\{c}" for c in "\\`*[]|$"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
 def _latex(text: str) -> str:
-    plain = {"λ": r"$\lambda$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--", "c_i": "$c_i$"}
-    for old in "&%#":
-        text = text.replace(old, f"\\{old}")
-    for old, new in plain.items():
-        text = text.replace(old, new)
-    return text.replace("$c_i$", "\0").replace("_", r"\_").replace("\0", "$c_i$")
+    parts = visible(text).split("c_i")  # the paper's symbol
+    return "$c_i$".join("".join(_LATEX.get(c, c) for c in part) for part in parts)
 
 
-MARKDOWN = Style("**{}**", "<u>{}</u>", lambda text: text.replace("|", "\\|"))
+def _markdown(text: str) -> str:
+    return "".join(_MARKDOWN.get(c, c) for c in visible(text))
+
+
+def _html(text: str) -> str:
+    return html.escape(visible(text))
+
+
+MARKDOWN = Style("**{}**", "<u>{}</u>", _markdown)
 LATEX = Style(r"\textbf{{{}}}", r"\underline{{{}}}", _latex)
-HTML = Style("<b>{}</b>", "<u>{}</u>", html.escape)
+HTML = Style("<b>{}</b>", "<u>{}</u>", _html)
 
 
 @dataclass
@@ -72,10 +83,11 @@ class Table:
         over += [""] * (len(self.columns) - len(over))
         head = [f"{g} {c}".strip() for g, c in zip(over, self.columns, strict=True)]
         align = ["---", *(["---" if self.is_text else "--:"] * (len(head) - 1))]
-        lines = [head, align, *self.cells(MARKDOWN)]
+        lines = [list(map(_markdown, head)), align, *self.cells(MARKDOWN)]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-        notes = "".join(f"- {note}\n" for note in self.notes)
-        return "\n".join(part for part in (f"{self.caption}\n", table, notes) if part.strip())
+        notes = "".join(f"- {_markdown(note)}\n" for note in self.notes)
+        caption = f"{_markdown(self.caption)}\n"
+        return "\n".join(part for part in (caption, table, notes) if part.strip())
 
     def latex(self) -> str:
         spans, at = [], 2
@@ -105,15 +117,15 @@ class Table:
         )
 
     def html(self) -> str:
-        groups = "".join(f'<th colspan="{n}">{html.escape(g)}</th>' for g, n in self.groups)
+        groups = "".join(f'<th colspan="{n}">{_html(g)}</th>' for g, n in self.groups)
         groups = f"<tr><th></th>{groups}</tr>" if groups else ""
-        names = "".join(f"<th>{html.escape(c)}</th>" for c in self.columns)
+        names = "".join(f"<th>{_html(c)}</th>" for c in self.columns)
         body = "".join(
             "<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in self.cells(HTML)
         )
         kind = ' class="text"' if self.is_text else ""
-        caption = f'<p class="note">{html.escape(self.caption)}</p>' if self.caption else ""
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        caption = f'<p class="note">{_html(self.caption)}</p>' if self.caption else ""
+        notes = "".join(f"<li>{_html(note)}</li>" for note in self.notes)
         return (
             f'<div class="scroll"><table{kind}>{groups}<tr>{names}</tr>{body}</table></div>'
             + caption

@@ -16,6 +16,8 @@ from horse_plugin.errors import UsageError, first_line
 def load_model(hparams):
     """Return the hparams' model and its tokenizer, in the dtype and on the device they ask for.
 
+    Its parameters take no gradient, so that whoever calls the model keeps no graph.
+
     Raises:
         UsageError: there is no such model or device, or the model lacks weights.
     """
@@ -43,6 +45,7 @@ def load_model(hparams):
             f"model_name: {hparams.model_name!r} lacks {len(missing)} weights that its config "
             f"asks for, such as {missing[0]}. Is it a causal language model, and whole?"
         )
+    model.requires_grad_(False)
     return (model if hparams.model_parallel else model.to(device)), tokenizer
 
 

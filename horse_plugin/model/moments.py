@@ -14,10 +14,10 @@ import torch
 
 from horse_plugin import distributed
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.errors import HorseError
+from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone, StopForward
 from horse_plugin.model.guard import guarded, hooked
-from horse_plugin.storage.files import write
+from horse_plugin.storage.files import file_name, write
 
 Moments = dict[str, tuple[torch.Tensor, int]]  # edit module → (Σ k kᵀ, d×d; number of keys)
 
@@ -32,14 +32,21 @@ def moments_file(
         data: the name of the data set, ``mom2_dataset`` in EasyEdit's YAMLs.
         n_samples: the number of texts, ``mom2_n_samples``.
         dtype: ``mom2_dtype``.
+
+    Raises:
+        UsageError: a name leads into another folder.
     """
-    name = f"{module}_{dtype}_mom2_{n_samples}.npz"
-    return Path(folder, model_name(backbone), f"{data}_stats", name)
+    names = f"{data}_stats", f"{module}_{dtype}_mom2_{n_samples}.npz"
+    for name in names:
+        if Path(name).name != name:
+            raise UsageError(f"{name}: no name of a file; mom2_dataset and mom2_dtype hold no /.")
+    return Path(folder, model_name(backbone), *names)
 
 
 def model_name(backbone: Backbone) -> str:
     """Return the last part of the model's name or path."""
-    return Path(str(backbone.model.config.name_or_path)).name or type(backbone.model).__name__
+    name = Path(str(backbone.model.config.name_or_path)).name
+    return file_name(name or type(backbone.model).__name__)
 
 
 @guarded

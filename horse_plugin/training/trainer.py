@@ -36,6 +36,7 @@ from horse_plugin.model.capture import capture
 from horse_plugin.model.guard import guarded
 from horse_plugin.model.preserve import Preserve, up_to
 from horse_plugin.storage.digest import json_digest
+from horse_plugin.storage.files import locked_folder
 from horse_plugin.storage.tensors import save_tensors
 from horse_plugin.training import checkpoint
 from horse_plugin.training.objective import TRAINED_ON, Objective
@@ -128,11 +129,17 @@ class HORSETrainer:
 
     @guarded
     def run(self) -> Path:
-        """Train to the end and return the archive's folder.
+        """Train to the end and return the archive's folder, which is locked meanwhile.
 
         Raises:
+            HorseError: another process writes into the folder, or a number is not finite.
             KeyboardInterrupt: at Ctrl-C, after the present step is finished and saved.
         """
+        with locked_folder(self.out):
+            self._run()
+        return self.out
+
+    def _run(self):
         self._cache_trunk_states()
         evaluators = self._evaluators()
         bar = tqdm(
@@ -156,7 +163,6 @@ class HORSETrainer:
                 bar.set_postfix(self._shown_beside_steps(losses))
                 if sum_over_ranks(torch.tensor(len(interrupts))):  # of any process
                     self._stop()
-        return self.out
 
     @guarded
     @torch.enable_grad()

@@ -26,6 +26,7 @@ from horse_plugin.model.moments import (
     save_moments,
     second_moments,
 )
+from horse_plugin.storage.files import locked_folder
 from horse_plugin.storage.files import write as write_file
 
 LONGEST = 1024  # tokens of a text
@@ -123,8 +124,9 @@ def prepare(hparams, backbone: Backbone, corpus) -> list[Path]:
     made = [files[m] for m in missing]
     if missing:
         texts = texts_of(corpus, hparams.mom2_n_samples)
-        for m, (total, count) in moments_of_texts(backbone, missing, texts).items():
-            save_moments(files[m], total, count, hparams.mom2_n_samples)
+        with locked_folder(files[missing[0]].parent):  # another corpus may go by the same name
+            for m, (total, count) in moments_of_texts(backbone, missing, texts).items():
+                save_moments(files[m], total, count, hparams.mom2_n_samples)
     where = getattr(hparams, "P_loc", None)
     if where and not Path(where).is_file():
         moments = {m: load_moments(file) for m, file in files.items()}
