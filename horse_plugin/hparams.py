@@ -4,6 +4,8 @@ Keys keep EasyEdit's names, so that a MALMEN file becomes a HORSE file by changi
 """
 
 import difflib
+import itertools
+import reprlib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -20,6 +22,7 @@ from horse_plugin.method.hypernetwork import COEFFICIENTS, NORMALIZERS
 from horse_plugin.method.losses import LOSSES
 from horse_plugin.method.spread import SPREADS
 from horse_plugin.storage.files import file_name
+from horse_plugin.storage.schema import read_text
 
 # Keys of EasyEdit's MALMEN and MEND files that say how *its* trainer runs. HORSE does not read
 # them; they are accepted, so that existing files load unchanged.
@@ -234,7 +237,7 @@ class HORSEHyperParams:
                     raise UsageError(f"{key!r} is no key of ours. {advice}.")
                 near = difflib.get_close_matches(str(key), known | ALIASES.keys(), n=1)
                 hint = f" Did you mean {near[0]}?" if near else " See hparams/HORSE for the keys."
-                raise UsageError(f"unknown key {key!r}.{hint}")
+                raise UsageError(f"unknown key {reprlib.repr(key)}.{hint}")
         if "model_name" not in keys:
             raise UsageError("model_name is missing: name a model folder or hub id.")
         if keys.get("token") == "mask":  # MALMEN's files; HORSE has no such token
@@ -270,10 +273,12 @@ def read_keys(path: Path) -> dict:
     """Return the keys of a YAML file.
 
     Raises:
-        UsageError: there is no such file, or it is no YAML of keys.
+        UsageError: there is no such file, or it is no YAML of keys, or one that unfolds to more
+            values than settings have.
     """
     try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        keys = yaml.safe_load(read_text(path))
+        _check_size(keys)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such hparams file.") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -281,6 +286,25 @@ def read_keys(path: Path) -> dict:
     if not isinstance(keys, dict):
         raise UsageError(f"{path}: expected `key: value` lines, found {type(keys).__name__}.")
     return keys
+
+
+def _check_size(keys):
+    """Refuse what names of parts (``&a``, ``*a``) unfold to, which a few lines make endless."""
+    left, level, depth = 10_000, [keys], 0
+    while level and (depth := depth + 1):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list, tuple))
+            for inner in itertools.islice(_inside(value), left + 1)
+        ]
+        left -= len(level)
+        if left < 0 or depth > 20:
+            raise ValueError("more than 10,000 values, or more than 20 one in another")
+
+
+def _inside(value):
+    return itertools.chain(value.keys(), value.values()) if isinstance(value, dict) else value
 
 
 def _attribute(name: str) -> property:
@@ -335,7 +359,7 @@ def _checked(name, value, annotation):
         elif isinstance(value, origin):
             return value
     expected = " or ".join(_NAMES.get(typing.get_origin(k) or k, str(k)) for k in options)
-    raise UsageError(f"{name}: expected {expected}, got {value!r}.")
+    raise UsageError(f"{name}: expected {expected}, got {reprlib.repr(value)}.")
 
 
 _NAMES = {

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import io
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from horse_plugin import (
     HORSETrainer,
     load_records,
 )
+from horse_plugin.cli import show
 from horse_plugin.editing.archive import ARCHIVE, load_network, read_network
 from horse_plugin.editing.chain import Chain, read_edits
 from horse_plugin.model.backbone import Backbone
@@ -40,6 +42,8 @@ from tests import ROOT, processes, tiny
 pytestmark = pytest.mark.kill
 
 FILES = (ARCHIVE, CHECKPOINT)
+CONSOLE = show.PlainConsole()
+CONSOLE.file = io.StringIO()
 PACKAGE = Path(horse_plugin.__file__).parent
 QUICK = settings(
     max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None
@@ -321,7 +325,10 @@ def test_500_forged_archives_and_500_forged_edits_with_the_right_checksum(saved,
             if name == ARCHIVE:
                 load_network(path.parent, e.backbone)
             else:
-                e.apply(EditDelta.load(path.parent))
+                delta = EditDelta.load(path.parent)
+                for part in show.edit(delta):
+                    CONSOLE.print(part)
+                e.apply(delta)
                 e.undo()
     finally:
         path.write_bytes(whole)

@@ -108,12 +108,12 @@ def train(
     with locked_folder(out):
         trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
         folder = trainer.run()
-    best = trainer.best
-    console.print(
-        f"Best at step {best['step']}: efficacy {number(best['efficacy'])}, generalization "
-        f"{number(best['generalization'])}, specificity {number(best['specificity'])}, locality "
-        f"{number(best['locality'])}, drift {number(best['drift'], 3)} nats a token."
-    )
+    if best := trainer.best:
+        console.print(
+            f"Best at step {best['step']}: efficacy {number(best['efficacy'])}, generalization "
+            f"{number(best['generalization'])}, specificity {number(best['specificity'])}, "
+            f"locality {number(best['locality'])}, drift {number(best['drift'], 3)} nats a token."
+        )
     console.print(f"Archive: {folder}", soft_wrap=True)
 
 
@@ -155,7 +155,7 @@ def edit(
         editor = HorseEditor.from_hparams(settings, progress=True)
         if chain:
             editor.apply_chain(chain.deltas())
-        dataset = Path(data).stem
+        dataset = visible(Path(data).stem)
         delta, rows = checked_edit(editor, records, dataset, name, strict, heldout, max_rise)
         if not is_main_process():
             return
@@ -191,7 +191,7 @@ def evaluate(
         editor.apply_chain(deltas)
         evaluation = evaluator.evaluate() if deltas else evaluator.before
         name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
-        rows = [results.row(name, Path(data).stem, settings, evaluation)]
+        rows = [results.row(name, visible(Path(data).stem), settings, evaluation)]
         if out and is_main_process():
             results.save(out, rows)
     console.print(show.figures(rows))

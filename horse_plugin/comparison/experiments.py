@@ -141,7 +141,8 @@ def _measured(plan: Plan, kind: str) -> list[dict]:
     """
     with locked_folder(plan.out):
         rows = run(plan)
-        order = list(METHODS | ABLATIONS).index
-        held = sorted(held_rows(plan.out), key=lambda row: order(row["method"]))
+        order = {name: i for i, name in enumerate(METHODS | ABLATIONS)}
+        held = held_rows(plan.out)
+        held.sort(key=lambda row: order.get(row["method"], len(order)))
         write_output(plan.out, held, kind)
     return rows

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,12 +11,18 @@ from horse_plugin.comparison.task import Task
 from horse_plugin.errors import HorseError, UsageError, reason, visible
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
-from horse_plugin.evaluation.metrics import FIGURES, Evaluation, Evaluator
+from horse_plugin.evaluation.metrics import ALL_FIGURES, FIGURES, Evaluation, Evaluator
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.digest import json_digest, weight_digest
+from horse_plugin.storage.schema import Maybe, count, read_json
 
 RESULTS = "results.json"
+NUMBER, TEXT = Maybe((int, float)), Maybe(str)
+ROW = {"method": str, "dataset": str, "model": str, "n_edits": count, "seed": int}
+ROW |= dict.fromkeys((*ALL_FIGURES, "edit_seconds", "train_seconds", "peak_memory_mb"), NUMBER)
+ROW |= dict.fromkeys(("reason", "budget", "settings"), TEXT)
+ROW |= {"check": Maybe({"records": count, "ours": {str: NUMBER}, "easyedit": {str: NUMBER}})}
 
 
 def run(plan: Plan, progress: bool = True) -> list[dict]:
@@ -51,9 +56,13 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
 
 
 def held_rows(out: Path) -> list[dict]:
-    """Return all rows that ``results.json`` holds, of this run and of earlier ones."""
+    """Return all rows that ``results.json`` holds, of this run and of earlier ones.
+
+    Raises:
+        HorseError: the file is damaged.
+    """
     path = out / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return read_json(path, [ROW]) if path.exists() else []
 
 
 def _cell(row: dict) -> tuple:

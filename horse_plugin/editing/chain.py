@@ -18,9 +18,9 @@ from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.files import locked_folder, new_folder, write
-from horse_plugin.storage.schema import check_form
+from horse_plugin.storage.schema import Maybe, count, read_json, read_text
 
-ENTRY = {"name": str, "made": str, "n_edits": int, "undone": (str, type(None))}
+ENTRY = {"name": str, "made": str, "n_edits": count, "undone": Maybe(str)}
 UNFINISHED = "unfinished"  # the ``undone`` of an edit whose folder has no final name yet
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -158,19 +158,16 @@ def _digest(entries) -> str:
 
 
 def _read(path: Path) -> list[dict]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise HorseError(f"{path}: damaged, or not the list of a chain ({error}).") from None
-    check_form(path, content, {"edits": [ENTRY], "sha256": str})
-    entries = content["edits"]
+    entries = read_json(path, {"edits": [ENTRY], "sha256": str})["edits"]
     whole = json.dumps({"edits": entries, "sha256": _digest(entries)}, indent=1) + "\n"
-    if text != whole:
+    if read_text(path) != whole:
         raise HorseError(f"{path}: damaged: its content does not match its checksum.")
     for entry in entries:
         if not NAME.fullmatch(entry["name"]):
             raise HorseError(f"{path}: {entry['name']!r} is no name for an edit.")
+    names = [e["name"] for e in entries if e["undone"] != UNFINISHED]
+    if len(set(names)) < len(names):
+        raise HorseError(f"{path}: damaged: an edit is in it twice.")
     if entries and entries[-1]["undone"] == UNFINISHED:
         *entries, last = entries
         if (path.parent / last["name"]).exists():

@@ -7,7 +7,6 @@ that makes the model worse. Of the unedited model only what goes into its head i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from horse_plugin.distributed import local_indices, raise_on_all_ranks, sum_over
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded
+from horse_plugin.storage.schema import read_text
 
 PIECE = 256  # tokens of text in one pass
 Pieces = Sequence[tuple[str, str]]  # (kind, text)
@@ -120,6 +120,6 @@ def heldout_pieces(path=None) -> Pieces:
     if path is None:
         return shipped_pieces("heldout")
     try:
-        return [("text", Path(path).read_text(encoding="utf-8"))]
+        return [("text", read_text(path))]
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable as UTF-8 text ({error}).") from None

@@ -6,6 +6,7 @@ EMMET, ROME and AlphaEdit read them: the files are those of EasyEdit's ``layer_s
 
 import contextlib
 import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone, StopForward
 from horse_plugin.model.guard import guarded, hooked
 from horse_plugin.storage.files import file_name, write
+from horse_plugin.storage.schema import plain_file
 
 Moments = dict[str, tuple[torch.Tensor, int]]  # edit module → (Σ k kᵀ, d×d; number of keys)
 
@@ -118,9 +120,14 @@ def load_moments(path: Path) -> tuple[torch.Tensor, int]:
         HorseError: the file is damaged.
     """
     try:
-        with np.load(path) as data:
-            return torch.from_numpy(data["mom2.mom2"]), int(data["mom2.count"])
-    except (OSError, ValueError, KeyError) as error:
+        with np.load(plain_file(path)) as data:
+            total, count = torch.from_numpy(data["mom2.mom2"]), int(data["mom2.count"])
+        if total.dim() != 2 or len(set(total.shape)) > 1 or count < 1:
+            raise ValueError("no moment of at least one key")
+        if not total.isfinite().all():
+            raise ValueError("a number is not finite")
+        return total, count
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise HorseError(
             f"{path}: damaged statistics ({error}); delete the file, and it is made again."
         ) from None

@@ -57,7 +57,10 @@ def to_json(value) -> str:
             return [plain(v) for v in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    return json.dumps(plain(value), indent=1, ensure_ascii=False)
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False)
+    if any("\ud800" <= c <= "\udfff" for c in text):  # as a path that is not UTF-8 has them
+        text = json.dumps(plain(value), indent=1)
+    return text
 
 
 def file_name(name: str) -> str:
@@ -71,12 +74,25 @@ def file_name(name: str) -> str:
     return plain if plain == name else f"{plain}-{text_digest(name, 6)}"
 
 
+def check_name(path):
+    """Refuse a path that is not UTF-8, which safetensors writes and reads no file at.
+
+    Raises:
+        UsageError: it is not.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{path}: its name is not UTF-8; rename it.") from None
+
+
 def check_writable(folder):
     """Fail before the work, rather than after it, if the folder cannot be written to.
 
     Raises:
-        UsageError: it is a file, or cannot be made or written to.
+        UsageError: it is a file, or cannot be made or written to, or its name is not UTF-8.
     """
+    check_name(folder)
     folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import yaml
 
 from horse_plugin.data.corpus import texts_of
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import UsageError
-from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.hparams import HORSEHyperParams, read_keys
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.moments import (
     Moments,
@@ -90,10 +89,10 @@ def statistics_of_yamls(yamls: Sequence[Path], corpus, folder: Path | None = Non
     made, backbones = [], {}
     for path in yamls:
         try:
-            hparams = SimpleNamespace(**yaml.safe_load(path.read_text(encoding="utf-8")))
+            hparams = SimpleNamespace(**read_keys(path))
             hparams.stats_dir = str(folder or hparams.stats_dir)
             modules_of(hparams), hparams.mom2_dataset, hparams.mom2_dtype, hparams.mom2_n_samples
-        except (OSError, TypeError, AttributeError, yaml.YAMLError) as error:
+        except (TypeError, AttributeError) as error:
             raise UsageError(f"{path}: not a YAML that asks for statistics ({error}).") from None
         if (threshold := getattr(hparams, "nullspace_threshold", None)) is not None:
             hparams.nullspace_threshold = float(threshold)
