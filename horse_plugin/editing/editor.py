@@ -5,10 +5,12 @@ import contextlib
 import datetime
 import functools
 import itertools
+import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -441,6 +443,8 @@ class HorseEditor:
     def save_model(self, folder):
         """Save the model as it is now, with its tokenizer, as a plain Hugging Face folder.
 
+        No file of it names code of its own, unless such code made the model or the tokenizer.
+
         Raises:
             UsageError: an adapter is attached to the model.
         """
@@ -451,8 +455,10 @@ class HorseEditor:
                 "as an adapter of its own (horse export --lora)."
             )
         with new_folder(folder) as made, quiet_transformers():
-            self.backbone.model.save_pretrained(made)
-            self.backbone.tokenizer.save_pretrained(made)
+            for part in (self.backbone.model, self.backbone.tokenizer):
+                part.save_pretrained(made)
+                if not type(part).__module__.startswith("transformers_modules"):
+                    _name_no_code(made)
 
     @staticmethod
     def load_delta(folder) -> EditDelta:
@@ -463,3 +469,11 @@ class HorseEditor:
 def _differing(weights: dict[str, torch.Tensor], digests: dict[str, str]) -> str | None:
     """Return the first module whose weight, rounded to its digest's dtype, has another digest."""
     return next((m for m, w in weights.items() if not matches(w, digests.get(m))), None)
+
+
+def _name_no_code(folder: Path):
+    """Take ``auto_map`` out of the JSON files in a folder, which names code to load with them."""
+    for path in folder.glob("*config.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("auto_map", None):
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -23,22 +23,22 @@ def load_model(hparams):
     """
     name = resolve(hparams.model_name)
     device = resolve_device(hparams.device)
-    kwargs = {"trust_remote_code": hparams.trust_remote_code}
+    trust = hparams.trust_remote_code
     with quiet_transformers():
         tokenizer = _load(
             transformers.AutoTokenizer,
             resolve(hparams.tokenizer_name) if hparams.tokenizer_name else name,
             "tokenizer_name" if hparams.tokenizer_name else "model_name",
-            **kwargs,
+            trust,
         )
         model, found = _load(
-            _auto_class(name, kwargs),
+            _auto_class(name, trust),
             name,
             "model_name",
+            trust,
             dtype=_dtype(hparams, device),
             device_map="auto" if hparams.model_parallel else None,
             output_loading_info=True,
-            **kwargs,
         )
     if missing := sorted(found["missing_keys"]):
         raise UsageError(
@@ -62,24 +62,25 @@ def random_model(config: str, hparams):
         UsageError: there is no such config or device.
     """
     device = resolve_device(hparams.device)
+    trust = hparams.trust_remote_code
     with quiet_transformers():
         name = resolve(hparams.tokenizer_name or DEFAULT_MODEL)
-        tokenizer = _load(transformers.AutoTokenizer, name, "tokenizer_name")
-        made = _load(transformers.AutoConfig, str(config), "config")
+        tokenizer = _load(transformers.AutoTokenizer, name, "tokenizer_name", trust)
+        made = _load(transformers.AutoConfig, str(config), "config", trust)
         made.vocab_size = max(made.vocab_size, len(tokenizer))
         with device, torch.random.fork_rng():
             torch.manual_seed(hparams.seed)  # several processes make the same model
             model = transformers.AutoModelForCausalLM.from_config(
-                made, dtype=_dtype(hparams, device)
+                made, dtype=_dtype(hparams, device), trust_remote_code=trust
             )
     return model, tokenizer
 
 
-def _auto_class(name: str, kwargs: dict):
+def _auto_class(name: str, trust: bool):
     """Return the class that loads a model of that name as one that writes text."""
     writes, sees = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **kwargs)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
     except Exception:  # an adapter's folder has none; the class that writes says what is wrong
         return writes
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -88,12 +89,13 @@ def _auto_class(name: str, kwargs: dict):
     return sees if has_images else writes  # which has code of its own, or says what is wrong
 
 
-def _load(auto_class, name: str, key: str, **kwargs):
+def _load(auto_class, name: str, key: str, trust: bool, **kwargs):
+    """Load what a key names; code that comes with it runs only if ``trust`` says so, unasked."""
     is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if is_path and not Path(name).exists():
         raise UsageError(f"{key}: no such folder: {name}.")
     try:
-        return auto_class.from_pretrained(name, **kwargs)
+        return auto_class.from_pretrained(name, trust_remote_code=trust, **kwargs)
     except Exception as error:  # whatever transformers and its file formats raise
         hint = ""
         if auto_class is transformers.AutoTokenizer and key == "model_name":
