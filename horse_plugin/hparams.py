@@ -46,7 +46,7 @@ AT_LEAST = dict.fromkeys(
     0,
 )
 PATHS = "model_name tokenizer_name archive preserve trunk_dir results_dir stats_dir".split()
-ABOVE_0 = """strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
+ABOVE_0 = """edit_memory_gb strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
     preserve_rho residual_cap""".split()
 AT_MOST_1 = ("preserve_mix", "preserve_rho")
 # The methods that our engine runs, and the settings that make it run them.
@@ -164,6 +164,8 @@ class HORSEHyperParams:
     editor_batch_size: int = 8192  # answer tokens in one pass of the hypernetwork
     batch_tokens: int = 4096  # padded tokens in one pass of the model
     max_length: int = 4096  # longest prompt + answer in tokens; the model's limit holds too
+    edit_memory_gb: float | None = None  # most memory that an edit may take beside the model and a
+    # pass of it, in 10⁹ bytes, by an estimate before the work; null: what is free
     trunk_cache_gb: float = 2.0  # memory for trunk states kept between steps
     trunk_disk_gb: float = 0.0  # room for more of them in memory-mapped files
     trunk_dir: str | None = None  # folder of those files; null: the system's temporary one

@@ -63,7 +63,7 @@ class Engine:
 
     def settings(self, task: Task) -> dict:
         about = {OLDER.get(k, k): v for k, v in self.hparams(task).to_dict().items()}
-        del about["stats_dir"]  # where statistics are kept changes no figure
+        del about["stats_dir"], about["edit_memory_gb"]  # they change no figure
         about["trained"] = self.archive or self.trained
         if self.trained:
             about |= {"train": records_digest(task.train), "val": records_digest(task.val)}

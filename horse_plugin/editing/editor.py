@@ -18,6 +18,7 @@ from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.editing.archive import as_trained, check_made_for, load_network, network_form
 from horse_plugin.editing.budget import Budget, smallest_ridge
 from horse_plugin.editing.delta import EditDelta
+from horse_plugin.editing.memory import check_memory
 from horse_plugin.editing.solve import (
     Roots,
     calibrate,
@@ -142,10 +143,16 @@ class HorseEditor:
 
     @guarded
     def capture(self, records) -> Capture:
-        """Return the keys and gradients of an edit of these records on the model as it is now."""
+        """Return the keys and gradients of an edit of these records on the model as it is now.
+
+        Raises:
+            HorseError: the edit would take more memory than ``edit_memory_gb``, or than is free.
+        """
         edits = self.backbone.prepare(records, kinds=["edit"])
         edits.check()
-        return capture(self.backbone, edits.to_capture(self.hparams.keep_next))
+        prompts = edits.to_capture(self.hparams.keep_next)
+        check_memory(self.backbone, prompts, self.hparams)
+        return capture(self.backbone, prompts)
 
     @guarded
     def edit(self, records, name: str | None = None, captured: Capture | None = None) -> EditDelta:
@@ -166,9 +173,9 @@ class HorseEditor:
 
         Raises:
             UsageError: a record's prompt cannot be tokenised, or ``captured`` is of other records.
-            HorseError: no ridge term keeps to ``max_drift``, the weights were changed from outside
-                since this editor's last edit, or a number is not finite; the message names the
-                module and the record. The model is as it was.
+            HorseError: no ridge term keeps to ``max_drift``, memory is too small, the weights were
+                changed from outside since this editor's last edit, or a number is not finite; the
+                message names the module and the record. The model is as it was.
         """
         start = time.perf_counter() - (captured.seconds if captured else 0.0)
         edits = self.backbone.prepare(records, kinds=["edit"])

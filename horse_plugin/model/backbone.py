@@ -42,6 +42,9 @@ for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_variable, "64")
 
 
+UNFUSED = 256  # the most tokens of a sequence whose attention runs unfused
+
+
 class StopForward(Exception):
     """Carries a value out of a forward pass that need not go on."""
 
@@ -386,7 +389,7 @@ class Backbone:
                 stack.enter_context(hooked(mlp.register_forward_pre_hook, into_mlp))
                 stack.enter_context(hooked(mlp.register_forward_hook, out_of_mlp))
             if torch.is_grad_enabled():
-                stack.enter_context(self.unfused_attention())
+                stack.enter_context(self.unfused_attention(batch.ids.shape[1]))
             return self._forward(batch.ids).logits
 
     @guarded
@@ -430,12 +433,16 @@ class Backbone:
                 stack.enter_context(with_forward(block, identity))
             yield
 
-    def unfused_attention(self) -> contextlib.AbstractContextManager:
-        """On a CPU, run attention unfused inside a ``with``.
+    def unfused_attention(self, n_tokens: int = 0) -> contextlib.AbstractContextManager:
+        """On a CPU, run attention of short sequences unfused inside a ``with``.
 
-        The fused kernel is slow backwards on short sequences there.
+        The fused kernel is slow backwards on some of them. The other one keeps a score for each
+        pair of tokens, so that long sequences would take memory by the square of their length.
+
+        Args:
+            n_tokens: the length of the sequences.
         """
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and n_tokens <= UNFUSED:
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()
 

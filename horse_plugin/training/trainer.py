@@ -24,6 +24,7 @@ from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.distributed import is_main_process, sum_over_ranks
 from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
 from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.editing.memory import check_memory
 from horse_plugin.editing.solve import Roots, calibrate, new_network
 from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
@@ -178,6 +179,7 @@ class HORSETrainer:
         edits = self.backbone.prepare(records, TRAINED_ON)
         edits.check()
         prompts = edits.to_capture(self.hparams.keep_next)
+        check_memory(self.backbone, prompts, self.hparams)
         captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps
