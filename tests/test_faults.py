@@ -396,7 +396,7 @@ def test_code_beside_a_config_is_not_run_nor_asked_about(foreign, monkeypatch, a
     monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
     hparams = tiny.hparams(model_name=str(folder), tokenizer_name=str(folder))
     for load in (lambda: load_model(hparams), lambda: random_model(folder, hparams)):
-        with pytest.raises(UsageError, match=r"foreign.*not loaded"):
+        with pytest.raises(UsageError, match=r"foreign.*not loaded: .*set trust_remote_code"):
             load()
     assert not ran.exists() and sys.stdin.read() == answer
 

@@ -97,10 +97,12 @@ def _load(auto_class, name: str, key: str, trust: bool, **kwargs):
     try:
         return auto_class.from_pretrained(name, trust_remote_code=trust, **kwargs)
     except Exception as error:  # whatever transformers and its file formats raise
-        hint = ""
-        if auto_class is transformers.AutoTokenizer and key == "model_name":
+        problem, hint = first_line(error), ""
+        if "trust_remote_code" in str(error):
+            problem = "it needs code that comes with it. Read it, and set trust_remote_code: true."
+        elif auto_class is transformers.AutoTokenizer and key == "model_name":
             hint = " If only its tokenizer is missing, name one with tokenizer_name."
-        raise UsageError(f"{key}: {name!r} not loaded: {first_line(error)}{hint}") from None
+        raise UsageError(f"{key}: {name!r} not loaded: {problem}{hint}") from None
 
 
 def resolve_device(device) -> torch.device:
