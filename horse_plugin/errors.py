@@ -1,7 +1,11 @@
 """Errors meant for people: one line that says what is wrong, where, and what to do."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+# Joiners, which some scripts need and which hide nothing but themselves.
+HARMLESS = "\u200c\u200d"
 
 
 class HorseError(Exception):
@@ -31,3 +35,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_lower = {k.lower(): k for k in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     return f" Did you mean {by_lower[near[0]]}?" if near else ""
+
+
+def visible(text) -> str:
+    """Return text of a file as a person may see it: nothing hides, and nothing steers a terminal.
+
+    Control characters, line breaks, marks of direction, other invisible marks and halves of Unicode
+    characters are escaped.
+    """
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in hidden and c not in HARMLESS
+        else c
+        for c in str(text)
+    )

@@ -3,6 +3,8 @@
 Keys keep EasyEdit's names, so that a MALMEN file becomes a HORSE file by changing ``alg_name``.
 """
 
+import itertools
+import reprlib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +20,8 @@ from horse_plugin.foreign import ADVICE
 from horse_plugin.method.hypernetwork import COEFFICIENTS, NORMALIZERS
 from horse_plugin.method.losses import LOSSES
 from horse_plugin.method.spread import SPREADS
+from horse_plugin.storage.files import file_name
+from horse_plugin.storage.schema import read_text
 
 # Keys of EasyEdit's MALMEN and MEND files that say how *its* trainer runs. HORSE does not read
 # them; they are accepted, so that existing files load unchanged.
@@ -41,7 +45,7 @@ AT_LEAST = dict.fromkeys(
     0,
 )
 PATHS = "model_name tokenizer_name archive preserve trunk_dir results_dir stats_dir".split()
-ABOVE_0 = """strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
+ABOVE_0 = """edit_memory_gb strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
     preserve_rho residual_cap full_loss""".split()
 AT_MOST_1 = ("preserve_mix", "preserve_rho")
 # The methods that our engine runs, and the settings that make it run them.
@@ -165,6 +169,8 @@ class HORSEHyperParams:
     editor_batch_size: int = 8192  # answer tokens in one pass of the hypernetwork
     batch_tokens: int = 4096  # padded tokens in one pass of the model
     max_length: int = 4096  # longest prompt + answer in tokens; the model's limit holds too
+    edit_memory_gb: float | None = None  # most memory that an edit may take beside the model and a
+    # pass of it, in 10⁹ bytes, by an estimate before the work; null: what is free
     trunk_cache_gb: float = 2.0  # memory for trunk states kept between steps
     trunk_disk_gb: float = 0.0  # room for more of them in memory-mapped files
     trunk_dir: str | None = None  # folder of those files; null: the system's temporary one
@@ -241,7 +247,7 @@ class HORSEHyperParams:
                     raise UsageError(f"{key!r} is no key of ours. {advice}.")
                 near = did_you_mean(str(key), sorted(known | ALIASES.keys()))
                 hint = near or " See hparams/HORSE for the keys."
-                raise UsageError(f"unknown key {key!r}.{hint}")
+                raise UsageError(f"unknown key {reprlib.repr(key)}.{hint}")
         if "model_name" not in keys:
             raise UsageError("model_name is missing: name a model folder or hub id.")
         if keys.get("token") == "mask":  # MALMEN's files; HORSE has no such token
@@ -263,7 +269,9 @@ class HORSEHyperParams:
     @property
     def archive_folder(self) -> Path:
         """The folder of the archive, unless training is told another."""
-        return Path(self.results_dir, "models", self.alg_name, Path(self.model_name).name)
+        return Path(
+            self.results_dir, "models", self.alg_name, file_name(Path(self.model_name).name)
+        )
 
     @property
     def model(self) -> types.SimpleNamespace:
@@ -297,10 +305,12 @@ def read_keys(path: Path) -> dict:
     """Return the keys of a YAML file.
 
     Raises:
-        UsageError: there is no such file, or it is no YAML of keys.
+        UsageError: there is no such file, or it is no YAML of keys, or one that unfolds to more
+            values than settings have.
     """
     try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        keys = yaml.safe_load(read_text(path))
+        _check_size(keys)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such hparams file.") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -308,6 +318,25 @@ def read_keys(path: Path) -> dict:
     if not isinstance(keys, dict):
         raise UsageError(f"{path}: expected `key: value` lines, found {type(keys).__name__}.")
     return keys
+
+
+def _check_size(keys):
+    """Refuse what names of parts (``&a``, ``*a``) unfold to, which a few lines make endless."""
+    left, level, depth = 10_000, [keys], 0
+    while level and (depth := depth + 1):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list, tuple))
+            for inner in itertools.islice(_inside(value), left + 1)
+        ]
+        left -= len(level)
+        if left < 0 or depth > 20:
+            raise ValueError("more than 10,000 values, or more than 20 one in another")
+
+
+def _inside(value):
+    return itertools.chain(value.keys(), value.values()) if isinstance(value, dict) else value
 
 
 def _attribute(name: str) -> property:
@@ -362,7 +391,7 @@ def _checked(name, value, annotation):
         elif isinstance(value, origin):
             return value
     expected = " or ".join(_NAMES.get(typing.get_origin(k) or k, str(k)) for k in options)
-    raise UsageError(f"{name}: expected {expected}, got {value!r}.")
+    raise UsageError(f"{name}: expected {expected}, got {reprlib.repr(value)}.")
 
 
 _NAMES = {

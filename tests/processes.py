@@ -1,5 +1,6 @@
 """Work for the tests that kill it: run in processes of their own, which fork from a warm server."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,9 +13,10 @@ import torch
 import torch._dynamo  # which every optimiser loads, slowly, on its first step
 
 from horse_plugin import HorseEditor, HORSETrainer
+from horse_plugin.cli import main as cli
 from horse_plugin.editing.chain import Chain
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage.files import locked_folder
+from horse_plugin.storage.files import locked_folder, reserved
 from tests import tiny
 
 SETTINGS = {
@@ -30,7 +32,7 @@ MODEL, TOKENIZER = tiny.model(), tiny.bpe_tokenizer()
 
 def start(work, *args) -> multiprocessing.Process:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["processes"])
+    context.set_forkserver_preload(["tests.processes"])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server
     process = context.Process(target=_quietly, args=(work, *args))
     process.start()
@@ -68,6 +70,26 @@ def chain(folder, n: int, die_at: int | None = None, ready=None):
             time.sleep(600)  # until killed, with the folder held
         for _ in range(n):
             chain.add(editor.edit(tiny.records(2), chain.new_name()))
+
+
+def command(folder, line: str, die_at: int | None = None):
+    """Run a command line in a folder."""
+    os.chdir(folder)
+    sys.argv = ["horse", *line.split()]
+    _die(die_at, None)
+    cli.run()
+
+
+def hold(folder, folders, names, ready):
+    """Hold folders, and names of files and of new folders, until killed."""
+    os.chdir(folder)
+    with contextlib.ExitStack() as stack:
+        for path in folders:
+            stack.enter_context(locked_folder(path))
+        for path in names:
+            stack.enter_context(reserved(path))
+        ready.set()
+        time.sleep(600)
 
 
 def _die(at: int | None, seconds: float | None):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import io
 import json
 import os
 import random
@@ -27,11 +28,15 @@ from horse_plugin import (
     HorseError,
     HORSEHyperParams,
     HORSETrainer,
+    UsageError,
     load_records,
 )
+from horse_plugin.cli import show
+from horse_plugin.cli.console import PlainConsole
 from horse_plugin.editing.archive import ARCHIVE, load_network, read_network
 from horse_plugin.editing.chain import Chain, read_edits
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.loading import load_model, random_model
 from horse_plugin.storage.files import locked_folder, to_json
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 from horse_plugin.training.checkpoint import CHECKPOINT
@@ -40,6 +45,8 @@ from tests import ROOT, processes, tiny
 pytestmark = pytest.mark.kill
 
 FILES = (ARCHIVE, CHECKPOINT)
+CONSOLE = PlainConsole()
+CONSOLE.file = io.StringIO()
 PACKAGE = Path(horse_plugin.__file__).parent
 QUICK = settings(
     max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None
@@ -93,8 +100,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path, undisturbe
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(wanted)  # and nothing beside them
 
 
-# Of the 22 calls of each edit the last ten are the list's, the folder's name and the list's again.
-@pytest.mark.parametrize("at", [*range(0, 12, 4), *range(12, 23), 30, 40])
+# Of the 21 calls of each edit the last nine are the list's, the folder's name and the list's again.
+@pytest.mark.parametrize("at", [*range(0, 12, 4), *range(12, 22), 30, 40])
 def test_a_chain_whose_process_is_killed_holds_whole_edits_only(tmp_path, at):
     """And all of them: every folder is in the list, and everything in the list is there."""
     killed = processes.start(processes.chain, tmp_path, 2, at)
@@ -102,7 +109,7 @@ def test_a_chain_whose_process_is_killed_holds_whole_edits_only(tmp_path, at):
     assert killed.exitcode == -signal.SIGKILL
     names = sorted(p.name for p in tmp_path.iterdir() if p.is_dir() and p.name[0] != ".")
     assert names == [d.name for d in Chain(tmp_path).deltas()]
-    assert names == ["001", "002"][: sum(at > named for named in (17, 17 + 22))]
+    assert names == ["001", "002"][: sum(at > named for named in (16, 16 + 21))]
     goes_on = processes.start(processes.chain, tmp_path, 1)
     goes_on.join()
     assert goes_on.exitcode == 0
@@ -321,7 +328,10 @@ def test_500_forged_archives_and_500_forged_edits_with_the_right_checksum(saved,
             if name == ARCHIVE:
                 load_network(path.parent, e.backbone)
             else:
-                e.apply(EditDelta.load(path.parent))
+                delta = EditDelta.load(path.parent)
+                for part in show.edit(delta):
+                    CONSOLE.print(part)
+                e.apply(delta)
                 e.undo()
     finally:
         path.write_bytes(whole)
@@ -342,9 +352,67 @@ def test_no_foreign_code_is_loaded():
                     assert attr not in ("unsafe_load", "full_load", "read_pickle"), path
                 case ast.Call(func=ast.Name(id=name)):
                     assert name not in ("eval", "exec", "__import__"), path
-                case ast.keyword(arg="trust_remote_code", value=value):
-                    assert ast.unparse(value) == "hparams.trust_remote_code", path
     assert HORSEHyperParams("m").trust_remote_code is False
+
+
+LOADS = ("from_pretrained", "from_config")
+
+
+def test_every_call_that_could_load_code_says_whether_it_may():
+    """Without ``trust_remote_code`` transformers asks, and a "y" from a pipe runs the code."""
+    said = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in LOADS:
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                said.append(given.get("trust_remote_code"))
+                assert said[-1] in ("trust", "False"), f"{path}: {ast.unparse(node)}"
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "trust":
+                assert ast.unparse(node.value) == "hparams.trust_remote_code", path
+    assert said.count("trust") == 3  # the model with its tokenizer, its config, a random one
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A model's folder whose config names code; the code leaves a file when it runs."""
+    folder, ran = tmp_path / "foreign", tmp_path / "ran"
+    tiny.model().save_pretrained(folder)
+    tiny.bpe_tokenizer().save_pretrained(folder)
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as Config\n"
+    (folder / "code.py").write_text(code)
+
+    def named(model_type):
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": model_type, "auto_map": {"AutoConfig": "code.Config"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return named, ran
+
+
+@pytest.mark.parametrize("answer", ["y\n", ""])
+def test_code_beside_a_config_is_not_run_nor_asked_about(foreign, monkeypatch, answer):
+    named, ran = foreign
+    folder = named("foreign")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+    hparams = tiny.hparams(model_name=str(folder), tokenizer_name=str(folder))
+    for load in (lambda: load_model(hparams), lambda: random_model(folder, hparams)):
+        with pytest.raises(UsageError, match=r"foreign.*not loaded: .*set trust_remote_code"):
+            load()
+    assert not ran.exists() and sys.stdin.read() == answer
+
+
+def test_an_exported_model_names_no_code(foreign, tmp_path):
+    named, ran = foreign
+    folder = named("llama")  # whose own class transformers has
+    e = HorseEditor.from_hparams(tiny.hparams(model_name=str(folder)))
+    assert e.backbone.model.config.auto_map
+    e.edit(tiny.records())
+    e.save_model(tmp_path / "exported")
+    for path in (tmp_path / "exported").glob("*.json"):
+        assert "auto_map" not in path.read_text()
+    assert e.backbone.model.config.auto_map and not ran.exists()
+    assert Backbone.load(tiny.hparams(model_name=str(tmp_path / "exported")))
 
 
 @pytest.mark.parametrize("what", ["keys", "residual", "shift", "weight"])

@@ -53,8 +53,10 @@ def _convert(gguf: Path, folder: Path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    folder_of_gguf, file = gguf.parent, gguf.name
+    model = AutoModelForCausalLM.from_pretrained(
+        folder_of_gguf, gguf_file=file, dtype=torch.float32, trust_remote_code=False
+    )
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
         | {"tie_word_embeddings": False}
@@ -62,4 +64,7 @@ def _convert(gguf: Path, folder: Path):
     untied = type(model)(config).to(torch.bfloat16)
     untied.load_state_dict(model.state_dict())
     untied.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder_of_gguf, gguf_file=file, trust_remote_code=False
+    )
+    tokenizer.save_pretrained(folder)

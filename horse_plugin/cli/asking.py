@@ -5,13 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.text import Text
 from transformers import TextStreamer
 
+from horse_plugin.cli.console import PlainConsole
 from horse_plugin.cli.show import printed
 from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.errors import HorseError, UsageError, visible
 from horse_plugin.evaluation.tables import Table
+from horse_plugin.storage.schema import read_text
 
 HELP = """\
 A line is a prompt, which the model goes on with.
@@ -20,7 +22,7 @@ A line is a prompt, which the model goes on with.
   /undo NAME   take an edit out of this conversation; its files stay
   /help        this list
   /quit        the end; so is Ctrl-D"""
-console = Console()
+console = PlainConsole()
 
 
 def prompts_of(file: Path) -> list[str]:
@@ -30,7 +32,7 @@ def prompts_of(file: Path) -> list[str]:
         UsageError: the file cannot be read, or holds none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: not readable as UTF-8 text ({error}).") from None
     if not any(line.strip() for line in lines):
@@ -78,12 +80,12 @@ def converse(editor: HorseEditor, before: bool, n_tokens: int):
             elif command == "/before" and last:
                 _write(editor, last, n_tokens, before=True)
             elif command.startswith("/"):
-                console.print(HELP, markup=False)
+                console.print(Text(HELP))
             elif line:
                 last = line
                 answer(editor, [line], before, n_tokens)
         except HorseError as error:
-            console.print(f"{error}", style="red", markup=False)
+            console.print(f"{error}", style="red")
 
 
 def _line() -> str | None:
@@ -94,8 +96,16 @@ def _line() -> str | None:
         return None
 
 
+class _PlainStreamer(TextStreamer):
+    """Prints what a model writes as it is written, with nothing in it that steers a terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        super().on_finalized_text("\n".join(map(visible, text.split("\n"))), stream_end)
+
+
 def _write(editor: HorseEditor, prompt: str, n_tokens: int, before: bool = False):
-    streamer = TextStreamer(editor.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    tokenizer = editor.backbone.tokenizer
+    streamer = _PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     editor.ask(prompt, n_tokens, before, streamer)
 
 

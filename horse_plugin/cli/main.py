@@ -4,6 +4,7 @@ Each command imports what it needs when it runs. Torch takes seconds to load, an
 completions need none of it.
 """
 
+import contextlib
 import os
 import shlex
 import sys
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from horse_plugin.assets import DEFAULT_MODEL, FACTS, shipped_yamls
-from horse_plugin.errors import HorseError, UsageError, first_line, reason
+from horse_plugin.cli.console import PlainConsole
+from horse_plugin.errors import HorseError, UsageError, first_line, reason, visible
 
 if TYPE_CHECKING:
     from horse_plugin.editing.delta import EditDelta
@@ -43,7 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = PlainConsole()
 
 
 def _print_version(asked: bool):
@@ -91,12 +92,13 @@ def init(
 ):
     """Write a YAML for a model, with what is found in it, and facts.json to fill in."""
     from horse_plugin.editing.settings import EXAMPLE_FACTS, yaml_for
-    from horse_plugin.storage.files import write
+    from horse_plugin.storage.files import reserved, write
 
     yaml, facts = out / f"{Path(model).expanduser().resolve().name}.yaml", out / "facts.json"
-    if yaml.exists():
-        raise UsageError(f"{yaml}: there is something already; choose another --out.")
-    write(yaml, yaml_for(model))
+    with reserved(yaml):
+        if yaml.exists():
+            raise UsageError(f"{yaml}: there is something already; choose another --out.")
+        write(yaml, yaml_for(model))
     if not facts.exists():
         write(facts, EXAMPLE_FACTS)
     console.print(
@@ -131,12 +133,12 @@ def train(
     with locked_folder(out):
         trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
         folder = trainer.run()
-    best = trainer.best
-    console.print(
-        f"Best at step {best['step']}: efficacy {number(best['efficacy'])}, generalization "
-        f"{number(best['generalization'])}, specificity {number(best['specificity'])}, locality "
-        f"{number(best['locality'])}, drift {number(best['drift'], 3)} nats a token."
-    )
+    if best := trainer.best:
+        console.print(
+            f"Best at step {best['step']}: efficacy {number(best['efficacy'])}, generalization "
+            f"{number(best['generalization'])}, specificity {number(best['specificity'])}, "
+            f"locality {number(best['locality'])}, drift {number(best['drift'], 3)} nats a token."
+        )
     console.print(f"Archive: {folder}", soft_wrap=True)
 
 
@@ -168,15 +170,17 @@ def edit(
     from horse_plugin.editing.delta import check_free
     from horse_plugin.editing.editor import HorseEditor
     from horse_plugin.evaluation import results
-    from horse_plugin.storage.files import check_empty, locked_folder
+    from horse_plugin.storage.files import check_empty, locked_folder, reserved
 
     if (out is None) == (onto is None):
         raise UsageError("edit: give --out for an edit by itself, or --onto for a chain of edits.")
     settings = _hparams(hparams, archive=archive and str(archive), max_drift=max_drift)
     records = load_records(data, n_edits)
-    if save_model:
-        check_empty(save_model)
-    with locked_folder(out or onto) as folder:
+    with contextlib.ExitStack() as stack:
+        if save_model:
+            stack.enter_context(reserved(save_model))
+            check_empty(save_model)
+        folder = stack.enter_context(locked_folder(out or onto))
         chain = Chain(folder) if onto else None
         name = chain.new_name(name) if chain else name or folder.name
         if not chain:
@@ -186,7 +190,7 @@ def edit(
         editor = HorseEditor.from_hparams(settings, progress=True)
         if chain:
             editor.apply_chain(chain.deltas())
-        dataset = Path(data).stem
+        dataset = visible(Path(data).stem)
         delta, rows = checked_edit(editor, records, dataset, name, strict, heldout, max_rise)
         delta.about["command"] = shlex.join(["horse", *sys.argv[1:]])
         if not is_main_process():
@@ -196,8 +200,8 @@ def edit(
         else:
             delta.save(folder)
             results.save(folder / "results.json", rows)
-    if save_model:
-        editor.save_model(save_model)
+        if save_model:
+            editor.save_model(save_model)
     for part in (*show.verdict(delta), show.figures(rows), *show.outcome(delta)):
         console.print(part)
     console.print(f"Edit: {folder / delta.name if chain else folder}", soft_wrap=True)
@@ -228,39 +232,45 @@ def evaluate(
     from horse_plugin.evaluation.facts import fact_rows, save_facts
     from horse_plugin.evaluation.metrics import Evaluator
     from horse_plugin.evaluation.written import figures, table, write_answers
-    from horse_plugin.storage.files import check_writable
+    from horse_plugin.storage.files import locked_folder, reserved
 
     if data is None and (delta is None or n_edits or generate):
         raise UsageError("eval: give --data, or --delta for the facts of its edits.")
     settings, records = _hparams(hparams), load_records(data, n_edits) if data else []
-    if out:
-        check_writable(out.parent)
-    editor, deltas = _editor(settings, delta)
-    if data is None:
-        rows = measure_again(editor, deltas)
-        if not is_main_process():
+    tables = (f"{out.stem}-facts.csv", f"{out.stem}-written.csv") if out else ()
+    files = [out, *map(out.with_name, tables)] if out else []
+    with contextlib.ExitStack() as stack:
+        for path in files:
+            stack.enter_context(reserved(path))
+        chain = None
+        if data is None and (delta / CHAIN_FILE).exists():
+            chain = Chain(stack.enter_context(locked_folder(delta)))
+        editor, deltas = _editor(settings, delta)
+        if data is None:
+            rows = measure_again(editor, deltas)
+            if not is_main_process():
+                return
+            if chain:
+                chain.save_now(rows)
+            if out:
+                results.save(out, rows)
+            console.print(show.figures(rows))
             return
-        if (delta / CHAIN_FILE).exists():
-            Chain(delta).save_now(rows)
-        if out:
-            results.save(out, rows)
-        console.print(show.figures(rows))
-        return
-    text = OrdinaryText(editor.backbone, heldout_pieces())
-    evaluator = Evaluator(editor.backbone, records, text=text, writing=True)
-    editor.apply_chain(deltas)
-    evaluation = evaluator.evaluate() if deltas else evaluator.before
-    name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
-    rows = [results.row(name, Path(data).stem, settings, evaluation)]
-    written = write_answers(editor.backbone, records) if generate else []
-    if written:
-        rows[0]["generated"] = figures(written)
-    if out and is_main_process():
-        results.save(out, rows)
-        facts = fact_rows(evaluator.edits, editor.backbone.tokenizer, evaluator.before, evaluation)
-        save_facts(out.with_name(f"{out.stem}-facts.csv"), facts)
+        text = OrdinaryText(editor.backbone, heldout_pieces())
+        evaluator = Evaluator(editor.backbone, records, text=text, writing=True)
+        editor.apply_chain(deltas)
+        evaluation = evaluator.evaluate() if deltas else evaluator.before
+        name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
+        rows = [results.row(name, visible(Path(data).stem), settings, evaluation)]
+        written = write_answers(editor.backbone, records) if generate else []
         if written:
-            save_facts(out.with_name(f"{out.stem}-written.csv"), list(map(asdict, written)))
+            rows[0]["generated"] = figures(written)
+        if out and is_main_process():
+            results.save(out, rows)
+            parts = editor.backbone.tokenizer, evaluator.before, evaluation
+            save_facts(files[1], fact_rows(evaluator.edits, *parts))
+            if written:
+                save_facts(files[2], list(map(asdict, written)))
     console.print(show.figures(rows))
     if written:
         console.print(show.printed(table(rows[0]["generated"])))
@@ -294,6 +304,8 @@ def ask(
 def show_edit(
     folder: Folder,
     failed: Annotated[bool, typer.Option(help="Only the facts that do not hold.")] = False,
+    skip: Annotated[int, typer.Option(help="Facts of each edit to leave out first.", min=0)] = 0,
+    facts: Annotated[int, typer.Option(help="Facts of each edit to show after them.", min=1)] = 10,
 ):
     """Print what an edit is: its facts, model, settings, versions and figures."""
     from horse_plugin.cli import show
@@ -310,7 +322,7 @@ def show_edit(
                 show.failed(delta.name, read_facts(folder / delta.name if is_chain else folder))
             ]
         else:
-            parts = show.edit(delta, others.get(delta.name))
+            parts = show.edit(delta, others.get(delta.name), skip, facts)
         for part in parts:
             console.print(part)
     if not deltas:
@@ -324,10 +336,11 @@ def report(
 ):
     """Draw the report of a folder, or draw it again."""
     from horse_plugin.comparison.again import report_of
-    from horse_plugin.storage.files import write
+    from horse_plugin.storage.files import reserved, write
 
-    page = out or folder / "report.html"
-    write(page, report_of(folder).html())
+    page, made = out or folder / "report.html", report_of(folder)
+    with reserved(page):
+        write(page, made.html())
     console.print(f"Report: {page}", soft_wrap=True)
 
 
@@ -348,13 +361,11 @@ def undo(
     """Take an edit out of a chain, the last one or any other; its files stay."""
     from horse_plugin.cli import show
     from horse_plugin.editing.chain import Chain
-    from horse_plugin.storage.files import locked_folder
 
-    Chain.at(folder)
-    with locked_folder(folder):
-        undone = Chain(folder).undo(name)
+    chain = Chain.at(folder)
+    undone = chain.undo(name)
     console.print(f"Undone: {undone}. Its files stay in {folder / undone}.", soft_wrap=True)
-    for part in show.stale_in(Chain(folder)):
+    for part in show.stale_in(chain):
         console.print(part, soft_wrap=True)
 
 
@@ -372,19 +383,20 @@ def export(
     """Write the edited model as a Hugging Face folder, or the edit as a PEFT LoRA adapter."""
     from horse_plugin.cli import show
     from horse_plugin.editing.export import save_adapter, to_rank
-    from horse_plugin.storage.files import check_empty
+    from horse_plugin.storage.files import check_empty, reserved
 
     if (rank or max_error) and not lora:
         raise UsageError("export: --rank and --max-error are for --lora.")
-    check_empty(out)
-    editor, deltas = _editor(_hparams(hparams), delta)
-    if lora:
-        adapter = to_rank(editor, deltas, rank, max_error)
-        save_adapter(adapter, editor.backbone, out, deltas)
-        console.print(show.adapter(adapter))
-    else:
-        editor.apply_chain(deltas)
-        editor.save_model(out)
+    with reserved(out):
+        check_empty(out)
+        editor, deltas = _editor(_hparams(hparams), delta)
+        if lora:
+            adapter = to_rank(editor, deltas, rank, max_error)
+            save_adapter(adapter, editor.backbone, out, deltas)
+            console.print(show.adapter(adapter))
+        else:
+            editor.apply_chain(deltas)
+            editor.save_model(out)
     console.print(f"{'Adapter' if lora else 'Model'}: {out}", soft_wrap=True)
 
 
@@ -486,21 +498,22 @@ def general(
     from horse_plugin.evaluation import general as general_ability
     from horse_plugin.evaluation import results
     from horse_plugin.model.backbone import Backbone
-    from horse_plugin.storage.files import check_writable, write
+    from horse_plugin.storage.files import locked_folder, write
 
     if (delta is None) == (model is None):
         raise UsageError("general: give --delta for an edit, or --model for an edited model.")
-    check_writable(out)
-    editor, deltas = _editor(_hparams(hparams), delta)
-    before = general_ability.measure(editor.backbone, _names(tasks), data, limit)
-    editor.apply_chain(deltas)
-    edited = editor.backbone
-    if model:
-        edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
-    rows = general_ability.rows(before, general_ability.measure(edited, _names(tasks), data, limit))
-    results.save(out / "results.json", rows)
-    table = general_ability.table(rows)
-    write(out / "table.md", table.markdown())
+    with locked_folder(out):
+        editor, deltas = _editor(_hparams(hparams), delta)
+        before = general_ability.measure(editor.backbone, _names(tasks), data, limit)
+        editor.apply_chain(deltas)
+        edited = editor.backbone
+        if model:
+            edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
+        after = general_ability.measure(edited, _names(tasks), data, limit)
+        rows = general_ability.rows(before, after)
+        results.save(out / "results.json", rows)
+        table = general_ability.table(rows)
+        write(out / "table.md", table.markdown())
     console.print(show.printed(table))
 
 
@@ -537,19 +550,19 @@ def bench(
     from horse_plugin.evaluation import results
     from horse_plugin.model.backbone import Backbone
     from horse_plugin.model.loading import random_model
-    from horse_plugin.storage.files import check_writable
+    from horse_plugin.storage.files import reserved
 
     settings = _hparams(hparams)
-    check_writable(out.parent)
-    records = load_records(data or FACTS / "train.json", n_edits)
-    settings.edits_per_step = len(records)
-    if config:
-        settings.inner_params = []
-        backbone = Backbone.of(*random_model(config, settings), settings)
-    else:
-        backbone = Backbone.load(settings)
-    found = run_bench(backbone, settings, records)
-    results.save(out, [found])
+    with reserved(out):
+        records = load_records(data or FACTS / "train.json", n_edits)
+        settings.edits_per_step = len(records)
+        if config:
+            settings.inner_params = []
+            backbone = Backbone.of(*random_model(config, settings), settings)
+        else:
+            backbone = Backbone.load(settings)
+        found = run_bench(backbone, settings, records)
+        results.save(out, [found])
     console.print(show.stages(found))
 
 
@@ -619,8 +632,8 @@ def _editor(
     return HorseEditor.from_hparams(replace(settings, archive=None), progress=True), deltas
 
 
-def _say(message: str):
-    print(message, file=sys.stderr)
+def _say(message: str, file=None):
+    print(visible(message), file=file or sys.stderr)
 
 
 def run():
@@ -638,7 +651,7 @@ def run():
     except Exception as error:  # ours, or a bug of ours or of a library below: one line
         if debug:
             traceback.print_exc()
-        print(f"horse: {_one_line(error)}", file=errors)
+        _say(f"horse: {_one_line(error)}", errors)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

@@ -11,6 +11,7 @@ from horse_plugin.editing.chain import Chain
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.export import Adapter
 from horse_plugin.editing.standing import Since, stale
+from horse_plugin.errors import visible
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import ALL_FIGURES
 from horse_plugin.evaluation.tables import (
@@ -49,7 +50,7 @@ def verdict(delta: EditDelta) -> list[Text]:
         return []
     found = judge(measured)
     style = {"good": "green", "fair": "yellow", "bad": "bold red"}
-    return [Text(found.sentence, style[found.level]), *(Text(line) for line in found.advice)]
+    return [Text(found.sentence, style[found.level]), *map(Text, found.advice)]
 
 
 def stages(found: dict) -> RichTable:
@@ -81,7 +82,7 @@ def outcome(delta: EditDelta) -> list:
     if kinds := measured.get("kinds"):
         parts.append(printed(kinds_table(kinds)))
     if budget := delta.about.get("budget"):
-        parts.append(Text(Budget(**budget).sentence()))
+        parts.append(Budget(**budget).sentence())
     if written := measured.get("examples"):
         parts.append(examples([Example(**example) for example in written]))
     return parts
@@ -92,14 +93,18 @@ def stale_in(chain: Chain) -> list[Text]:
     if not (found := stale(chain)):
         return []
     told = f"Stale since: the figures of {', '.join(found)}."
-    return [Text(f"{told} `horse eval --delta {chain.folder}` measures them again.", "yellow")]
+    return [_styled(f"{told} `horse eval --delta {chain.folder}` measures them again.", "yellow")]
 
 
-def edit(delta: EditDelta, changed: Since | None = None, n_records: int = 10) -> list:
+def edit(
+    delta: EditDelta, changed: Since | None = None, first: int = 0, n_records: int = 10
+) -> list:
     """Return what says what an edit is for, on what, how, and what it did.
 
     Args:
         changed: what came and went since it was made, if anything did.
+        first: how many facts to leave out at the start.
+        n_records: the most facts to show after them.
     """
     about, measured = delta.about, delta.about.get("figures")
     size = sum(t.nbytes for t in delta.tensors.values()) / 2**20
@@ -132,12 +137,13 @@ def edit(delta: EditDelta, changed: Since | None = None, n_records: int = 10) ->
         moved = about.get("moved", {}).get(module, float("nan"))
         layers.append([module, form, f"{moved:.2e}"])
     layers = Table(["module", "form", "moved, ‖ΔW‖/‖W‖"], layers, "Weights")
-    records = [[r.prompt, r.target_new] for r in delta.records[:n_records]]
-    records = Table(["prompt", "answer"], records, f"Facts, {n_records} at most", is_text=True)
+    records = [[r.prompt, r.target_new] for r in delta.records[first : first + n_records]]
+    shown = f"Facts {first + 1:,} to {first + len(records):,} of {len(delta.records):,}"
+    records = Table(["prompt", "answer"], records, shown, is_text=True)
     overview = RichTable(box=box.SIMPLE, show_header=False)
     for line in facts:
         overview.add_row(*line)
-    notes = [Text(f"These figures are stale; {changed}.", "yellow")] if changed else []
+    notes = [_styled(f"These figures are stale; {changed}.", "yellow")] if changed else []
     return [
         overview,
         *notes,
@@ -181,3 +187,8 @@ def adapter(made: Adapter) -> RichTable:
     line = [str(made.rank), f"{made.error:.1e}", *map(number, (edited, kept, edited - kept))]
     names = ["rank", "relative error", "efficacy, edit", "adapter", "lost"]
     return printed(Table(names, [line]))
+
+
+def _styled(text: str, style: str) -> Text:
+    """Return text in a style; a console of ours escapes plain text only."""
+    return Text(visible(text), style)

@@ -1,19 +1,17 @@
 """The report of a folder, drawn again from the files in it: ``horse report``."""
 
-import json
 from pathlib import Path
 
 from horse_plugin.comparison.output import comparison_report
+from horse_plugin.comparison.runner import ROW
 from horse_plugin.editing.chain import read_edits
 from horse_plugin.editing.delta import CHAIN_FILE, DELTA, EditDelta
 from horse_plugin.errors import UsageError
 from horse_plugin.evaluation import general, report
 from horse_plugin.evaluation.facts import FACTS_FILE, read_facts
 from horse_plugin.evaluation.verdict import judge
-from horse_plugin.storage.schema import check_form
+from horse_plugin.storage.schema import check_form, read_json
 from horse_plugin.training.history import HISTORY, read_history
-
-ROW = {"method": str, "dataset": str, "model": str, "n_edits": int}
 
 
 def report_of(folder) -> report.Report:
@@ -34,13 +32,11 @@ def report_of(folder) -> report.Report:
             return _of_edit(deltas[-1], folder / deltas[-1].name)
         raise UsageError(f"{folder}: no edit is in force.")
     path = folder / "results.json"
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{folder}: holds no edit and no results.json.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error}).") from None
-    if rows and isinstance(rows, list) and isinstance(rows[0], dict) and "task" in rows[0]:
+    if not path.exists():
+        raise UsageError(f"{folder}: holds no edit and no results.json.")
+    rows = read_json(path, [dict])
+    if rows and "task" in rows[0]:
+        check_form(path, rows, [general.ROW])
         return report.Report(
             "General ability before and after",
             sections=[report.Section("Tasks", tables=[general.table(rows)])],

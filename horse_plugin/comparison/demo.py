@@ -17,7 +17,7 @@ from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator
 from horse_plugin.hparams import HORSEHyperParams, default_hparams
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage.files import check_writable, write
+from horse_plugin.storage.files import locked_folder, write
 from horse_plugin.training.trainer import HORSETrainer
 
 N_EDITS = 200
@@ -48,12 +48,16 @@ def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDIT
     Args:
         hparams: the settings; None is the default model's, with a short training.
     """
-    from horse_plugin.comparison.again import report_of  # loads matplotlib
-
     out = Path(out)
     hparams = hparams or replace(default_hparams(), **BRIEF)
     hparams = replace(hparams, archive=None, stats_dir=str(out / "stats"))
-    check_writable(out)
+    with locked_folder(out):
+        return _run_demo(out, hparams, n_edits)
+
+
+def _run_demo(out: Path, hparams: HORSEHyperParams, n_edits: int) -> Outcome:
+    from horse_plugin.comparison.again import report_of  # loads matplotlib
+
     backbone = Backbone.load(hparams)
     edits = backbone.prepare(load_records(FACTS / "edit.json", n_edits))
     edits.check()

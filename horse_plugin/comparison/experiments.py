@@ -11,6 +11,7 @@ from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.runner import held_rows, run
 from horse_plugin.errors import UsageError
 from horse_plugin.hparams import find_yaml
+from horse_plugin.storage.files import locked_folder
 
 # `--quick`: three methods and the model itself, trained briefly.
 QUICK = {"methods": ("unedited", "FT", "MALMEN", "HORSE"), "n_edits": (50,)}
@@ -136,10 +137,13 @@ def data_sets(data: Sequence[str], train: Sequence[str], val: Sequence[str]) -> 
 def _measured(plan: Plan) -> list[dict]:
     """Run the plan, and write tables and report of all rows that the folder holds.
 
-    Methods may so be measured one after the other, some at fewer numbers of edits or seeds.
+    Methods may so be measured one after the other, some at fewer numbers of edits or seeds. The
+    folder is locked meanwhile: of two runs at the same time, one would lose the other's rows.
     """
-    rows = run(plan)
-    order = list(METHODS | ABLATIONS).index
-    held = sorted(held_rows(plan.out), key=lambda row: order(row["method"]))
-    write_output(plan.out, held)
+    with locked_folder(plan.out):
+        rows = run(plan)
+        order = {name: i for i, name in enumerate(METHODS | ABLATIONS)}
+        held = held_rows(plan.out)
+        held.sort(key=lambda row: order.get(row["method"], len(order)))
+        write_output(plan.out, held)
     return rows

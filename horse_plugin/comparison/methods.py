@@ -19,6 +19,7 @@ from horse_plugin.hparams import ALIASES, HORSEHyperParams, canonical
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.files import write
+from horse_plugin.storage.schema import Maybe, read_json
 from horse_plugin.training.checkpoint import CHECKPOINT
 from horse_plugin.training.trainer import HORSETrainer
 
@@ -62,7 +63,7 @@ class Engine:
 
     def settings(self, task: Task) -> dict:
         about = {OLDER.get(k, k): v for k, v in self.hparams(task).to_dict().items()}
-        del about["stats_dir"]  # where statistics are kept changes no figure
+        del about["stats_dir"], about["edit_memory_gb"]  # they change no figure
         about["trained"] = self.archive or self.trained
         if self.trained:
             about |= {"train": records_digest(task.train), "val": records_digest(task.val)}
@@ -106,7 +107,7 @@ class Engine:
                 f"from {len(task.train):,}",
             }
             write(done, json.dumps(about))
-        return folder, json.loads(done.read_text())
+        return folder, read_json(done, {"train_seconds": Maybe((int, float)), "budget": str})
 
 
 @dataclass(frozen=True)

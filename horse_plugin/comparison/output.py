@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 from horse_plugin.comparison import tables
 from horse_plugin.comparison.methods import ABLATIONS, METHODS
 from horse_plugin.evaluation.tables import Table, held_and_drift
-from horse_plugin.storage.files import write
+from horse_plugin.storage.files import file_name, write
 
 if TYPE_CHECKING:
     from horse_plugin.evaluation.report import Report
 
-_READING = """All methods start from the same weights, edit the same records, all at once, and are
-measured by the same code. The upper left corner of a picture of facts held over drift is the best:
-a method that holds the facts and wrecks the model has a high drift."""
+_READING = (
+    "All methods start from the same weights, edit the same records, all at once, and are measured "
+    "by the same code. The upper left corner of a picture of facts held over drift is the best: a "
+    "method that holds the facts and wrecks the model has a high drift."
+)
 
 
 def write_output(out: Path, rows: list[dict]):
@@ -37,10 +39,11 @@ def write_output(out: Path, rows: list[dict]):
     for model, n in tables.pages(rows):
         if points := held_and_drift(tables.of_page(rows, model, n)):
             drawn = charts.svg(charts.held_over_drift(points))
-            write(out / f"held-{Path(model).name}-{n}.svg", drawn)
+            write(out / f"held-{file_name(Path(model).name)}-{n}.svg", drawn)
     for model, dataset, curves in _curves(rows):
         drawn = charts.svg(charts.over_edits(curves, tables.drawn_in(curves)))
-        write(out / f"edits-{Path(model).name}-{dataset}.svg", drawn)
+        name = f"edits-{file_name(Path(model).name)}-{file_name(dataset)}.svg"
+        write(out / name, drawn)
     write(out / "report.html", comparison_report(rows).html())
 
 
@@ -52,7 +55,7 @@ def comparison_report(rows: list[dict]) -> "Report":
     """
     from horse_plugin.evaluation import charts, report
 
-    made = report.Report(_title(rows), versions=rows[-1]["versions"])
+    made = report.Report(_title(rows), versions=rows[-1].get("versions") or {})
     made.sections.append(report.Section("How to read this", f"{report.READING} {_READING}"))
     for (model, n), figures, costs in _tables(rows):
         held = held_and_drift(tables.of_page(rows, model, n))

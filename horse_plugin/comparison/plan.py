@@ -7,7 +7,7 @@ from pathlib import Path
 from horse_plugin.comparison.methods import Method
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.records import EditRecord
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, visible
 
 
 @dataclass
@@ -23,7 +23,7 @@ class DataSet:
     def load(cls, data, train=None, val=None) -> "DataSet":
         """Return the data set of files, or of anything that ``load_records`` takes."""
         files = (load_records(source) if source else () for source in (data, train, val))
-        return cls(Path(data).stem, *files)
+        return cls(visible(Path(data).stem), *files)
 
 
 @dataclass

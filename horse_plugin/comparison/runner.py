@@ -2,23 +2,28 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 from tqdm import tqdm
 
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.task import Task
-from horse_plugin.errors import HorseError, UsageError, reason
+from horse_plugin.errors import HorseError, UsageError, reason, visible
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
-from horse_plugin.evaluation.metrics import FIGURES, Evaluation, Evaluator
+from horse_plugin.evaluation.metrics import ALL_FIGURES, FIGURES, Evaluation, Evaluator
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.digest import json_digest, weight_digest
-from horse_plugin.storage.files import check_writable
+from horse_plugin.storage.schema import Maybe, count, read_json
 
 RESULTS = "results.json"
+NUMBER, TEXT = Maybe((int, float)), Maybe(str)
+ROW = {"method": str, "dataset": str, "model": str, "n_edits": count, "seed": int}
+ROW |= dict.fromkeys((*ALL_FIGURES, "edit_seconds", "train_seconds", "peak_memory_mb"), NUMBER)
+ROW |= dict.fromkeys(("reason", "budget", "settings"), TEXT)
+ROW |= {"check": Maybe({"records": count, "ours": {str: NUMBER}, "easyedit": {str: NUMBER}})}
+ROW |= {"versions": Maybe({str: str})}
 
 
 def run(plan: Plan, progress: bool = True) -> list[dict]:
@@ -28,10 +33,9 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
     leaves a row with its ``reason`` and no figures, and is tried again next time.
 
     Raises:
-        UsageError: the model cannot be loaded, or the folder not be written to.
+        UsageError: the model cannot be loaded.
         HorseError: a method left the model other than it was.
     """
-    check_writable(plan.out)
     if plan.check:
         # Without EasyEdit it fails here, and not in every row.
         from horse_plugin.comparison.baselines import check  # noqa: F401
@@ -42,7 +46,7 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
         for model in plan.models:
             measured = _MeasuredModel(plan, model)
             for data, n, seed, name in plan.cells():
-                bar.set_postfix_str(f"{name}, {data.name}, {n} edits, seed {seed}")
+                bar.set_postfix_str(visible(f"{name}, {data.name}, {n} edits, seed {seed}"))
                 row = measured.measure(rows, data, n, seed, name)
                 same = [r for r in rows if _cell(r) == _cell(row)]
                 if row not in same:
@@ -54,9 +58,13 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
 
 
 def held_rows(out: Path) -> list[dict]:
-    """Return all rows that ``results.json`` holds, of this run and of earlier ones."""
+    """Return all rows that ``results.json`` holds, of this run and of earlier ones.
+
+    Raises:
+        HorseError: the file is damaged.
+    """
     path = out / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return read_json(path, [ROW]) if path.exists() else []
 
 
 def _cell(row: dict) -> tuple:

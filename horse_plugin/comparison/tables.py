@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from horse_plugin.errors import visible
 from horse_plugin.evaluation.metrics import COST, SCORED, SHARES, mean
-from horse_plugin.evaluation.tables import DIGITS, UNEDITED, Table, number
+from horse_plugin.evaluation.tables import DIGITS, UNEDITED, Table, not_computed, number
 
 HEADINGS = {
     "efficacy": "Eff.",
@@ -108,13 +109,18 @@ def cost_table(rows: list[dict], model: str, n_edits: int) -> Table:
 
 
 def to_csv(rows: list[dict]) -> str:
-    """Return one line a row, with every plain value of it."""
+    """Return one line a row, with every plain value of it; no spreadsheet computes a text."""
     names = list(dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict)))
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows(
+        map(_as_text, line) for line in [names, *([r.get(n) for n in names] for r in rows)]
+    )
     return buffer.getvalue()
+
+
+def _as_text(value):
+    return not_computed(visible(value)) if isinstance(value, str) else value
 
 
 def of_page(rows: list[dict], model: str, n_edits: int) -> list[dict]:

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from horse_plugin.data.records import EditRecord
 from horse_plugin.errors import UsageError
-from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.hparams import HORSEHyperParams, read_keys
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.digest import json_digest
 
@@ -59,11 +57,7 @@ class Task:
         Raises:
             UsageError: there is none, or it cannot be read.
         """
-        path = self.yaml(method)
-        try:
-            return yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UsageError(f"{path}: not a readable YAML file ({error}).") from None
+        return read_keys(self.yaml(method))
 
 
 @dataclass

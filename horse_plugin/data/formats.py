@@ -6,6 +6,8 @@ takes what no other does. A record is read and checked before anything runs; a b
 its index and field.
 """
 
+import json
+import operator
 import re
 import warnings
 from collections import Counter
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.data.sources import read_items
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,27 @@ def _format_of(field: "Fields") -> DataFormat:
 
 def _record(item, index: int, where, notes: Counter) -> EditRecord | list[EditRecord]:
     if isinstance(item, EditRecord):
-        return item
+        return _checked(item, f"{where}: record {index}")
     field = Fields(item, f"{where}: record {index}", notes)
     return _format_of(field).read(field)
+
+
+def _checked(record: EditRecord, where: str) -> EditRecord:
+    """Return the record, if it can be written to a file later."""
+    try:
+        json.dumps(record.to_dict(), ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where}: cannot be saved: {first_line(error)}.") from None
+    return record
+
+
+def _case_id(field: "Fields") -> int | str | None:
+    value = field.item.get("case_id")
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if hasattr(value, "__index__"):  # numpy's whole numbers
+        return operator.index(value)
+    return Fields({"case_id": str(value)}, field.where).text("case_id", required=False)
 
 
 def _is_number(value) -> bool:
@@ -244,7 +264,7 @@ def flat_request(field: Fields) -> EditRecord:
         portability=_about(field, _portability(field), subject),
         subject=subject,
         ground_truth=_truth(field),
-        case_id=field.item.get("case_id"),
+        case_id=_case_id(field),
     )
 
 
@@ -276,7 +296,7 @@ def nested_counterfact(field: Fields) -> EditRecord | list[EditRecord]:
                 portability=_about(field, _portability(field), subject) if last else (),
                 subject=subject,
                 ground_truth=truth,
-                case_id=field.item.get("case_id"),
+                case_id=_case_id(field),
             )
         )
     return records if several else records[0]

@@ -11,13 +11,15 @@ from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.fingerprint import FINGERPRINT, describe, is_same_model
 from horse_plugin.model.preserve import FORM, Preserve
-from horse_plugin.storage.schema import check_form
+from horse_plugin.storage.schema import Maybe, check_form, count
 from horse_plugin.storage.tensors import load_tensors
 
 ARCHIVE = "archive.safetensors"
 # What the description of an archive or of an edit must hold.
-MADE_FOR = {"model": FINGERPRINT, "modules": [str], "hparams": {"alg_name": str}, "versions": {}}
-NETWORK = {"shapes": [list], "rank": int, "n_blocks": int, "spread": str, "coefficient": str}
+MADE_FOR = {"model": FINGERPRINT, "modules": [str], "versions": {str: str}}
+MADE_FOR["hparams"] = {"alg_name": str, "archive": Maybe(str), "token": Maybe(str)}
+NETWORK = {"shapes": [[count]], "rank": count, "n_blocks": count, "spread": str}
+NETWORK["coefficient"] = str
 SINCE_0_2 = ("normalizer", "has_cap")  # what the form of a network of 0.1 lacks
 
 
@@ -115,6 +117,9 @@ def network_of(path, tensors: dict[str, torch.Tensor], form: dict) -> HyperNetwo
         network.to_empty(device="cpu").load_state_dict(tensors)
     except Exception as error:  # of a size, a name or a type that torch does not take
         raise HorseError(f"{path}: damaged: field 'network': {first_line(error)}.") from None
+    for name, p in network.named_parameters():
+        if not p.isfinite().all() and name != "log_eta":  # which is NaN until it is set
+            raise HorseError(f"{path}: damaged: network.{name} is not finite.")
     return network
 
 

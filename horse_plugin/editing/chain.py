@@ -7,20 +7,21 @@
 A folder with a single edit, as :meth:`EditDelta.save` writes it, is read like a chain of one.
 """
 
+import contextlib
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from horse_plugin.editing.delta import CHAIN_FILE, DELTA, EditDelta
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.storage.digest import json_digest
-from horse_plugin.storage.files import new_folder, to_json, write
-from horse_plugin.storage.schema import check_form
+from horse_plugin.storage.files import locked_folder, new_folder, to_json, write
+from horse_plugin.storage.schema import Maybe, count, finite, read_json, read_text
 
-ENTRY = {"name": str, "made": str, "n_edits": int, "undone": (str, type(None))}
+ENTRY = {"name": str, "made": str, "n_edits": count, "onto": Maybe([str]), "undone": Maybe(str)}
 NOW = "now.json"
 UNFINISHED = "unfinished"  # the ``undone`` of an edit whose folder has no final name yet
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -28,6 +29,9 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 class Chain:
     """The chain of edits in one folder.
+
+    Whoever changes it locks the folder meanwhile. To make an edit on top of the others and add it,
+    lock the folder from reading to adding, with :func:`horse_plugin.storage.files.locked_folder`.
 
     Attributes:
         folder: its path.
@@ -45,9 +49,21 @@ class Chain:
         self.folder, self.entries = Path(folder).expanduser(), []
         if Path(folder, DELTA).exists():
             raise UsageError(f"{folder}: holds a single edit, not a chain; choose another folder.")
+        self.entries = self._listed()
+
+    def _listed(self) -> list[dict]:
         path = self.folder / CHAIN_FILE
-        if path.exists():
-            self.entries = _read(path)
+        return _read(path) if path.exists() else []
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Lock the folder, whose list must be the one that this object has read."""
+        with locked_folder(self.folder):
+            if self._listed() != self.entries:
+                raise HorseError(
+                    f"{self.folder}: another process has changed the chain. Open it again."
+                )
+            yield
 
     @classmethod
     def at(cls, folder) -> "Chain":
@@ -70,8 +86,13 @@ class Chain:
         return [e["name"] for e in self.entries if not e["undone"]]
 
     def save_now(self, rows: Sequence[dict]):
-        """Keep figures of the edits in force, one row of ``results.json`` for each of them."""
-        write(self.folder / NOW, to_json({"edits": self.in_force, "rows": list(rows)}) + "\n")
+        """Keep figures of the edits in force, one row of ``results.json`` for each of them.
+
+        Raises:
+            HorseError: another process writes into the folder, or has changed the chain.
+        """
+        with self._changing():
+            write(self.folder / NOW, to_json({"edits": self.in_force, "rows": list(rows)}) + "\n")
 
     def now(self) -> dict[str, dict]:
         """Return name → row of figures that :meth:`save_now` kept of just these edits, or nothing.
@@ -82,8 +103,7 @@ class Chain:
         path = self.folder / NOW
         if not path.exists():
             return {}
-        kept = _json(path)
-        check_form(path, kept, {"edits": [str], "rows": [{"method": str}]})
+        kept = read_json(path, {"edits": [str], "rows": [{"method": str, "efficacy": finite}]})
         return {r["method"]: r for r in kept["rows"]} if kept["edits"] == self.in_force else {}
 
     def new_name(self, name: str | None = None) -> str:
@@ -111,31 +131,38 @@ class Chain:
 
         Args:
             rows: its rows of ``results.json``.
+
+        Raises:
+            UsageError: the edit's name is taken, or no plain name for a folder.
+            HorseError: another process writes into the folder, or has changed the chain.
         """
         entry = {"name": delta.name, "made": delta.about["made"], "n_edits": len(delta.records)}
         entry["onto"] = self.in_force
-        with new_folder(self.folder / delta.name) as made:
-            delta.save(made)
-            results.save(made / "results.json", list(rows))
-            self._write([*self.entries, entry | {"undone": UNFINISHED}])
-        self.entries.append(entry | {"undone": None})
-        self._write(self.entries)
+        with self._changing():
+            with new_folder(self.folder / self.new_name(delta.name)) as made:
+                delta.save(made)
+                results.save(made / "results.json", list(rows))
+                self._write([*self.entries, entry | {"undone": UNFINISHED}])
+            self.entries.append(entry | {"undone": None})
+            self._write(self.entries)
 
     def undo(self, name: str | None = None) -> str:
         """Take an edit out of force, the last one by default; its folder stays. Return its name.
 
         Raises:
             UsageError: no such edit is in force.
+            HorseError: another process writes into the folder, or has changed the chain.
         """
-        active = self.in_force
-        name = name or next(reversed(active), "")
-        if name not in active:
-            there = f"in force are {', '.join(active)}" if active else "none is in force"
-            raise UsageError(f"{self.folder}: no edit{name and f' {name}'} to undo; {there}.")
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        entries = [e | {"undone": now} if e["name"] == name else e for e in self.entries]
-        self._write(entries)
-        self.entries = entries
+        with self._changing():
+            active = self.in_force
+            name = name or next(reversed(active), "")
+            if name not in active:
+                there = f"in force are {', '.join(active)}" if active else "none is in force"
+                raise UsageError(f"{self.folder}: no edit{name and f' {name}'} to undo; {there}.")
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            entries = [e | {"undone": now} if e["name"] == name else e for e in self.entries]
+            self._write(entries)
+            self.entries = entries
         return name
 
     def _write(self, entries: list[dict]):
@@ -159,23 +186,17 @@ def _digest(entries) -> str:
     return json_digest(entries, 64)
 
 
-def _json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise HorseError(f"{path}: damaged, or not a file of a chain ({error}).") from None
-
-
 def _read(path: Path) -> list[dict]:
-    content = _json(path)
-    check_form(path, content, {"edits": [ENTRY], "sha256": str})
-    entries = content["edits"]
+    entries = read_json(path, {"edits": [ENTRY], "sha256": str})["edits"]
     whole = json.dumps({"edits": entries, "sha256": _digest(entries)}, indent=1) + "\n"
-    if path.read_text(encoding="utf-8") != whole:
+    if read_text(path) != whole:
         raise HorseError(f"{path}: damaged: its content does not match its checksum.")
     for entry in entries:
         if not NAME.fullmatch(entry["name"]):
             raise HorseError(f"{path}: {entry['name']!r} is no name for an edit.")
+    names = [e["name"] for e in entries if e["undone"] != UNFINISHED]
+    if len(set(names)) < len(names):
+        raise HorseError(f"{path}: damaged: an edit is in it twice.")
     if entries and entries[-1]["undone"] == UNFINISHED:
         *entries, last = entries
         if (path.parent / last["name"]).exists():

@@ -14,8 +14,10 @@ from horse_plugin.evaluation.facts import fact_rows
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator
 from horse_plugin.evaluation.verdict import BAD, judge
 from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.model.guard import guarded
 
 
+@guarded
 def checked_edit(
     editor: HorseEditor,
     records,
@@ -54,7 +56,7 @@ def checked_edit(
         if strict and found.lines():
             raise UsageError(f"--strict: {'; '.join(found.lines())}.")
         for line in found.lines():
-            warnings.warn(line, stacklevel=3)
+            warnings.warn(line, stacklevel=4)
         return {name: n for name, indices in asdict(found).items() if (n := len(indices))}
 
     edits = backbone.prepare(records)
@@ -81,7 +83,7 @@ def checked_edit(
             f"perplexity on the held-out text rose from {now.perplexity:.1f} to "
             f"{after.cost.perplexity:.1f}, by more than {max_rise:g}%: the edit harms what it "
             "should leave alone. max_drift sets a limit",
-            stacklevel=2,
+            stacklevel=3,
         )
     delta.about["figures"] = figures_of(evaluator.before, after) | {"conflicts": conflicts}
     delta.facts = fact_rows(edits, backbone.tokenizer, evaluator.before, after)

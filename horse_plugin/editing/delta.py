@@ -11,13 +11,49 @@ from horse_plugin.editing.archive import MADE_FOR
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation.facts import FACTS_FILE, save_facts
 from horse_plugin.storage.digest import text_digest
-from horse_plugin.storage.files import to_json, write
-from horse_plugin.storage.schema import check_form
+from horse_plugin.storage.files import locked_folder, to_json, write
+from horse_plugin.storage.schema import Maybe, check_form, count, finite, read_text
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 
 DELTA, EDIT = "delta.safetensors", "edit.json"
 CHAIN_FILE = "ledger.json"  # the name is that of 0.1, so that its chains still load
-FORM = MADE_FOR | {"weights": dict, "original": dict, "edit_json": str}
+TEXT, NUMBER = Maybe(str), Maybe((int, float))
+QUERY = {"prompt": str, "answer": str, "accepted": Maybe([str])}
+RECORD = {"prompt": str, "target_new": str, "rephrases": [str]}
+RECORD |= {"unrelated": [QUERY], "portability": [QUERY], "subject": TEXT, "ground_truth": TEXT}
+RECORD |= {"case_id": Maybe((int, str))}
+COSTS = {"drift": NUMBER, "perplexity": NUMBER}
+
+
+def _of_all(value) -> bool:
+    """Be the form of a number of facts, and that of all which were measured."""
+    return isinstance(value, list) and len(value) == 2 and all(map(count, value))
+
+
+FIGURES = {
+    "before": {str: NUMBER},
+    "after": {str: NUMBER},
+    "kinds": Maybe({str: {"before": COSTS, "after": COSTS}}),
+    "examples": Maybe([dict.fromkeys(("kind", "prompt", "before", "after"), str)]),
+    "conflicts": Maybe({str: count}),
+    "held": Maybe(_of_all),
+    "kept": Maybe(_of_all),
+}
+BUDGET = {"max_drift": finite, "edit_ridge": finite, "drift": NUMBER, "trials": Maybe(list)}
+BUDGET |= {"efficacy": NUMBER, "efficacy_without": NUMBER}
+FORM = MADE_FOR | {
+    "name": TEXT,
+    "made": TEXT,
+    "onto": Maybe([str]),
+    "command": TEXT,
+    "weights": {str: str},
+    "original": {str: str},
+    "moved": Maybe({str: (int, float)}),
+    "seconds": NUMBER,
+    "figures": Maybe(FIGURES),
+    "budget": Maybe(BUDGET),
+    "edit_json": str,
+}
 
 
 @dataclass(eq=False)
@@ -74,15 +110,18 @@ class EditDelta:
 
         Raises:
             UsageError: the folder holds an edit, or a chain of edits, already.
+            HorseError: another process writes into it.
         """
         folder = check_free(folder)
         described = {**self.about, "records": [r.to_dict() for r in self.records]}
         text = to_json(described).encode()
         about = {**self.about, "kind": "delta", "edit_json": text_digest(text, 64)}
-        write(folder / EDIT, text)
-        if self.facts:
-            save_facts(folder / FACTS_FILE, self.facts)
-        save_tensors(folder / DELTA, self.tensors, about)
+        with locked_folder(folder):
+            check_free(folder)
+            write(folder / EDIT, text)
+            if self.facts:
+                save_facts(folder / FACTS_FILE, self.facts)
+            save_tensors(folder / DELTA, self.tensors, about)
 
     @classmethod
     def load(cls, folder) -> "EditDelta":
@@ -100,13 +139,19 @@ class EditDelta:
         if about.pop("kind", None) != "delta":
             raise UsageError(f"{folder}: {DELTA} holds no edit.")
         check_form(path, about, FORM)
+        check_form(path, about, {"figures": Maybe({"after": {"efficacy": finite}})})
         _check_tensors(path, tensors, about["modules"])
         try:
-            text = described.read_bytes()
+            text = read_text(described)
             if text_digest(text, 64) != about.pop("edit_json"):
                 raise ValueError("its content does not match its checksum")
-            records = [EditRecord.from_dict(r) for r in json.loads(text)["records"]]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            content = json.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
+            raise HorseError(f"{described}: damaged, or not a HORSE edit ({error}).") from None
+        check_form(described, content, {"records": [RECORD]})
+        try:
+            records = [EditRecord.from_dict(r) for r in content["records"]]
+        except TypeError as error:  # a field that records do not have
             raise HorseError(f"{described}: damaged, or not a HORSE edit ({error}).") from None
         return cls(tensors, records, about)
 

@@ -5,10 +5,12 @@ import contextlib
 import datetime
 import functools
 import itertools
+import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,7 @@ from horse_plugin.editing.archive import as_trained, check_made_for, load_networ
 from horse_plugin.editing.budget import Budget, smallest_ridge
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.in_force import InForce
+from horse_plugin.editing.memory import check_memory
 from horse_plugin.editing.solve import (
     Roots,
     calibrate,
@@ -36,10 +39,26 @@ from horse_plugin.hparams import UNTRAINED, HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, capture
+from horse_plugin.model.guard import guarded
 from horse_plugin.model.loading import quiet_transformers
 from horse_plugin.model.preserve import Preserve
 from horse_plugin.storage.digest import matches
 from horse_plugin.storage.files import new_folder
+
+
+@dataclass(frozen=True)
+class _State:
+    """What an editor has done to its model, remembered in one piece.
+
+    Attributes:
+        edits: those in force, oldest first.
+        digests: of the weights as the editor left them.
+        original_weights: module name → weight before the first edit, on the CPU.
+    """
+
+    edits: tuple[EditDelta, ...] = ()
+    digests: dict[str, str] = field(default_factory=dict)
+    original_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class HorseEditor:
@@ -96,12 +115,11 @@ class HorseEditor:
     def _start(self, backbone, hparams, network=None, preserve=None, roots=None):
         self._metric = None
         if network is None and hparams.archive not in (None, UNTRAINED):
-            network, preserve, about = load_network(hparams.archive, backbone)
+            with backbone.held():
+                network, preserve, about = load_network(hparams.archive, backbone)
             hparams = as_trained(hparams, about)
         self.use(backbone, hparams, network, preserve, roots)
-        self._edits: list[EditDelta] = []
-        self._digests: dict[str, str] = {}  # of the weights as this editor left them
-        self.original_weights: dict[str, torch.Tensor] = {}
+        self._state = _State()
 
     def use(self, backbone: Backbone, hparams, network=None, preserve=None, roots=None):
         """Go on with other settings or another network, on top of the edits in force.
@@ -121,20 +139,30 @@ class HorseEditor:
     @property
     def history(self) -> list[EditDelta]:
         """The edits that are in the model now, oldest first."""
-        return list(self._edits)
+        return list(self._state.edits)
 
+    @property
+    def original_weights(self) -> dict[str, torch.Tensor]:
+        return self._state.original_weights
+
+    @guarded
     def capture(self, records) -> Capture:
         """Return the keys and gradients of an edit of these records on the model as it is now.
 
         With ``keep_edits`` they are followed by those of the edits in force.
+
+        Raises:
+            HorseError: the edit would take more memory than ``edit_memory_gb``, or than is free.
         """
         edits = self.backbone.prepare(records, kinds=["edit"])
         edits.check()
-        return capture(self.backbone, self._to_capture(edits))
+        prompts = self._to_capture(edits)
+        check_memory(self.backbone, prompts, self.hparams)
+        return capture(self.backbone, prompts)
 
     def _to_capture(self, edits: PreparedEdits) -> list[Prompt]:
         """Return the prompts that an edit of these records reads."""
-        in_force = {r.prompt: r for delta in self._edits for r in delta.records}
+        in_force = {r.prompt: r for delta in self._state.edits for r in delta.records}
         for record in edits.records:  # an edit of the same prompt takes its place
             in_force.pop(record.prompt, None)
         if self.hparams.keep_edits and in_force:
@@ -142,6 +170,7 @@ class HorseEditor:
             edits = self.backbone.place_keys(edits.on_top_of(earlier))
         return edits.to_capture(self.hparams.keep_next)
 
+    @guarded
     def edit(self, records, name: str | None = None, captured: Capture | None = None) -> EditDelta:
         """Write all records into the model in one edit.
 
@@ -160,9 +189,9 @@ class HorseEditor:
 
         Raises:
             UsageError: a record's prompt cannot be tokenised, or ``captured`` is of other records.
-            HorseError: no ridge term keeps to ``max_drift``, the weights were changed from outside
-                since this editor's last edit, or a number is not finite; the message names the
-                module and the record. The model is as it was.
+            HorseError: no ridge term keeps to ``max_drift``, memory is too small, the weights were
+                changed from outside since this editor's last edit, or a number is not finite; the
+                message names the module and the record. The model is as it was.
         """
         start = time.perf_counter() - (captured.seconds if captured else 0.0)
         edits = self.backbone.prepare(records, kinds=["edit"])
@@ -178,32 +207,33 @@ class HorseEditor:
         tensors, budget = self._solve(network, captured, residuals, in_force)
         about = {
             "name": name or self._new_name(),
-            "onto": [d.name for d in self._edits],
+            "onto": [d.name for d in self._state.edits],
             "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "model": self.backbone.fingerprint(),
             "modules": list(self.backbone.modules),
             "weights": weights,
-            "original": self._edits[0].about["original"] if self._edits else weights,
+            "original": self._state.edits[0].about["original"] if self._state.edits else weights,
             "network": network_form(network),
             "hparams": hp.to_dict(),
             "budget": budget.to_dict() if budget else None,
             "versions": versions(),
         }
         delta = EditDelta(tensors, edits.records, about)
-        self._add(delta)
-        if not any(share > 0 for share in about["moved"].values()):
-            self.undo()
-            raise HorseError(
-                "the edit moved no weight: its shifts are smaller than the weights' precision. "
-                "Load the model in fp32, or allow a larger edit (strength, edit_ridge, max_drift)."
-            )
-        about["seconds"] = time.perf_counter() - start
+        with self._all_or_nothing() as before:
+            self._add(delta, before)
+            if not any(share > 0 for share in about["moved"].values()):
+                raise HorseError(
+                    "the edit moved no weight: its shifts are smaller than the weights' precision. "
+                    "Load the model in fp32, or allow a larger edit (strength, edit_ridge, "
+                    "max_drift)."
+                )
+            about["seconds"] = time.perf_counter() - start
         return delta
 
     def _in_force(self, network: HyperNetwork, captured: Capture) -> InForce:
         """Return what the edits in force write, for an edit on top of them."""
         shifts = [
-            sum(delta.to(self.backbone.edit_device).shift(name) for delta in self._edits)
+            sum(delta.to(self.backbone.edit_device).shift(name) for delta in self._state.edits)
             for name in self.backbone.modules
         ]
         return InForce.of(shifts, captured, edit_mus(network, self.hparams), self.roots)
@@ -242,7 +272,7 @@ class HorseEditor:
         if budget.edit_ridge > hp.edit_ridge:
             budget.efficacy = with_them(tensors, efficacy)
             budget.efficacy_without = with_them(solve_at(hp.edit_ridge), efficacy)
-            warnings.warn(budget.sentence(), stacklevel=4)
+            warnings.warn(budget.sentence(), stacklevel=5)
         return tensors, budget
 
     @functools.cached_property
@@ -250,6 +280,7 @@ class HorseEditor:
         """Ordinary text by which a budget is kept: none that the metric or a figure is made of."""
         return self.ordinary_text(shipped_pieces("choose"))
 
+    @guarded
     def ordinary_text(self, pieces: Pieces) -> OrdinaryText:
         """Return ordinary text whose drift is that from the unedited model.
 
@@ -260,6 +291,7 @@ class HorseEditor:
             return OrdinaryText(self.backbone, pieces)
 
     @property
+    @guarded
     def roots(self) -> Roots:
         """The metric of the ridge term, W with W Wᵀ = C̄⁻¹ for each edit module; None for I.
 
@@ -277,17 +309,18 @@ class HorseEditor:
     def _unedited(self) -> Iterator[None]:
         """Put the original weights into the model for the length of a ``with``."""
         before = self.backbone.weights.clones()
-        self.backbone.weights.restore(self.original_weights)
         try:
+            self.backbone.weights.restore(self.original_weights)
             yield
         finally:
             self.backbone.weights.restore(before)
 
     def _new_name(self) -> str:
-        names = {d.name for d in self._edits}
+        names = {d.name for d in self._state.edits}
         numbers = (f"{i:03d}" for i in itertools.count(len(names) + 1))
         return next(n for n in numbers if n not in names)
 
+    @guarded
     def untrained_network(self, captured: Capture) -> HyperNetwork:
         """Return an untrained network whose normaliser, η and λ are set by this edit.
 
@@ -327,6 +360,7 @@ class HorseEditor:
         """
         self._apply(deltas, "original")
 
+    @guarded
     def _apply(self, deltas: Sequence[EditDelta], made_on: str):
         now, done = self._current_digests(), self.history
         known = [now, *(d.about["original"] for d in done[:1])]
@@ -343,21 +377,19 @@ class HorseEditor:
                     "has. Load the model in that dtype, and apply first what it was made on top of."
                 )
             known.append(wanted)
-        try:
-            for delta in deltas:
-                self._add(delta)
-        except BaseException:
-            if self._edits:
-                self._replay(done)
-            raise
+        with self._all_or_nothing() as before:
+            for i, delta in enumerate(deltas):
+                self._add(delta, self.backbone.weights.clones() if i else before)
 
     @property
+    @guarded
     def changed(self) -> str | None:
         """The name of an edit module whose weight others changed since the last edit, or None."""
         return self._changed(self.backbone.weights.digests())
 
     def _changed(self, now: dict[str, str]) -> str | None:
-        return next((m for m in now if self._edits and now[m] != self._digests[m]), None)
+        left = self._state.digests
+        return next((m for m in now if left and now[m] != left[m]), None)
 
     def _current_digests(self) -> dict[str, str]:
         """Return the digests of the weights now, which must be as this editor left them."""
@@ -369,13 +401,28 @@ class HorseEditor:
             )
         return now
 
-    def _add(self, delta: EditDelta):
-        before = self.backbone.weights.add(delta.to(self.backbone.edit_device).shifts)
-        if not self._edits:
-            self.original_weights = {name: w.cpu() for name, w in before.items()}
-        self._edits.append(delta)
-        self._digests = self.backbone.weights.digests()
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield copies of the weights; after an exception weights and history are as before."""
+        state = self._state
+        try:
+            with self.backbone.weights.all_or_nothing() as before:
+                yield before
+        except BaseException:
+            self._state = state
+            raise
+
+    def _add(self, delta: EditDelta, before: dict[str, torch.Tensor]):
+        """Put a delta on top, inside :meth:`_all_or_nothing`.
+
+        Args:
+            before: copies of the weights as they are now.
+        """
+        edits, original = self._state.edits, self.original_weights
+        self.backbone.weights.move(delta.to(self.backbone.edit_device).shifts)
+        original = original if edits else {name: w.cpu() for name, w in before.items()}
         delta.about.setdefault("moved", self._moved(before))
+        self._state = _State((*edits, delta), self.backbone.weights.digests(), original)
 
     def _moved(self, before: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return how far each weight moved: ‖W − W before‖/‖W before‖ (Frobenius)."""
@@ -387,6 +434,7 @@ class HorseEditor:
             for name, w in before.items()
         }
 
+    @guarded
     def undo(self, which: int | str = -1, force: bool = False) -> EditDelta:
         """Take an edit back.
 
@@ -405,9 +453,10 @@ class HorseEditor:
             HorseError: there is no edit to undo, or the weights were changed from outside since
                 this editor's last edit.
         """
-        if not self._edits:
+        edits = self._state.edits
+        if not edits:
             raise HorseError("undo: this editor has made no edit.")
-        names = [d.name for d in self._edits]
+        names = [d.name for d in edits]
         if which in names:
             index = len(names) - 1 - names[::-1].index(which)
         elif isinstance(which, int) and -len(names) <= which < len(names):
@@ -416,22 +465,16 @@ class HorseEditor:
             raise UsageError(f"undo: no edit {which!r}; there are {', '.join(names)}.")
         if not force:
             self._current_digests()
-        undone = self._edits[index]
-        self._replay(self._edits[:index] + self._edits[index + 1 :])
-        return undone
+        with self._all_or_nothing():
+            self.backbone.weights.restore(self.original_weights)
+            left = (*edits[:index], *edits[index + 1 :])
+            for delta in left:
+                self.backbone.weights.move(delta.to(self.backbone.edit_device).shifts)
+            digests = self.backbone.weights.digests()
+            self._state = _State(left, digests, self.original_weights) if left else _State()
+        return edits[index]
 
-    def _replay(self, edits: list[EditDelta]):
-        """Set the weights to the original ones plus these edits; on an error leave them alone."""
-        before = self.backbone.weights.clones()
-        self.backbone.weights.restore(self.original_weights)
-        try:
-            for delta in edits:
-                self.backbone.weights.add(delta.to(self.backbone.edit_device).shifts)
-        except BaseException:
-            self.backbone.weights.restore(before)
-            raise
-        self._edits, self._digests = list(edits), self.backbone.weights.digests()
-
+    @guarded
     def ask(
         self, prompts: str | Sequence[str], n_tokens: int = 50, before: bool = False, streamer=None
     ) -> list[str]:
@@ -450,8 +493,11 @@ class HorseEditor:
         with self._unedited() if before else contextlib.nullcontext():
             return answers(self.backbone, prompts, n_tokens, streamer)
 
+    @guarded
     def save_model(self, folder):
         """Save the model as it is now, with its tokenizer, as a plain Hugging Face folder.
+
+        No file of it names code of its own, unless such code made the model or the tokenizer.
 
         Raises:
             UsageError: an adapter is attached to the model.
@@ -463,8 +509,10 @@ class HorseEditor:
                 "as an adapter of its own (horse export --lora)."
             )
         with new_folder(folder) as made, quiet_transformers():
-            self.backbone.model.save_pretrained(made)
-            self.backbone.tokenizer.save_pretrained(made)
+            for part in (self.backbone.model, self.backbone.tokenizer):
+                part.save_pretrained(made)
+                if not type(part).__module__.startswith("transformers_modules"):
+                    _name_no_code(made)
 
     @staticmethod
     def load_delta(folder) -> EditDelta:
@@ -475,3 +523,11 @@ class HorseEditor:
 def _differing(weights: dict[str, torch.Tensor], digests: dict[str, str]) -> str | None:
     """Return the first module whose weight, rounded to its digest's dtype, has another digest."""
     return next((m for m, w in weights.items() if not matches(w, digests.get(m))), None)
+
+
+def _name_no_code(folder: Path):
+    """Take ``auto_map`` out of the JSON files in a folder, which names code to load with them."""
+    for path in folder.glob("*config.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("auto_map", None):
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

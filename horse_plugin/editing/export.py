@@ -19,6 +19,7 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation.metrics import Evaluator
 from horse_plugin.evaluation.verdict import judge
+from horse_plugin.model.guard import guarded
 from horse_plugin.storage.files import new_folder, write
 
 ROUNDING = 1e-6  # of the largest singular value: what float32 leaves of a shift that is 0 there
@@ -44,6 +45,7 @@ class Adapter:
         return max(len(keys) for keys, _ in self.factors.values())
 
 
+@guarded
 def to_rank(
     editor: HorseEditor,
     deltas: Sequence[EditDelta],

@@ -10,6 +10,7 @@ from horse_plugin.errors import UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.evaluation.metrics import Evaluator
+from horse_plugin.model.guard import guarded
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def stale(chain: Chain) -> dict[str, Since]:
     return {name: changed for name, changed in found.items() if changed}
 
 
+@guarded
 def measure_again(editor: HorseEditor, deltas: Sequence[EditDelta]) -> list[dict]:
     """Put a chain into an unedited model, and return a row of figures for the facts of each edit.
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from horse_plugin.errors import visible
 from horse_plugin.evaluation.metrics import COST, SHARES
 
 # The lines that should stand out; the others take their turn among colours unlike these.
@@ -41,7 +42,7 @@ def before_and_after(rows: list[dict]) -> Figure:
     for i, r in enumerate(rows):
         positions = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(SHARES))]
         heights = [r.get(n) or 0 for n in SHARES]
-        bars = axes.bar(positions, heights, width * 0.92, label=r["method"])
+        bars = axes.bar(positions, heights, width * 0.92, label=_label(r["method"]))
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(SHARES)), SHARES, fontsize=9)
     axes.set_ylabel("percent")
@@ -92,7 +93,7 @@ def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Fig
         for method, of_figure in curves.items():
             style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
             if of_figure[name]:
-                axes.plot(*zip(*of_figure[name], strict=True), label=method, **style)
+                axes.plot(*zip(*of_figure[name], strict=True), label=_label(method), **style)
         axes.set(title=name, xlabel="edits", xscale="log")
         if name in COST:
             axes.set_yscale("log" if name == "perplexity" else "linear")
@@ -119,8 +120,8 @@ def side_by_side(dataset: str, means: dict[str, Sequence[float]]) -> Figure:
     for i, name in enumerate(SHARES):
         positions = [j - (i - 1.5) * 0.21 for j in range(len(methods))]
         axes.barh(positions, [means[m][i] for m in methods], 0.19, label=name)
-    axes.set_yticks(range(len(methods)), methods)
-    axes.set(title=dataset, xlabel="percent", xlim=(0, 100))
+    axes.set_yticks(range(len(methods)), map(_label, methods))
+    axes.set(title=_label(dataset), xlabel="percent", xlim=(0, 100))
     _open(axes)
     handles = axes.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, **LEGEND)
@@ -143,9 +144,10 @@ def held_over_drift(points: dict[str, dict[str, tuple[float, float]]]) -> Figure
         axes.set_prop_cycle(cycler(marker="osD^vP*Xh") + cycler(color=COLORS))
         for method, (held, drift) in of.items():
             color = {k: v for k, v in STANDING_OUT.get(method, {}).items() if k == "color"}
-            axes.plot([max(drift, 1e-4)], [held], ls="", ms=8, alpha=0.8, label=method, **color)
+            style = {"ls": "", "ms": 8, "alpha": 0.8, "label": _label(method)} | color
+            axes.plot([max(drift, 1e-4)], [held], **style)
         axes.annotate("better", (0.02, 0.98), xycoords="axes fraction", va="top", color="gray")
-        axes.set(title=dataset, xscale="log", ylim=(0, 105))
+        axes.set(title=_label(dataset), xscale="log", ylim=(0, 105))
         axes.margins(x=0.25)
         low, high = axes.get_xlim()
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
@@ -155,6 +157,11 @@ def held_over_drift(points: dict[str, dict[str, tuple[float, float]]]) -> Figure
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, **LEGEND)
         _open(axes)
     return figure
+
+
+def _label(name: str) -> str:
+    """Return a name as matplotlib shows it letter by letter, and reads no formula in it."""
+    return visible(name).replace("$", r"\$")
 
 
 def _open(axes: Axes):

@@ -7,7 +7,6 @@ that makes the model worse. Of the unedited model only what goes into its head i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from horse_plugin.data.prompts import text_prompts
 from horse_plugin.distributed import local_indices, raise_on_all_ranks, sum_over_ranks
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.guard import guarded
+from horse_plugin.storage.schema import read_text
 
 PIECE = 256  # tokens of text in one pass
 Pieces = Sequence[tuple[str, str]]  # (kind, text)
@@ -79,6 +80,7 @@ class OrdinaryText:
         """Return the cost of the model as it is now, or of an edited copy of it."""
         return self._cost_of(backbone or self.backbone)
 
+    @guarded
     @torch.no_grad()
     def _cost_of(self, edited: Backbone | None) -> Cost:
         """Return the cost of an edited model, or of the unedited one."""
@@ -118,6 +120,6 @@ def heldout_pieces(path=None) -> Pieces:
     if path is None:
         return shipped_pieces("heldout")
     try:
-        return [("text", Path(path).read_text(encoding="utf-8"))]
+        return [("text", read_text(path))]
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable as UTF-8 text ({error}).") from None

@@ -7,9 +7,12 @@ from pathlib import Path
 from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.errors import UsageError
 from horse_plugin.evaluation.metrics import FIGURES, Evaluation
+from horse_plugin.evaluation.tables import as_written, not_computed
 from horse_plugin.storage.files import write
+from horse_plugin.storage.schema import read_text
 
 FACTS_FILE = "facts.csv"
+READ = {"prompt", "wanted", "before", "after", "holds", "generalization", "locality"}
 
 
 def fact_rows(
@@ -62,12 +65,13 @@ def fact_rows(
 
 
 def save_facts(path, rows: list[dict]):
-    """Write the rows of :func:`fact_rows` as CSV."""
+    """Write the rows of :func:`fact_rows` as CSV, in which no spreadsheet computes a text."""
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, names)  # its own line ends, so that any in a text are quoted
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({k: not_computed(v) if isinstance(v, str) else v for k, v in row.items()})
     write(path, text.getvalue())
 
 
@@ -75,13 +79,16 @@ def read_facts(folder) -> list[dict[str, str]]:
     """Return the rows of an edit's ``facts.csv``, as text.
 
     Raises:
-        UsageError: the folder has none, or it cannot be read.
+        UsageError: the folder has none, or it cannot be read, or lacks a column.
     """
     path = Path(folder, FACTS_FILE)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+        lines = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
+        rows = [{name: as_written(line[name]) for name in lines.fieldnames} for line in lines]
     except FileNotFoundError:
         raise UsageError(f"{path}: not there; `horse eval --out` measures the facts.") from None
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"{path}: not readable as CSV ({error}).") from None
+    if rows and not rows[0].keys() >= READ:
+        raise UsageError(f"{path}: lacks a column of {', '.join(sorted(READ))}.")
+    return rows

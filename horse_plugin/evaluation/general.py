@@ -13,6 +13,7 @@ from horse_plugin.errors import HorseError, UsageError, reason
 from horse_plugin.evaluation.tables import Table, number
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import quiet_transformers
+from horse_plugin.storage.schema import finite
 
 YES_NO = ["yes", "no"]
 LETTERS = "ABCDEFGHIJ"
@@ -70,7 +71,7 @@ def measure(
             f"general: {error}: install it with `pip install 'horse-plugin[general]'`."
         ) from None
     try:
-        with quiet_transformers(), _quiet():
+        with quiet_transformers(), _quiet(), backbone.held():
             found = lm_eval.simple_evaluate(
                 HFLM(backbone.model, tokenizer=backbone.tokenizer, batch_size=batch_size),
                 tasks=list(wanted.values()),
@@ -88,6 +89,9 @@ def measure(
         for metric, value in found[task].items()
         if metric.endswith(",none") and "stderr" not in metric and isinstance(value, (int, float))
     }
+
+
+ROW = {"task": str, "metric": str, "before": finite, "after": finite, "difference": finite}
 
 
 def rows(before: dict, after: dict) -> list[dict]:

@@ -13,6 +13,7 @@ from horse_plugin.data.prompts import ask
 from horse_plugin.data.records import EditRecord
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.guard import guarded
 from horse_plugin.model.loading import quiet_transformers
 
 ROWS = 32  # continuations written side by side
@@ -23,6 +24,7 @@ N_OF_KIND = {"edit": 4, "rephrase": 2, "unrelated": 2, "opening": 2}
 OPENING = 8  # words of it
 
 
+@guarded
 @torch.no_grad()
 def continuations(
     backbone: Backbone, prompts: Sequence[tuple[int, ...]], n_tokens: int = SHOWN, streamer=None
@@ -56,6 +58,7 @@ def continuations(
     return [written[prompt] for prompt in prompts]
 
 
+@guarded
 def answers(
     backbone: Backbone, prompts: Sequence[str], n_tokens: int = LENGTH, streamer=None
 ) -> list[str]:

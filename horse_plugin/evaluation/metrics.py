@@ -19,6 +19,7 @@ from horse_plugin.distributed import gather_answers, local_indices, raise_on_all
 from horse_plugin.evaluation.drift import Cost, OrdinaryText
 from horse_plugin.evaluation.generation import Example, Writing
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.guard import guarded
 
 # figure → the kind of prompts that it is measured on
 MEASURED_ON = {
@@ -37,6 +38,7 @@ SCORED = ("efficacy", "generalization", "specificity")  # the paper's three, who
 SHARES = (*SCORED, "locality")  # in percent, the more the better
 
 
+@guarded
 @torch.no_grad()
 def predict(backbone: Backbone, prompts: Sequence[Prompt]) -> dict[Prompt, torch.Tensor]:
     """Return the tokens that the model predicts for each prompt's answer, on the CPU.
@@ -146,10 +148,11 @@ class Evaluator:
 
     def evaluate(self, backbone: Backbone | None = None) -> Evaluation:
         """Return the figures of the model as it is now, or of an edited copy of it."""
-        predicted = predict(backbone or self.backbone, self._prompts())
-        found = self._evaluation(predicted, self.text.measure(backbone) if self.text else None)
-        if self._writing:
-            found.fluency, found.examples = self._writing.measure(backbone)
+        with (backbone or self.backbone).held():
+            predicted = predict(backbone or self.backbone, self._prompts())
+            found = self._evaluation(predicted, self.text.measure(backbone) if self.text else None)
+            if self._writing:
+                found.fluency, found.examples = self._writing.measure(backbone)
         return found
 
     def _prompts(self) -> list[Prompt]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jinja2
 
+from horse_plugin.errors import visible
 from horse_plugin.evaluation import charts
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import ALL_FIGURES
@@ -62,11 +63,20 @@ class Report:
         """Return the whole page, which needs no other file."""
         folder = jinja2.FileSystemLoader(Path(__file__).parent)
         environment = jinja2.Environment(
-            loader=folder, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+            loader=folder,
+            autoescape=True,
+            finalize=_visible,
+            trim_blocks=True,
+            undefined=jinja2.StrictUndefined,
         )
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         page = environment.get_template("report.html.j2")
         return page.render(vars(self) | {"versions": versions, "percent": _percent})
+
+
+def _visible(value):
+    """Return what stands in the page for a value: markup of ours as it is, text as it is seen."""
+    return value if hasattr(value, "__html__") else visible(value)
 
 
 def _percent(value) -> str:

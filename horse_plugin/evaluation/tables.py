@@ -1,8 +1,10 @@
 """One table, written as Markdown or LaTeX; the report's template writes it as HTML."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from horse_plugin.errors import visible
 from horse_plugin.evaluation.metrics import mean
 
 Cell = str | tuple[str, str]  # a text, or a text and its mark: "best" or "second"
@@ -27,16 +29,35 @@ class Style:
         return pattern.format(self.escape(text))
 
 
+_LATEX = {c: f"\\{c}" for c in "&%#_{}"} | {"\\": r"\textbackslash{}", "$": r"\$"}
+_LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
+_LATEX |= {">": r"\textgreater{}", "λ": r"$\lambda$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--"}
+_MARKDOWN = {c: f"\\{c}" for c in "\\`*[]|$"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
 def _latex(text: str) -> str:
-    plain = {"λ": r"$\lambda$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--", "c_i": "$c_i$"}
-    for old in "&%#":
-        text = text.replace(old, f"\\{old}")
-    for old, new in plain.items():
-        text = text.replace(old, new)
-    return text.replace("$c_i$", "\0").replace("_", r"\_").replace("\0", "$c_i$")
+    parts = visible(text).split("c_i")  # the paper's symbol
+    return "$c_i$".join("".join(_LATEX.get(c, c) for c in part) for part in parts)
 
 
-MARKDOWN = Style("**{}**", "<u>{}</u>", lambda text: text.replace("|", "\\|"))
+def _markdown(text: str) -> str:
+    return "".join(_MARKDOWN.get(c, c) for c in visible(text))
+
+
+_COMPUTED = re.compile(r"[\s']*[=+@-]")
+
+
+def not_computed(text: str) -> str:
+    """Return a text for CSV, led by an apostrophe where a spreadsheet would compute it."""
+    return f"'{text}" if _COMPUTED.match(text) else text
+
+
+def as_written(cell: str) -> str:
+    """Return the text that :func:`not_computed` may have led by an apostrophe."""
+    return cell[1:] if cell[:1] == "'" and _COMPUTED.match(cell) else cell
+
+
+MARKDOWN = Style("**{}**", "<u>{}</u>", _markdown)
 LATEX = Style(r"\textbf{{{}}}", r"\underline{{{}}}", _latex)
 
 
@@ -73,10 +94,11 @@ class Table:
     def markdown(self) -> str:
         head = self.labels()
         align = ["---", *(["---" if self.is_text else "--:"] * (len(head) - 1))]
-        lines = [head, align, *self.cells(MARKDOWN)]
+        lines = [list(map(_markdown, head)), align, *self.cells(MARKDOWN)]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-        notes = "".join(f"- {note}\n" for note in self.notes)
-        return "\n".join(part for part in (f"{self.caption}\n", table, notes) if part.strip())
+        notes = "".join(f"- {_markdown(note)}\n" for note in self.notes)
+        caption = f"{_markdown(self.caption)}\n"
+        return "\n".join(part for part in (caption, table, notes) if part.strip())
 
     def latex(self) -> str:
         spans, at = [], 2

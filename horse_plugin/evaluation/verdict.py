@@ -61,7 +61,7 @@ def judge(figures: Mapping) -> Verdict:
     """
     before, after = figures["before"], figures["after"]
     measured = {
-        "held": after.get("written", after["efficacy"]),
+        "held": after["efficacy"] if after.get("written") is None else after["written"],
         "locality": after.get("locality"),
         "drift": after.get("drift"),
         "rise": _rise(before.get("perplexity"), after.get("perplexity")),
@@ -76,7 +76,7 @@ def judge(figures: Mapping) -> Verdict:
     if kept and kept[1]:
         parts.append(f"the unrelated answers of {kept[0]:,} of {kept[1]:,} facts stay")
     if after.get("perplexity") is not None:
-        text = f"perplexity {number(before['perplexity'])} → {number(after['perplexity'])}"
+        text = f"perplexity {number(before.get('perplexity'))} → {number(after['perplexity'])}"
         if measured["drift"] is not None:
             text += f", drift {figure('drift', measured['drift'])}"
         parts.append(f"ordinary text: {text}")

@@ -3,6 +3,7 @@
     loading       the model that the hparams name: files, device, dtype
     modules       its transformer blocks and edit modules, found by their shape
     fingerprint   how a model is recognised
+    guard         a caller's model: held by one thread, and given back as it was
     backbone      its forward pass cut in two: trunk, and edited blocks with the head
     weights       edit weights: adding shifts, restoring bits, gradients
     trunk_cache   the trunk's states of prompts, kept from one call to the next

@@ -24,6 +24,7 @@ from horse_plugin.data.subjects import at_subjects
 from horse_plugin.distributed import local_indices
 from horse_plugin.errors import UsageError, first_line
 from horse_plugin.model.fingerprint import fingerprint
+from horse_plugin.model.guard import guard, guarded, hooked, with_forward
 from horse_plugin.model.loading import load_model
 from horse_plugin.model.modules import (
     block_index,
@@ -42,6 +43,9 @@ for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_variable, "64")
 
 
+UNFUSED = 256  # the most tokens of a sequence whose attention runs unfused
+
+
 class StopForward(Exception):
     """Carries a value out of a forward pass that need not go on."""
 
@@ -53,7 +57,7 @@ class Backbone:
     """A causal language model seen as trunk, edited blocks and head.
 
     Args:
-        model: a Hugging Face causal language model; it is put into eval mode, gradients off.
+        model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
         inner_params: names of the edit modules, with or without ``.weight``; found when empty.
         batch_tokens: the most padded tokens in one pass of the model.
@@ -97,23 +101,54 @@ class Backbone:
         seam: Seam = PLAIN,
     ):
         self.token, self.seam = token, seam
-        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self._max_length = batch_tokens, max_length
         self.progress, self.job = progress, None
         self.device = model.get_input_embeddings().weight.device
         self.head = model.get_output_embeddings()
         prefix, self.blocks = find_blocks(model)
+        if any(p.is_inference() for p in model.parameters()):
+            raise UsageError(
+                f"{type(model).__name__}: loaded in inference mode, so that no weight can be "
+                "changed. Load it outside torch.inference_mode."
+            )
         self.modules = find_edit_modules(model, inner_params, token)
         self.edit_device = next(iter(self.modules.values())).weight.device
         self.edit_dtype = torch.promote_types(model.dtype, torch.float32)
         self.weights = EditWeights(self.modules, self.edit_dtype)
         self.first_edited = min(block_index(n, prefix) for n in self.modules)
         self.last_mlp = find_last_mlp(model)
-        trunk = [model.get_input_embeddings(), *self.blocks[: self.first_edited]]
-        trunk_weights = [p for module in trunk for p in module.parameters()]
-        self.trunk_cache = TrunkCache(trunk_weights, trunk_cache_gb, trunk_disk_gb, trunk_dir)
+        limits = trunk_cache_gb, trunk_disk_gb, trunk_dir
+        self.trunk_cache = TrunkCache(self._trunk_weights, self._through_trunk, *limits)
+        self._turn = None
         self._check_halves()
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the model for the length of a ``with``, see :mod:`horse_plugin.model.guard`.
+
+        Trunk states are dropped if others changed the trunk in the meantime.
+        """
+        with guard(self.model) as turn:
+            if turn != self._turn:
+                self._turn = turn
+                self.trunk_cache.check()
+            yield
+
+    def _trunk_weights(self) -> list[torch.Tensor]:
+        trunk = [self.model.get_input_embeddings(), *self.blocks[: self.first_edited]]
+        return [t for module in trunk for t in (*module.parameters(), *module.buffers())]
+
+    def _few_tokens(self) -> list[int]:
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        return [7919 * i % vocabulary for i in range(1, 12)]
+
+    @torch.no_grad()
+    def _through_trunk(self) -> torch.Tensor:
+        """Return what the trunk makes of a few tokens."""
+        return self._run_trunk(torch.tensor([self._few_tokens()], device=self.device))
+
+    @guarded
     @torch.no_grad()
     def _check_halves(self):
         """Compare trunk and top with the model's own forward pass, on a few tokens.
@@ -123,8 +158,7 @@ class Backbone:
         Raises:
             UsageError: they differ even so, or the model is not causal.
         """
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        ids = [7919 * i % vocabulary for i in range(1, 12)]
+        ids = self._few_tokens()
         made = [Prompt(tuple(ids), 6), Prompt(tuple(ids[1:]), 4)]
         (batch,) = batches(made, len(ids) * 4, self.device)
         logits = self._forward(batch.ids).logits
@@ -147,6 +181,8 @@ class Backbone:
                 if states.shape[:2] != batch.ids.shape:
                     raise ValueError("the blocks hand on more than a hidden state per token")
                 difference = (self.top(batch, states) - whole).abs().max()
+            except torch.OutOfMemoryError:
+                raise
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 problem = first_line(error)  # a block has inputs or outputs of its own kind
                 continue
@@ -262,10 +298,12 @@ class Backbone:
             finally:
                 self.job = None
 
+    @guarded
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return the logits at the batch's answer positions, n×vocabulary."""
         return self.top(batch, self.trunk(batch))
 
+    @guarded
     @torch.no_grad()
     def trunk(self, batch: Batch) -> torch.Tensor:
         """Return the hidden states that enter the first edited block, B×L×d.
@@ -282,6 +320,7 @@ class Backbone:
                 states[i] = s[: len(batch.prompts[i].inputs)]
         return nn.utils.rnn.pad_sequence(states, batch_first=True)
 
+    @guarded
     @torch.no_grad()
     def cache_trunk_states(self, prompts: Sequence[Prompt], progress: bool | None = None):
         """Compute these prompts' trunk states now and keep them, as far as there is room.
@@ -307,8 +346,8 @@ class Backbone:
             raise StopForward(args[0] if args else kwargs["hidden_states"])
 
         first = self.blocks[self.first_edited]
-        hook = first.register_forward_pre_hook(leave, with_kwargs=True)
-        return self._run_until(hook, lambda: self._forward(ids))
+        with hooked(first.register_forward_pre_hook, leave, with_kwargs=True):
+            return self._stopped(lambda: self._forward(ids))
 
     @functools.cached_property
     def _blocks_return_tuples(self) -> bool:
@@ -317,23 +356,19 @@ class Backbone:
         def leave(block, args, output):
             raise StopForward(isinstance(output, tuple))
 
-        hook = self.blocks[0].register_forward_hook(leave)
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with torch.no_grad():
-            return self._run_until(hook, lambda: self._forward(ids))
+        with hooked(self.blocks[0].register_forward_hook, leave), torch.no_grad():
+            return self._stopped(lambda: self._forward(ids))
 
-    def _run_until(self, hook, run: Callable[[], object]):
-        """Return what the hook takes out of a forward pass."""
+    def _stopped(self, run: Callable[[], object]):
+        """Return what a hook takes out of a forward pass."""
         try:
             run()
         except StopForward as stopped:
             return stopped.value
-        finally:
-            hook.remove()
 
     def _forward(self, ids: torch.Tensor):
         """Run the model's own forward pass, without what its config would add to the output."""
-        self.model.eval()
         return self.model(
             input_ids=ids,
             use_cache=False,
@@ -342,6 +377,7 @@ class Backbone:
             output_attentions=False,
         )
 
+    @guarded
     def top(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """Return the logits at the answer positions, n×vocabulary, from the trunk's states."""
 
@@ -368,22 +404,19 @@ class Backbone:
             return (at_answers(args[0]),)
 
         with contextlib.ExitStack() as stack:
-            for block in self.blocks[: self.first_edited]:
-                stack.enter_context(_skipped(block, self._blocks_return_tuples))
+            stack.enter_context(self._skipped(self.blocks[: self.first_edited]))
             first = self.blocks[self.first_edited]
-            for hook in (
-                first.register_forward_pre_hook(enter, with_kwargs=True),
-                self.head.register_forward_pre_hook(into_head),
-            ):
-                stack.callback(hook.remove)
+            stack.enter_context(hooked(first.register_forward_pre_hook, enter, with_kwargs=True))
+            stack.enter_context(hooked(self.head.register_forward_pre_hook, into_head))
             if self.last_mlp:
                 mlp = self.model.get_submodule(self.last_mlp)
-                stack.callback(mlp.register_forward_pre_hook(into_mlp).remove)
-                stack.callback(mlp.register_forward_hook(out_of_mlp).remove)
+                stack.enter_context(hooked(mlp.register_forward_pre_hook, into_mlp))
+                stack.enter_context(hooked(mlp.register_forward_hook, out_of_mlp))
             if torch.is_grad_enabled():
-                stack.enter_context(self.unfused_attention())
+                stack.enter_context(self.unfused_attention(batch.ids.shape[1]))
             return self._forward(batch.ids).logits
 
+    @guarded
     @torch.no_grad()
     def head_inputs(self, batch: Batch) -> torch.Tensor:
         """Return what goes into the head at the answer positions, n×d: small enough to keep."""
@@ -392,9 +425,10 @@ class Backbone:
             x = args[0]
             raise StopForward(x[batch.rows.to(x.device), batch.cols.to(x.device)])
 
-        hook = self.head.register_forward_pre_hook(leave)
-        return self._run_until(hook, lambda: self.logits(batch))
+        with hooked(self.head.register_forward_pre_hook, leave):
+            return self._stopped(lambda: self.logits(batch))
 
+    @guarded
     @torch.no_grad()
     def read_out(self, batch: Batch, head_inputs: torch.Tensor) -> torch.Tensor:
         """Return the logits that :meth:`head_inputs` led to, n×vocabulary.
@@ -402,19 +436,37 @@ class Backbone:
         It is the model's own forward pass with all blocks skipped, since some models scale or cap
         their logits after the head.
         """
-        with contextlib.ExitStack() as stack:
-            for block in self.blocks:
-                stack.enter_context(_skipped(block, self._blocks_return_tuples))
-            hook = self.head.register_forward_pre_hook(lambda head, args: (head_inputs,))
-            stack.callback(hook.remove)
+
+        def into_head(head, args):
+            return (head_inputs,)
+
+        register = self.head.register_forward_pre_hook
+        with self._skipped(self.blocks), hooked(register, into_head):
             return self._forward(batch.ids).logits
 
-    def unfused_attention(self) -> contextlib.AbstractContextManager:
-        """On a CPU, run attention unfused inside a ``with``.
+    @contextlib.contextmanager
+    def _skipped(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Let blocks pass their input on, for the length of a ``with``."""
+        returns_tuple = self._blocks_return_tuples
 
-        The fused kernel is slow backwards on short sequences there.
+        def identity(hidden_states, *args, **kwargs):
+            return (hidden_states, None) if returns_tuple else hidden_states
+
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(with_forward(block, identity))
+            yield
+
+    def unfused_attention(self, n_tokens: int = 0) -> contextlib.AbstractContextManager:
+        """On a CPU, run attention of short sequences unfused inside a ``with``.
+
+        The fused kernel is slow backwards on some of them. The other one keeps a score for each
+        pair of tokens, so that long sequences would take memory by the square of their length.
+
+        Args:
+            n_tokens: the length of the sequences.
         """
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and n_tokens <= UNFUSED:
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()
 
@@ -435,25 +487,3 @@ class Backbone:
                 "token: subject, inner_params names modules of lower blocks."
             )
         return torch.arange(len(batch.rows)).to(batch.rows)
-
-
-@contextlib.contextmanager
-def _skipped(block: nn.Module, returns_tuple: bool):
-    """Let the block pass its input on.
-
-    Its own ``forward`` may be an instance attribute already, since accelerate wraps it so; it comes
-    back as it was.
-    """
-
-    def identity(hidden_states, *args, **kwargs):
-        return (hidden_states, None) if returns_tuple else hidden_states
-
-    had, before = "forward" in block.__dict__, block.forward
-    block.forward = identity
-    try:
-        yield
-    finally:
-        if had:
-            block.forward = before
-        else:
-            del block.forward

@@ -1,5 +1,6 @@
 """Keys and gradients at the answer tokens, for all edit modules in one pass (Sec. 2.1)."""
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from horse_plugin import distributed
 from horse_plugin.data.prompts import UNKNOWN, Prompt
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.guard import guarded, hooked
 
 HOLDS = 0.9  # the probability from which on an answer token needs no more
 KEPT = 0.5  # ... and the token that follows it, as a share of its probability before the edit
@@ -60,6 +62,7 @@ class Capture:
     seconds: float
 
 
+@guarded
 def capture(
     backbone: Backbone,
     prompts: Sequence[Prompt],
@@ -105,13 +108,10 @@ def capture(
             states = backbone.trunk(batch)
             rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in index])
             rows = rows.to(backbone.edit_device)
-            hooks = [
-                module.register_forward_hook(
-                    captured[name].hook(backbone.key_positions(name, batch), rows)
-                )
-                for name, module in backbone.modules.items()
-            ]
-            try:
+            with contextlib.ExitStack() as hooks:
+                for name, module in backbone.modules.items():
+                    hook = captured[name].hook(backbone.key_positions(name, batch), rows)
+                    hooks.enter_context(hooked(module.register_forward_hook, hook))
                 with torch.enable_grad():
                     logits = backbone.top(batch, states).to(backbone.edit_dtype)
                     of, labels = torch.tensor(index)[batch.rows.cpu()], batch.labels.cpu()
@@ -122,9 +122,6 @@ def capture(
                     losses = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
                     losses = (losses - torch.where(end, allowed[of], 0).to(losses)).relu()
                     losses.masked_fill(still[of].to(losses.device), 0).sum().backward()
-            finally:
-                for hook in hooks:
-                    hook.remove()
             for module_rows in captured.values():
                 module_rows.collect()
             tokens = logits.detach().argmax(-1).cpu().split([len(p.labels) for p in batch.prompts])

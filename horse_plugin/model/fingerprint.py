@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+from horse_plugin.storage.schema import count, finite
+
 FINGERPRINT = {  # its form in a description, see horse_plugin.storage.schema
     "name": str,
     "architecture": str,
-    "n_blocks": int,
-    "hidden_size": int,
-    "vocab_size": int,
-    "embedding_norms": [(int, float)],
+    "n_blocks": count,
+    "hidden_size": count,
+    "vocab_size": count,
+    "embedding_norms": [finite],
 }
 
 

@@ -16,33 +16,36 @@ from horse_plugin.errors import UsageError, did_you_mean, first_line
 def load_model(hparams):
     """Return the hparams' model and its tokenizer, in the dtype and on the device they ask for.
 
+    Its parameters take no gradient, so that whoever calls the model keeps no graph.
+
     Raises:
         UsageError: there is no such model or device, or the model lacks weights.
     """
     name = resolve(hparams.model_name)
     device = resolve_device(hparams.device)
-    kwargs = {"trust_remote_code": hparams.trust_remote_code}
+    trust = hparams.trust_remote_code
     with quiet_transformers():
         tokenizer = _load(
             transformers.AutoTokenizer,
             resolve(hparams.tokenizer_name) if hparams.tokenizer_name else name,
             "tokenizer_name" if hparams.tokenizer_name else "model_name",
-            **kwargs,
+            trust,
         )
         model, found = _load(
-            _auto_class(name, kwargs),
+            _auto_class(name, trust),
             name,
             "model_name",
+            trust,
             dtype=_dtype(hparams, device),
             device_map="auto" if hparams.model_parallel else None,
             output_loading_info=True,
-            **kwargs,
         )
     if missing := sorted(found["missing_keys"]):
         raise UsageError(
             f"model_name: {hparams.model_name!r} lacks {len(missing)} weights that its config "
             f"asks for, such as {missing[0]}. Is it a causal language model, and whole?"
         )
+    model.requires_grad_(False)
     return (model if hparams.model_parallel else model.to(device)), tokenizer
 
 
@@ -59,24 +62,25 @@ def random_model(config: str, hparams):
         UsageError: there is no such config or device.
     """
     device = resolve_device(hparams.device)
+    trust = hparams.trust_remote_code
     with quiet_transformers():
         name = resolve(hparams.tokenizer_name or DEFAULT_MODEL)
-        tokenizer = _load(transformers.AutoTokenizer, name, "tokenizer_name")
-        made = _load(transformers.AutoConfig, str(config), "config")
+        tokenizer = _load(transformers.AutoTokenizer, name, "tokenizer_name", trust)
+        made = _load(transformers.AutoConfig, str(config), "config", trust)
         made.vocab_size = max(made.vocab_size, len(tokenizer))
         with device, torch.random.fork_rng():
             torch.manual_seed(hparams.seed)  # several processes make the same model
             model = transformers.AutoModelForCausalLM.from_config(
-                made, dtype=_dtype(hparams, device)
+                made, dtype=_dtype(hparams, device), trust_remote_code=trust
             )
     return model, tokenizer
 
 
-def _auto_class(name: str, kwargs: dict):
+def _auto_class(name: str, trust: bool):
     """Return the class that loads a model of that name as one that writes text."""
     writes, sees = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **kwargs)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
     except Exception:  # an adapter's folder has none; the class that writes says what is wrong
         return writes
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -85,17 +89,21 @@ def _auto_class(name: str, kwargs: dict):
     return sees if has_images else writes  # which has code of its own, or says what is wrong
 
 
-def _load(auto_class, name: str, key: str, **kwargs):
+def _load(auto_class, name: str, key: str, trust: bool, **kwargs):
+    """Load what a key names; code that comes with it runs only if ``trust`` says so, unasked."""
     is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if is_path and not Path(name).exists():
         raise UsageError(f"{key}: no such folder: {name}.{_near(name)}")
     try:
-        return auto_class.from_pretrained(name, **kwargs)
+        return auto_class.from_pretrained(name, trust_remote_code=trust, **kwargs)
     except Exception as error:  # whatever transformers and its file formats raise
-        hint = "" if Path(name).exists() else _near(name)
-        if auto_class is transformers.AutoTokenizer and key == "model_name" and not hint:
+        problem, hint = first_line(error), "" if Path(name).exists() else _near(name)
+        if "trust_remote_code" in str(error):
+            problem = "it needs code that comes with it. Read it, and set trust_remote_code: true."
+            hint = ""
+        elif auto_class is transformers.AutoTokenizer and key == "model_name" and not hint:
             hint = " If only its tokenizer is missing, name one with tokenizer_name."
-        raise UsageError(f"{key}: {name!r} not loaded: {first_line(error)}{hint}") from None
+        raise UsageError(f"{key}: {name!r} not loaded: {problem}{hint}") from None
 
 
 def _near(name: str) -> str:

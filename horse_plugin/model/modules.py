@@ -1,6 +1,7 @@
 """Finding a model's transformer blocks and, in them, its edit modules. No architecture by name."""
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -61,6 +62,7 @@ def find_edit_modules(model, inner_params: Sequence[str], token: str) -> dict[st
         if _is_routed(name):
             raise UsageError(f"inner_params: {name!r} belongs to an expert. {_EVERY_TOKEN}")
         _check_weight(name, module)
+    _check_apart(modules)
     return {n: modules[n] for n, _ in model.named_modules() if n in modules}
 
 
@@ -178,6 +180,11 @@ def _check_weight(name: str, module: nn.Module):
             "torch.nn.utils.parametrize.remove_parametrizations."
         )
     weight = module.weight
+    if type(weight) is torch.Tensor:
+        raise UsageError(
+            f"{name}: its weight is no parameter, but computed before each pass, as by "
+            "torch.nn.utils.weight_norm. Remove that first."
+        )
     if weight.is_meta:
         raise UsageError(
             f"{name}: its weight is offloaded to CPU or disk. Load the model where the edit "
@@ -191,3 +198,17 @@ def _check_weight(name: str, module: nn.Module):
             "edit the full model and put the edit on the quantised one as an adapter "
             "(horse export --lora)."
         )
+
+
+def _check_apart(modules: dict[str, nn.Module]):
+    """Refuse two modules whose weights share memory: each would be edited twice."""
+    spans = []
+    for name, module in modules.items():
+        start = module.weight.data_ptr()
+        spans.append((str(module.weight.device), start, start + module.weight.nbytes, name))
+    spans.sort()
+    for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start < end:
+            raise UsageError(
+                f"{name} and {other} share one weight. Name one of them in inner_params."
+            )

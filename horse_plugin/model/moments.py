@@ -4,7 +4,9 @@ The metric of the ridge term is made from them (:mod:`horse_plugin.method.metric
 EMMET, ROME and AlphaEdit read them: the files are those of EasyEdit's ``layer_stats``.
 """
 
+import contextlib
 import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import torch
 
 from horse_plugin import distributed
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.errors import HorseError
+from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone, StopForward
-from horse_plugin.storage.files import write
+from horse_plugin.model.guard import guarded, hooked
+from horse_plugin.storage.files import file_name, write
+from horse_plugin.storage.schema import plain_file
 
 Moments = dict[str, tuple[torch.Tensor, int]]  # edit module → (Σ k kᵀ, d×d; number of keys)
 
@@ -30,16 +34,24 @@ def moments_file(
         data: the name of the data set, ``mom2_dataset`` in EasyEdit's YAMLs.
         n_samples: the number of texts, ``mom2_n_samples``.
         dtype: ``mom2_dtype``.
+
+    Raises:
+        UsageError: a name leads into another folder.
     """
-    name = f"{module}_{dtype}_mom2_{n_samples}.npz"
-    return Path(folder, model_name(backbone), f"{data}_stats", name)
+    names = f"{data}_stats", f"{module}_{dtype}_mom2_{n_samples}.npz"
+    for name in names:
+        if Path(name).name != name:
+            raise UsageError(f"{name}: no name of a file; mom2_dataset and mom2_dtype hold no /.")
+    return Path(folder, model_name(backbone), *names)
 
 
 def model_name(backbone: Backbone) -> str:
     """Return the last part of the model's name or path."""
-    return Path(str(backbone.model.config.name_or_path)).name or type(backbone.model).__name__
+    name = Path(str(backbone.model.config.name_or_path)).name
+    return file_name(name or type(backbone.model).__name__)
 
 
+@guarded
 @torch.no_grad()
 def second_moments(
     backbone: Backbone, prompts: Sequence[Prompt], progress: bool | None = None
@@ -72,16 +84,11 @@ def second_moments(
 
     local = [prompts[i] for i in distributed.local_indices(prompts)]
     for batch in backbone.batches(local, "statistics", progress):
-        hooks = [
-            m.register_forward_pre_hook(add_keys(n, batch)) for n, m in backbone.modules.items()
-        ]
-        try:
+        with contextlib.ExitStack() as hooks, contextlib.suppress(StopForward):
+            for name, module in backbone.modules.items():
+                hook = add_keys(name, batch)
+                hooks.enter_context(hooked(module.register_forward_pre_hook, hook))
             backbone.logits(batch)
-        except StopForward:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
     count = sum(len(p.answer) for p in prompts)
     # In float32 always, as the files hold them, so that both give the same edit.
     return {n: (distributed.sum_over_ranks(s).float().cpu(), count) for n, s in sums.items()}
@@ -113,9 +120,14 @@ def load_moments(path: Path) -> tuple[torch.Tensor, int]:
         HorseError: the file is damaged.
     """
     try:
-        with np.load(path) as data:
-            return torch.from_numpy(data["mom2.mom2"]), int(data["mom2.count"])
-    except (OSError, ValueError, KeyError) as error:
+        with np.load(plain_file(path)) as data:
+            total, count = torch.from_numpy(data["mom2.mom2"]), int(data["mom2.count"])
+        if total.dim() != 2 or len(set(total.shape)) > 1 or count < 1:
+            raise ValueError("no moment of at least one key")
+        if not total.isfinite().all():
+            raise ValueError("a number is not finite")
+        return total, count
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise HorseError(
             f"{path}: damaged statistics ({error}); delete the file, and it is made again."
         ) from None

@@ -4,6 +4,7 @@ import torch
 from tqdm import tqdm
 
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.guard import guarded
 from horse_plugin.model.loading import quiet_transformers
 
 LENGTH = 64  # tokens of a text
@@ -11,6 +12,7 @@ ROWS = 64  # texts written side by side
 TOP_K = 200  # tokens to choose from; the tail of a small model's vocabulary is noise
 
 
+@guarded
 @torch.no_grad()
 def written_texts(
     backbone: Backbone, n_tokens: int, seed: int, progress: bool | None = None

@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -14,12 +14,13 @@ from horse_plugin.storage.files import check_writable
 class TrunkCache:
     """The hidden states of prompts, L×d each, found by their token ids.
 
-    All are dropped once one of the weights that made them has been written to. A file loses its
-    name as soon as it is mapped, so that its room on the disk is free again when the states are
-    dropped or the process ends, however it ends.
+    All are dropped once one of the weights that made them has been written to, or once
+    :meth:`check` finds another trunk. A file loses its name as soon as it is mapped, so that its
+    room on the disk is free again when the states are dropped or the process ends, however it ends.
 
     Args:
-        weights: the trunk's parameters.
+        weights: returns the trunk's parameters and buffers, as they are now.
+        probe: returns what the trunk makes of a few tokens.
         memory_gb: room in the memory of the device that computes the states, in 10⁹ bytes.
         disk_gb: room in files, used after that, in 10⁹ bytes.
         folder: the folder of the files; None is the system's folder for temporary files.
@@ -31,18 +32,40 @@ class TrunkCache:
         UsageError: nothing can be written into the folder.
     """
 
-    def __init__(self, weights, memory_gb: float = 0.0, disk_gb: float = 0.0, folder=None):
-        self._weights, self._folder = list(weights), folder or tempfile.gettempdir()
+    def __init__(
+        self,
+        weights: Callable[[], list[torch.Tensor]],
+        probe: Callable[[], torch.Tensor],
+        memory_gb: float = 0.0,
+        disk_gb: float = 0.0,
+        folder=None,
+    ):
+        self._find_weights, self._probe = weights, probe
+        self._folder = folder or tempfile.gettempdir()
         self._limits = {"memory": int(memory_gb * 1e9), "disk": int(disk_gb * 1e9)}
         if disk_gb:
             check_writable(self._folder)
         self._forget()
 
     def _forget(self):
+        self._weights, self._trunk = self._find_weights(), None
         self._versions = [p._version for p in self._weights]
         self._kept: dict[tuple[int, ...], torch.Tensor] = {}
         self._room = dict(self._limits)
         self.full = not any(self._room.values())
+
+    def check(self):
+        """Drop the states if they are not of the trunk as it is now.
+
+        No count of writes tells ``p.data = …``, another parameter, or a switched adapter. So the
+        bits of all weights are summed, row by row, and a few tokens run through the trunk.
+        """
+        if self._kept and self._describe() != self._trunk:
+            self._forget()
+
+    def _describe(self) -> tuple:
+        weights = [w for w in self._find_weights() if not w.is_meta]
+        return [(id(w), _sum_of_bits(w)) for w in weights], self._probe().tolist()
 
     def _drop_stale(self):
         if [p._version for p in self._weights] != self._versions:
@@ -52,11 +75,13 @@ class TrunkCache:
     def for_a_while(self) -> Iterator[None]:
         """Drop at the end of a ``with`` what was kept inside it."""
         self._drop_stale()
-        before = self._versions, dict(self._kept), dict(self._room), self.full
+        names = ("_weights", "_trunk", "_versions", "full")
+        before = {name: getattr(self, name) for name in names}
+        before |= {"_kept": dict(self._kept), "_room": dict(self._room)}
         try:
             yield
         finally:
-            self._versions, self._kept, self._room, self.full = before
+            vars(self).update(before)
             self._drop_stale()
 
     def missing(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -79,6 +104,8 @@ class TrunkCache:
         if room is None:
             self.full = True
             return
+        if not self._kept:
+            self._trunk = self._describe()
         for prompt, s, part in zip(prompts, states, room.split(sizes), strict=True):
             self._kept[prompt] = part.view(s.shape).copy_(s)
 
@@ -101,6 +128,15 @@ class TrunkCache:
         finally:
             os.close(handle)
             os.unlink(path)
+
+
+def _sum_of_bits(weight: torch.Tensor) -> int:
+    """Return a sum that tells every changed entry, and rows that changed places."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    rows = weight.detach().view(words[weight.element_size()])
+    rows = rows.reshape(len(rows) if rows.dim() else 1, -1).sum(-1, dtype=torch.int64)
+    factors = torch.arange(1, 2 * len(rows), 2, device=rows.device)
+    return (rows * factors).sum().item()
 
 
 def _reserve(handle: int, n_bytes: int):

@@ -25,41 +25,55 @@ class EditWeights:
     def __init__(self, modules: dict[str, nn.Module], dtype: torch.dtype):
         self.modules, self.dtype = modules, dtype
 
-    @torch.no_grad()
     def add(self, shifts: Tensors) -> Tensors:
         """Add shifts to the weights, and return the weights as they were.
 
-        The sum is computed in ``dtype`` and rounded once. Should anything fail half-way, every
-        weight is put back before the exception goes on.
+        Should anything fail half-way, every weight is put back before the exception goes on.
+
+        Args:
+            shifts: module name → ΔW, d×d'.
+
+        Raises:
+            HorseError: as :meth:`move`.
+        """
+        with self.all_or_nothing() as before:
+            self.move(shifts)
+        return before
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[Tensors]:
+        """Yield copies of the weights, which are put back if the ``with`` raises an exception."""
+        before = self.clones()
+        try:
+            yield before
+        except BaseException:
+            self.restore(before)
+            raise
+
+    @torch.no_grad()
+    def move(self, shifts: Tensors):
+        """Add shifts to the weights. Use it inside :meth:`all_or_nothing`.
+
+        The sum is computed in ``dtype`` and rounded once.
 
         Args:
             shifts: module name → ΔW, d×d'.
 
         Raises:
             HorseError: a shift has another shape than its weight, or the sum is not finite; the
-                message names the module.
+                message names the module. Some weights may have moved.
         """
-        before = {}
-        try:
-            for name, shift in shifts.items():
-                module = self.modules[name]
-                weight = module.weight
-                before[name] = weight.detach().clone()
-                shift = shift if isinstance(module, Conv1D) else shift.T
-                if shift.shape != weight.shape:
-                    raise HorseError(
-                        f"{name}: the shift is {tuple(shift.shape)}, the weight "
-                        f"{tuple(weight.shape)}."
-                    )
-                weight.copy_(weight.to(self.dtype) + shift.to(weight.device, self.dtype))
-                if not weight.isfinite().all():
-                    raise HorseError(
-                        f"{name}: the edited weight is not finite. {HALF_PRECISION_HINT}"
-                    )
-        except BaseException:
-            self.restore(before)
-            raise
-        return before
+        for name, shift in shifts.items():
+            module = self.modules[name]
+            weight = module.weight
+            shift = shift if isinstance(module, Conv1D) else shift.T
+            if shift.shape != weight.shape:
+                raise HorseError(
+                    f"{name}: the shift is {tuple(shift.shape)}, the weight {tuple(weight.shape)}."
+                )
+            weight.copy_(weight.to(self.dtype) + shift.to(weight.device, self.dtype))
+            if not weight.isfinite().all():
+                raise HorseError(f"{name}: the edited weight is not finite. {HALF_PRECISION_HINT}")
 
     def clones(self) -> Tensors:
         """Return copies of the weights as they are now, for :meth:`restore`."""

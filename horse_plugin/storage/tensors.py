@@ -9,7 +9,7 @@ import torch
 
 from horse_plugin.errors import HorseError, UsageError, first_line
 from horse_plugin.storage.digest import tensors_digest
-from horse_plugin.storage.files import write
+from horse_plugin.storage.files import check_name, write
 
 FORMAT = 1
 
@@ -38,9 +38,10 @@ def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
     """Return the tensors and the description that :func:`save_tensors` wrote.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file, or its name is not UTF-8.
         HorseError: the file is damaged, or is not ours.
     """
+    check_name(path)
     path = Path(path).expanduser()
     if not path.is_file():
         raise UsageError(f"{path}: no such file.")

@@ -12,24 +12,26 @@ from horse_plugin.editing.archive import (
     network_tensors,
 )
 from horse_plugin.errors import HorseError, UsageError, first_line
+from horse_plugin.evaluation.metrics import FIGURES
 from horse_plugin.hparams import HORSEHyperParams, canonical
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage.schema import check_form
+from horse_plugin.storage.schema import Maybe, check_form, count, finite
 from horse_plugin.storage.tensors import load_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
 FORM = MADE_FOR | {
     "network": NETWORK,
-    "step": int,
-    "best": (dict, type(None)),
-    "history": [dict],
+    "step": count,
+    "best": Maybe({"step": count, "score": finite, **dict.fromkeys(FIGURES, Maybe(finite))}),
+    "history": [{"step": count}],
     "data": [str],
 }
 # What a resumed run may set anew: how long it goes on, and where it runs.
 MAY_CHANGE = frozenset(
-    """max_epochs early_stop_patience device model_parallel batch_size trunk_cache_gb trunk_disk_gb
-    trunk_dir results_dir archive model_name tokenizer_name stats_dir""".split()
+    """max_epochs early_stop_patience device model_parallel batch_size edit_memory_gb
+    trunk_cache_gb trunk_disk_gb trunk_dir results_dir archive model_name tokenizer_name
+    stats_dir""".split()
 )
 
 # What runs of 0.1 did, under the names of today's keys.
@@ -58,6 +60,10 @@ def read(
     """
     tensors, about = load_tensors(path)
     check_form(path, about, FORM)
+    n, steps = about["step"], [h["step"] for h in about["history"]]
+    best = about["best"] or {"step": 0}
+    if n != len(steps) or steps != list(range(1, len(steps) + 1)) or best["step"] > n:
+        raise HorseError(f"{path}: damaged: its steps are not those of its history.")
     check_made_for(path, about, backbone)
     if about["data"] != data:
         raise UsageError(f"{path}: was trained on other records. Give the same files.")
@@ -87,6 +93,13 @@ def restore(path: Path, tensors, about: dict, network: HyperNetwork, optimizer):
                 _, i, key = name.split(".")
                 state.setdefault(int(i), {})[key] = t
         groups = optimizer.state_dict()["param_groups"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, of_parameter in state.items():
+            shapes = {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[i].shape)}
+            if {k: t.shape for k, t in of_parameter.items()} != shapes:
+                raise ValueError(f"optimizer.{i} is not the state of its parameter")
+            if not all(t.isfinite().all() for t in of_parameter.values()):
+                raise ValueError(f"optimizer.{i} is not finite")
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (RuntimeError, ValueError, LookupError) as error:
         raise HorseError(f"{path}: damaged: {first_line(error)}") from None

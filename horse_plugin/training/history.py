@@ -6,6 +6,7 @@ from pathlib import Path
 
 from horse_plugin.errors import HorseError
 from horse_plugin.storage.files import write
+from horse_plugin.storage.schema import read_text
 
 HISTORY = "training.csv"
 VALIDATION = "validation_"  # begins the name of a figure of the validation records
@@ -34,15 +35,12 @@ def read_history(folder) -> list[dict]:
     """
     path, history = Path(folder, HISTORY), []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for line in csv.DictReader(file):
-                values = {name: float(value) for name, value in line.items() if value}
-                step = {n: v for n, v in values.items() if not n.startswith(VALIDATION)}
-                figures = {
-                    n.removeprefix(VALIDATION): v for n, v in values.items() if n not in step
-                }
-                step["step"] = int(step["step"])
-                history.append(step | ({"validation": figures} if figures else {}))
+        for line in csv.DictReader(io.StringIO(read_text(path), newline="")):
+            values = {name: float(value) for name, value in line.items() if value}
+            step = {n: v for n, v in values.items() if not n.startswith(VALIDATION)}
+            figures = {n.removeprefix(VALIDATION): v for n, v in values.items() if n not in step}
+            step["step"] = int(step["step"])
+            history.append(step | ({"validation": figures} if figures else {}))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise HorseError(f"{path}: damaged, or not the history of a training ({error}).") from None
     return history

@@ -19,6 +19,7 @@ from horse_plugin.method.losses import LOSSES
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture
+from horse_plugin.model.guard import guarded
 
 TRAINED_ON = ("edit", "rephrase", "unrelated")  # a record's prompts with a loss of their own
 ORDINARY = "ordinary"  # the kind of the pieces of ordinary text
@@ -73,6 +74,7 @@ class Objective:
         }
         self.references = [self._reference(batch) for batch in self.batches]
 
+    @guarded
     def backward(
         self,
         network: HyperNetwork,
@@ -118,6 +120,7 @@ class Objective:
                 p.grad = distributed.sum_over_ranks(p.grad)
         return losses
 
+    @guarded
     def weight_gradients(self) -> tuple[dict[str, float | None], list[torch.Tensor]]:
         """Return the losses of the model as it is now, and g_1 … g_T = ∂L/∂W_l, d×d' each.
 

@@ -24,6 +24,7 @@ from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.distributed import is_main_process, sum_over_ranks
 from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
 from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.editing.memory import check_memory
 from horse_plugin.editing.solve import Roots, calibrate, new_network
 from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
@@ -33,8 +34,10 @@ from horse_plugin.evaluation.results import versions
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
+from horse_plugin.model.guard import guarded
 from horse_plugin.model.preserve import Preserve, up_to
 from horse_plugin.storage.digest import json_digest
+from horse_plugin.storage.files import locked_folder
 from horse_plugin.storage.tensors import save_tensors
 from horse_plugin.training import checkpoint
 from horse_plugin.training.history import save_history
@@ -93,7 +96,8 @@ class HORSETrainer:
             )
         self.out = Path(out or config.archive_folder)
         self.backbone = backbone or Backbone.load(config)
-        self.network = new_network(self.backbone, config)
+        with self.backbone.held():
+            self.network = new_network(self.backbone, config)
         self.network.spread_strength.requires_grad_(config.train_spread)
         self.network.lamda.requires_grad_(config.train_lamda)
         scalars = [self.network.log_eta, self.network.lamda, self.network.spread_strength]
@@ -125,12 +129,19 @@ class HORSETrainer:
         """The number of steps of the whole run."""
         return self.hparams.n_steps(len(self.train_records))
 
+    @guarded
     def run(self) -> Path:
-        """Train to the end and return the archive's folder.
+        """Train to the end and return the archive's folder, which is locked meanwhile.
 
         Raises:
+            HorseError: another process writes into the folder, or a number is not finite.
             KeyboardInterrupt: at Ctrl-C, after the present step is finished and saved.
         """
+        with locked_folder(self.out):
+            self._run()
+        return self.out
+
+    def _run(self):
         self._cache_trunk_states()
         evaluators = self._evaluators()
         bar = tqdm(
@@ -154,8 +165,9 @@ class HORSETrainer:
                 bar.set_postfix(self._shown_beside_steps(losses))
                 if sum_over_ranks(torch.tensor(len(interrupts))):  # of any process
                     self._stop()
-        return self.out
 
+    @guarded
+    @torch.enable_grad()
     def train_step(self, records) -> dict[str, float | None]:
         """Do one step of Eq. 7 on records, prepared or anything that ``load_records`` takes.
 
@@ -168,6 +180,7 @@ class HORSETrainer:
         edits = self.backbone.prepare(records, TRAINED_ON)
         edits.check()
         prompts = edits.to_capture(self.hparams.keep_next)
+        check_memory(self.backbone, prompts, self.hparams)
         captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps
@@ -210,6 +223,7 @@ class HORSETrainer:
         return Preserve.of(self.backbone, self.hparams, unrelated)
 
     @functools.cached_property
+    @guarded
     def roots(self) -> Roots:
         """W with W Wᵀ = C̄⁻¹ for each edit module, or None for the paper's ridge term."""
         if self.preserve is None:

@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -11,7 +12,7 @@ import torch
 from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError
 from horse_plugin.editing.chain import CHAIN_FILE, Chain, read_edits
 from horse_plugin.storage.digest import weight_digest
-from horse_plugin.storage.files import LOCK, locked_folder
+from horse_plugin.storage.files import locked_folder
 from tests import tiny
 
 MODULE = "model.layers.2.mlp.down_proj"
@@ -222,17 +223,28 @@ def test_a_damaged_chain_does_not_load(tmp_path):
                 Chain(tmp_path)
 
 
-def test_of_two_processes_writing_into_one_folder_one_wins(tmp_path):
-    """Locks belong to open files, so a second open of the folder is as good as a second process."""
-    with locked_folder(tmp_path / "new") as folder:
-        (folder / ".half-written.part").write_text("of a killed process")
-        with (
-            pytest.raises(HorseError, match="another process is writing into it"),
-            locked_folder(folder),
-        ):
-            raise AssertionError
-    with locked_folder(folder):
-        assert [p.name for p in folder.iterdir()] == [LOCK]
+def test_a_chain_locks_itself(tmp_path):
+    """A lock belongs to a thread, so that another thread is as good as another process."""
+    delta = editor().edit(tiny.records(2), "a")
+    chain = Chain(tmp_path)
+    with locked_folder(tmp_path), ThreadPoolExecutor() as others:
+        for change in (lambda: chain.add(delta), chain.undo):
+            with pytest.raises(HorseError, match="another process is writing into it"):
+                others.submit(change).result()
+        chain.add(delta)  # whoever holds the folder goes on
+    assert [d.name for d in read_edits(tmp_path)] == ["a"]
+
+
+def test_a_chain_that_another_process_changed_is_opened_again(tmp_path):
+    """Its edits would be made on other weights than this one's, or be lost from the list."""
+    e, stale = editor(), Chain(tmp_path)
+    Chain(tmp_path).add(e.edit(tiny.records(2), "a"))
+    with pytest.raises(HorseError, match="another process has changed the chain"):
+        stale.add(e.edit(tiny.records(2), "b"))
+    with pytest.raises(HorseError, match="another process has changed the chain"):
+        stale.undo()
+    assert [d.name for d in read_edits(tmp_path)] == ["a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", CHAIN_FILE]
 
 
 @pytest.mark.slow

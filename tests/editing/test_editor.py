@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError
 from horse_plugin.data.prompts import batches
@@ -146,6 +147,58 @@ def test_a_failed_edit_leaves_the_model_alone(monkeypatch):
     ):
         e.edit(tiny.records())
     assert same(before, state(e)) and not e.history
+
+
+class FailsAt(TorchDispatchMode):
+    """Raise an exception in the place of one call of torch; None counts the calls only."""
+
+    def __init__(self, at=None, error=KeyboardInterrupt):
+        super().__init__()
+        self.at, self.error, self.calls = at, error, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("work", ["edit", "apply_chain", "undo"])
+def test_weights_and_history_change_together_or_not_at_all(work, error):
+    """Whatever fails on the way, as a Ctrl-C or a lack of memory does after the weights moved."""
+    chain = editor()
+    deltas = [chain.edit(tiny.records(2)), chain.edit(tiny.records(4)[2:])]
+    e = editor()
+    if work != "apply_chain":
+        e.apply_chain(deltas)
+    edits = e.backbone.prepare(tiny.records(3), ["edit"])
+    works = {
+        "edit": lambda: e.edit(edits),
+        "apply_chain": lambda: e.apply_chain(deltas),
+        "undo": lambda: e.undo(0),
+    }
+
+    def all_of_it():
+        return state(e), e.history, e.original_weights, e.changed
+
+    before = all_of_it()
+    with FailsAt() as counting:
+        works[work]()
+    after = all_of_it()
+    while e.history:
+        e.undo()
+    e.apply_chain(before[1])
+    failed = 0
+    for at in range(counting.calls, max(0, counting.calls - 350), -13):
+        with pytest.raises(error), FailsAt(at, error):
+            works[work]()
+        now = all_of_it()
+        assert same(now[0], before[0]) and now[1] == before[1] and now[3] is None
+        assert now[2].keys() == before[2].keys() and same(before[2], now[2])
+        failed += 1
+    works[work]()
+    assert failed > 10 and same(state(e), after[0]) and len(e.history) == len(after[1])
 
 
 def test_a_saved_model_opens_in_transformers(tmp_path):

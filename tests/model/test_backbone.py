@@ -3,11 +3,13 @@
 import accelerate
 import pytest
 import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from horse_plugin import HorseEditor
 from horse_plugin.data.prompts import Prompt, batches
 from horse_plugin.errors import HorseError, UsageError
-from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.backbone import UNFUSED, Backbone
 from horse_plugin.model.capture import capture
 from horse_plugin.model.loading import resolve_device
 from tests import tiny
@@ -56,7 +58,7 @@ def test_edit_modules_are_the_second_projections_of_the_last_six_blocks(architec
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptj", "gpt-neox"])
 def test_the_capture_gives_inputs_and_gradients_at_the_answers(architecture):
     """Against hooks on the plain forward pass, prompt by prompt."""
-    model = tiny.model(architecture)
+    model = tiny.model(architecture).requires_grad_(False)
     backbone = Backbone(model, None, batch_tokens=40)
     captured = capture(backbone, prompts())
     row = 0
@@ -124,6 +126,29 @@ def test_no_hook_and_no_patch_stays_behind():
     for m in backbone.model.modules():
         assert not m._forward_hooks and not m._forward_pre_hooks
         assert "forward" not in m.__dict__
+
+
+class LargestTensor(TorchDispatchMode):
+    """Note the largest number of entries of a tensor that torch returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(t):
+                self.entries = max(self.entries, t.numel())
+        return out
+
+
+@pytest.mark.parametrize(("n", "has_scores"), [(UNFUSED, True), (UNFUSED + 44, False)])
+def test_long_sequences_keep_no_score_for_each_pair_of_tokens(n, has_scores):
+    config = tiny.CONFIGS["llama"]()
+    config.max_position_embeddings = 2 * UNFUSED
+    backbone = Backbone(transformers.AutoModelForCausalLM.from_config(config), None)
+    with LargestTensor() as largest:
+        capture(backbone, [Prompt(tuple(range(5, 5 + n)), n - 2)])
+    assert (largest.entries >= config.num_attention_heads * (n - 1) ** 2) == has_scores
 
 
 @pytest.mark.parametrize("architecture", sorted(tiny.CONFIGS))

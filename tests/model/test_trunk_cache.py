@@ -13,6 +13,10 @@ from horse_plugin.model.trunk_cache import TrunkCache, _reserve
 from tests import tiny
 
 
+def cache(weights, *limits) -> TrunkCache:
+    return TrunkCache(lambda: weights, lambda: torch.zeros(1), *limits)
+
+
 def some(n=6, dtype=torch.float32):
     """Token ids, and states of 8 numbers a token for them."""
     prompts = [tuple(range(i, 2 * i + 3)) for i in range(n)]
@@ -22,7 +26,7 @@ def some(n=6, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("memory", "disk"), [(1e-3, 0), (0, 1e-3), (1e-6, 1e-3)])
 def test_states_come_back_bit_for_bit_and_no_file_is_left(tmp_path, memory, disk, dtype):
-    store = TrunkCache([], memory, disk, tmp_path)
+    store = cache([], memory, disk, tmp_path)
     prompts, states = some(dtype=dtype)
     for i in range(0, len(prompts), 2):
         store.put(prompts[i : i + 2], states[i : i + 2])
@@ -36,7 +40,7 @@ def test_states_come_back_bit_for_bit_and_no_file_is_left(tmp_path, memory, disk
 def test_what_is_kept_for_a_while_is_dropped_with_its_room():
     weight = torch.nn.Parameter(torch.zeros(1))
     prompts, states = some()
-    store = TrunkCache([weight], sum(s.nbytes for s in states[:3]) / 1e9)
+    store = cache([weight], sum(s.nbytes for s in states[:3]) / 1e9)
     store.put(prompts[:1], states[:1])
     with store.for_a_while():
         store.put(prompts[1:3], states[1:3])
@@ -54,7 +58,7 @@ def test_room_is_kept_to_and_comes_back():
     weight = torch.nn.Parameter(torch.zeros(1))
     prompts, states = some()
     size = [s.nbytes for s in states]
-    store = TrunkCache([weight], size[0] / 1e9, (size[1] + size[2]) / 1e9)
+    store = cache([weight], size[0] / 1e9, (size[1] + size[2]) / 1e9)
     for p, s in zip(prompts, states, strict=True):
         assert store.full == (p in prompts[4:])  # the fourth is the first without room
         store.put([p], [s])
@@ -80,7 +84,7 @@ def test_a_full_disk_is_said_and_lived_with(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    store = TrunkCache([], 0, 1, tmp_path)
+    store = cache([], 0, 1, tmp_path)
     prompts, states = some()
     with pytest.warns(UserWarning, match="No space left"):
         store.put(prompts, states)
@@ -91,7 +95,7 @@ def test_a_full_disk_is_said_and_lived_with(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file: cannot be written to"):
-        TrunkCache([], 0, 1, tmp_path / "file")
+        cache([], 0, 1, tmp_path / "file")
 
 
 def test_the_model_runs_on_states_from_files_and_computes_what_is_stale(tmp_path):

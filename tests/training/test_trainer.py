@@ -205,7 +205,7 @@ def test_training_leaves_the_model_as_it_was(tmp_path):
     t.run()
     for k, v in t.backbone.model.state_dict().items():
         assert torch.equal(v, before[k])
-    assert not any(p.requires_grad or p.grad is not None for p in t.backbone.model.parameters())
+    assert all(p.requires_grad and p.grad is None for p in t.backbone.model.parameters())
 
 
 def test_edit_modules_of_different_shapes_train_together(tmp_path):

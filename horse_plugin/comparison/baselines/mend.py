@@ -24,6 +24,7 @@ from horse_plugin.errors import UsageError
 from horse_plugin.model.loading import pad_with_eos
 from horse_plugin.storage.digest import text_digest
 from horse_plugin.storage.files import write
+from horse_plugin.storage.schema import read_json
 
 VAL_RECORDS = 20
 
@@ -107,7 +108,7 @@ def trained(hparams, task: Task, within) -> dict:
             "budget": f"{steps} steps of {n} records from {len(records):,}",
         }
         write(done, json.dumps(found))
-    found = json.loads(done.read_text())
+    found = read_json(done, {"archive": str, "train_seconds": (int, float), "budget": str})
     hparams.archive = found.pop("archive")
     return found
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import yaml
 
 from horse_plugin.data.corpus import texts_of
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import UsageError
-from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.hparams import HORSEHyperParams, read_keys
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.moments import (
     Moments,
@@ -26,6 +25,7 @@ from horse_plugin.model.moments import (
     save_moments,
     second_moments,
 )
+from horse_plugin.storage.files import locked_folder
 from horse_plugin.storage.files import write as write_file
 
 LONGEST = 1024  # tokens of a text
@@ -89,10 +89,10 @@ def statistics_of_yamls(yamls: Sequence[Path], corpus, folder: Path | None = Non
     made, backbones = [], {}
     for path in yamls:
         try:
-            hparams = SimpleNamespace(**yaml.safe_load(path.read_text(encoding="utf-8")))
+            hparams = SimpleNamespace(**read_keys(path))
             hparams.stats_dir = str(folder or hparams.stats_dir)
             modules_of(hparams), hparams.mom2_dataset, hparams.mom2_dtype, hparams.mom2_n_samples
-        except (OSError, TypeError, AttributeError, yaml.YAMLError) as error:
+        except (TypeError, AttributeError) as error:
             raise UsageError(f"{path}: not a YAML that asks for statistics ({error}).") from None
         if (threshold := getattr(hparams, "nullspace_threshold", None)) is not None:
             hparams.nullspace_threshold = float(threshold)
@@ -123,8 +123,9 @@ def prepare(hparams, backbone: Backbone, corpus) -> list[Path]:
     made = [files[m] for m in missing]
     if missing:
         texts = texts_of(corpus, hparams.mom2_n_samples)
-        for m, (total, count) in moments_of_texts(backbone, missing, texts).items():
-            save_moments(files[m], total, count, hparams.mom2_n_samples)
+        with locked_folder(files[missing[0]].parent):  # another corpus may go by the same name
+            for m, (total, count) in moments_of_texts(backbone, missing, texts).items():
+                save_moments(files[m], total, count, hparams.mom2_n_samples)
     where = getattr(hparams, "P_loc", None)
     if where and not Path(where).is_file():
         moments = {m: load_moments(file) for m, file in files.items()}

@@ -1,0 +1,46 @@
+"""Memory of an edit: estimated before the work, and refused beyond a limit."""
+
+import pytest
+import torch
+
+from horse_plugin import HorseEditor, HorseError
+from horse_plugin.editing import editor as editing
+from horse_plugin.editing import memory
+from tests import tiny
+
+
+def editor(**changes):
+    return HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams(**changes))
+
+
+def test_an_edit_that_would_take_too_much_memory_is_refused_before_the_work(monkeypatch):
+    e = editor(edit_memory_gb=1e-6)
+    before = e.backbone.weights.digests()
+    monkeypatch.setattr(editing, "capture", None)  # the work
+    with pytest.raises(HorseError, match=r"edit_memory_gb: 6 prompts take about .* are allowed"):
+        e.edit(tiny.records())
+    free = editor()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(HorseError, match=r"beside the model, and 0\.0 GB are free\. Edit fewer"):
+        free.edit(tiny.records())
+    assert e.backbone.weights.digests() == before and not e.history
+
+
+@pytest.mark.parametrize("sweeps", [1, 3])
+@pytest.mark.parametrize("n", [6, 60])
+def test_the_estimate_covers_what_an_edit_keeps(n, sweeps):
+    e = editor(edit_sweeps=sweeps)
+    prompts = e.backbone.prepare(tiny.records(n), ["edit"]).flat()
+    needed = memory.needed_bytes(e.backbone, prompts, e.hparams)
+    captured = e.capture(tiny.records(n))
+    kept = sum(t.nbytes for t in captured.keys + captured.grads)
+    weights = sum(m.weight.nbytes for m in e.backbone.modules.values())
+    delta = e.edit(tiny.records(n), captured=captured)
+    kept += weights + sum(t.nbytes for t in delta.tensors.values())
+    assert kept < needed < 4 * kept
+
+
+def test_what_is_free_is_asked_of_the_system():
+    free = memory.free_bytes(torch.device("cpu"))
+    assert free is None or free > 0
+    assert memory.free_bytes(torch.device("meta")) is None
