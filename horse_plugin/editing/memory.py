@@ -12,6 +12,7 @@ from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 
 GB = 1e9
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def check_memory(backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHyperParams):
@@ -56,7 +57,8 @@ def needed_bytes(backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHy
 def free_bytes(device: torch.device) -> float | None:
     """Return the memory that is free on a device, or None where the system does not say.
 
-    Of a CPU it is what the system has, or what the control group of this process has left.
+    Of a CPU it is what the system has, or what the control group of this process has left. Pages
+    of files that the system keeps at hand count as free.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -67,9 +69,10 @@ def free_bytes(device: torch.device) -> float | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{x}").read_text() for x in ("max", "current"))
-        found.append(int(limit) - int(used))
-    except (OSError, ValueError):  # another system, or no limit
+        names = ("memory.max", "memory.current", "memory.stat")
+        limit, used, stat = ((CONTROL_GROUP / name).read_text() for name in names)
+        of = dict(line.split() for line in stat.splitlines())
+        found.append(int(limit) - int(used) + int(of["active_file"]) + int(of["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # another system, or no limit
         pass
     return min(found, default=None)

@@ -44,3 +44,18 @@ def test_what_is_free_is_asked_of_the_system():
     free = memory.free_bytes(torch.device("cpu"))
     assert free is None or free > 0
     assert memory.free_bytes(torch.device("meta")) is None
+
+
+def test_files_that_the_system_keeps_at_hand_are_free(tmp_path, monkeypatch):
+    """Of a control group: its limit without what programs use, which leaves out cached files."""
+    given = {
+        "memory.max": "1000\n",
+        "memory.current": "900\n",
+        "memory.stat": "anon 300\nactive_file 200\ninactive_file 400\n",
+    }
+    for name, text in given.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    assert memory.free_bytes(torch.device("cpu")) == 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(torch.device("cpu")) > 10_000
