@@ -20,7 +20,8 @@ def save_history(folder, history: list[dict]):
         losses = {name: value for name, value in step.items() if name != "validation"}
         lines.append(losses | {f"{VALIDATION}{name}": value for name, value in figures.items()})
     text = io.StringIO()
-    names = dict.fromkeys(name for line in lines for name in line)
+    # In an order that does not depend on whether the run went on from a checkpoint.
+    names = sorted({name for line in lines for name in line}, key=lambda n: (n != "step", n))
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)

@@ -228,7 +228,7 @@ def test_a_chain_locks_itself(tmp_path):
     delta = editor().edit(tiny.records(2), "a")
     chain = Chain(tmp_path)
     with locked_folder(tmp_path), ThreadPoolExecutor() as others:
-        for change in (lambda: chain.add(delta), chain.undo):
+        for change in (lambda: chain.add(delta), chain.undo, lambda: chain.save_now([])):
             with pytest.raises(HorseError, match="another process is writing into it"):
                 others.submit(change).result()
         chain.add(delta)  # whoever holds the folder goes on
@@ -243,6 +243,8 @@ def test_a_chain_that_another_process_changed_is_opened_again(tmp_path):
         stale.add(e.edit(tiny.records(2), "b"))
     with pytest.raises(HorseError, match="another process has changed the chain"):
         stale.undo()
+    with pytest.raises(HorseError, match="another process has changed the chain"):
+        stale.save_now([])
     assert [d.name for d in read_edits(tmp_path)] == ["a"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", CHAIN_FILE]
 
