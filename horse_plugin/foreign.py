@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
-from horse_plugin.assets import DEFAULT_MODEL, hparams_folder
+from horse_plugin.assets import DEFAULT_MODEL, shipped_yamls
 from horse_plugin.errors import UsageError
 
 # Keys that mean nothing here, and what to do instead.
@@ -111,8 +111,7 @@ def converted(files: Sequence[Mapping], known: Sequence[str]) -> tuple[dict, dic
         else:
             left_out[key] = ADVICE.get(key, "it has no counterpart")
     if made.get("token") == "subject":
-        file = hparams_folder() / "HORSE" / f"{DEFAULT_MODEL}.yaml"
-        shipped = yaml.safe_load(file.read_text(encoding="utf-8"))
+        shipped = yaml.safe_load(shipped_yamls()[DEFAULT_MODEL].read_text(encoding="utf-8"))
         made = {name: shipped[name] for name in AT_SUBJECT} | made
     if "model_name" not in made:
         raise UsageError("no model is named in these files (model_name, or name_or_path).")

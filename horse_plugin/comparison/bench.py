@@ -90,7 +90,7 @@ def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) 
 
         spread = clock("residual and spread", residuals)
         if hp.edit_sweeps > 1:
-            parts = backbone, network, prompts, captured, hp, roots
+            parts = backbone, network, captured, hp, roots
             last = clock("further sweeps", lambda: collections.deque(sweeps(*parts), maxlen=1))
             captured, spread = last[0]
         tensors = clock("solve", lambda: solve(backbone, network, captured, spread, hp, roots))

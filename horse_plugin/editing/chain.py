@@ -78,7 +78,7 @@ class Chain:
 
     def deltas(self) -> list[EditDelta]:
         """Return the edits in force, oldest first."""
-        return [EditDelta.load(self.folder / e["name"]) for e in self.entries if not e["undone"]]
+        return [EditDelta.load(self.folder / name) for name in self.in_force]
 
     @property
     def in_force(self) -> list[str]:

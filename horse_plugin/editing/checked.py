@@ -119,5 +119,4 @@ def figures_of(before: Evaluation, after: Evaluation) -> dict:
 def _work(edits: PreparedEdits, hp: HORSEHyperParams) -> int:
     """Return an estimate of the tokens that an edit with its figures takes through the model."""
     read, every = (sum(len(p.ids) for p in of) for of in (edits.to_capture(), edits.flat()))
-    sweeps = (1 + hp.edit_sweeps) / 2  # the later ones read few prompts
-    return round(3 * every + 3 * read * (1 + sweeps))
+    return 3 * every + 3 * read * (1 + hp.edit_sweeps)

@@ -197,12 +197,12 @@ class HorseEditor:
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
         captured = captured or self.capture(edits)
-        prompts = self._to_capture(edits)
         if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
             raise UsageError("captured: belongs to other records than those to edit.")
         network = self.network or self.untrained_network(captured)
-        in_force = self._in_force(network, captured) if any(p.in_force for p in prompts) else None
-        parts = self.backbone, network, prompts, captured, hp, self.roots, in_force
+        is_on_top = any(p.in_force for p in captured.prompts)
+        in_force = self._in_force(network, captured) if is_on_top else None
+        parts = self.backbone, network, captured, hp, self.roots, in_force
         ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)  # the last sweep
         tensors, budget = self._solve(network, captured, residuals, in_force)
         about = {

@@ -19,6 +19,7 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.evaluation.metrics import Evaluator
 from horse_plugin.evaluation.verdict import judge
+from horse_plugin.method.metric import whitened
 from horse_plugin.model.guard import guarded
 from horse_plugin.storage.files import new_folder, write
 
@@ -81,15 +82,15 @@ def to_rank(
     shifts = [sum(delta.shift(m).double() for delta in deltas) for m in modules]
     if max_error is not None:
         parts = zip(roots, shifts, strict=True)
-        values = [torch.linalg.svdvals(_in_metric(root, shift)) for root, shift in parts]
+        values = [torch.linalg.svdvals(whitened(shift, root)) for root, shift in parts]
         rank = min(rank or len(values[0]), _least_rank(values, max_error))
     factors, lost, norm = {}, 0.0, 0.0
     for module, root, shift in zip(modules, roots, shifts, strict=True):
         factors[module] = _exact(deltas, module, rank) or _truncated(root, shift, rank)
         keys, values = factors[module]
-        left = _in_metric(root, shift - keys.T.double() @ values.double())
+        left = whitened(shift - keys.T.double() @ values.double(), root)
         lost += left.square().sum().item()
-        norm += _in_metric(root, shift).square().sum().item()
+        norm += whitened(shift, root).square().sum().item()
     with backbone.weights.shifted({m: keys.T @ values for m, (keys, values) in factors.items()}):
         kept = evaluator.evaluate().mean("efficacy")
     return Adapter(factors, (lost / norm) ** 0.5, (edited, kept))
@@ -104,11 +105,6 @@ def _exact(deltas: Sequence[EditDelta], module: str, rank: int | None):
     return (keys, factors) if len(keys) <= (rank or min(keys.shape[1], factors.shape[1])) else None
 
 
-def _in_metric(root: torch.Tensor | None, shift: torch.Tensor) -> torch.Tensor:
-    """Return Lᵀ ΔW, with Lᵀ = W⁻¹ for the root W of C̄⁻¹; ΔW itself without a metric."""
-    return shift if root is None else torch.linalg.solve(root.to(shift), shift)
-
-
 def _least_rank(values: Sequence[torch.Tensor], max_error: float) -> int:
     """Return the least rank of all modules that keeps to the error, by their singular values."""
     width = max(map(len, values))
@@ -119,7 +115,7 @@ def _least_rank(values: Sequence[torch.Tensor], max_error: float) -> int:
 
 def _truncated(root: torch.Tensor | None, shift: torch.Tensor, rank: int | None):
     """Return the best factors of that rank in the metric (Eckart and Young); without one, all."""
-    U, S, Vh = torch.linalg.svd(_in_metric(root, shift), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(whitened(shift, root), full_matrices=False)
     rank = rank or int((S / S[0] > ROUNDING).sum())
     U = U if root is None else root.to(U) @ U
     share = S[:rank].sqrt()

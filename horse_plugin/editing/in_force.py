@@ -45,7 +45,8 @@ class InForce:
         """Find T: HᵀT = (HᵀH + e^λ C̄)D for the rows of H that are of edits in force.
 
         T = HD + e^λ H(HᵀH)⁻¹C̄D solves it if D lies in the span of C̄⁻¹Hᵀ, as it does where these
-        edits alone made it. It is computed in float64, since facts may share their keys.
+        edits alone made it. It is computed in float64, with a little of C̄ added to HᵀH, since facts
+        may share their keys.
 
         Args:
             shifts: D of each edit module, d×d'.
@@ -59,8 +60,7 @@ class InForce:
             keys, d = h[rows].double(), shift.double()
             target = torch.zeros(len(h), d.shape[1], dtype=h.dtype, device=h.device)
             ridge = Ridge(keys, SMALLEST * mu, None if root is None else root.double())
-            pulled = mu * ridge.residual_grad(_in_metric(d, root))
-            target[rows] = (keys @ d + pulled).to(h.dtype)
+            target[rows] = (keys @ (d + ridge.anchored(d) / SMALLEST)).to(h.dtype)
             asked.append(target)
         return cls(list(shifts), mus, asked)
 
@@ -70,12 +70,3 @@ class InForce:
             (target - h @ d).masked_fill(~captured.in_force.to(h.device)[:, None], 0)
             for target, h, d in zip(self.asked, captured.keys, self.shifts, strict=True)
         ]
-
-
-def _in_metric(shift: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
-    """Return C̄D = W⁻ᵀW⁻¹D."""
-    if root is None:
-        return shift
-    root = root.double()
-    solved = torch.linalg.solve_triangular(root, shift, upper=True)
-    return torch.linalg.solve_triangular(root.T, solved, upper=False)

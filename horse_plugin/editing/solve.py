@@ -12,6 +12,7 @@ from horse_plugin.editing.in_force import InForce
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
+from horse_plugin.method.metric import whitened
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture
@@ -182,9 +183,7 @@ def predicted_cost(
     total, shifts = 0.0, EditDelta(tensors, []).shifts
     for l, name in enumerate(backbone.modules):
         shift = shifts[name] + (in_force.shifts[l] if in_force else 0)
-        if (root := roots[l]) is not None:
-            shift = torch.linalg.solve_triangular(root.to(shift), shift, upper=True)
-        total += shift.square().sum().item()
+        total += whitened(shift, roots[l]).square().sum().item()
     return total
 
 

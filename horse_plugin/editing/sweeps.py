@@ -1,12 +1,11 @@
 """Residuals gathered in sweeps: keys and gradients read again in the model with what is written."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from horse_plugin.data.prompts import Prompt
 from horse_plugin.distributed import sum_over_ranks
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.in_force import InForce
@@ -24,7 +23,6 @@ LITTLE = 0.9  # share of the nats they lacked before that is little gained
 def sweeps(
     backbone: Backbone,
     network: HyperNetwork,
-    prompts: Sequence[Prompt],
     captured: Capture,
     hparams: HORSEHyperParams,
     roots: Roots,
@@ -39,8 +37,8 @@ def sweeps(
     when all answers hold, or when few are left and a sweep gains little on them.
 
     Args:
-        prompts: the edit prompts and the contrasts.
-        captured: their capture on the model as it is now, the first to be yielded.
+        captured: the capture of the edit prompts and the contrasts on the model as it is now, the
+            first to be yielded.
         roots: as in :func:`horse_plugin.editing.solve.calibrate`.
         in_force: the edits under this one.
 
@@ -53,11 +51,11 @@ def sweeps(
     lacking, n = math.inf, hparams.edit_sweeps
     with backbone.trunk_cache.for_a_while():
         if n > 1:
-            backbone.cache_trunk_states(prompts, progress=False)
+            backbone.cache_trunk_states(captured.prompts, progress=False)
         for _ in range(1, n):
             tensors = solve(backbone, network, captured, total, hparams, roots, in_force)
             with backbone.weights.shifted(EditDelta(tensors, []).shifts):
-                captured = capture(backbone, prompts, captured)
+                captured = capture(backbone, captured.prompts, captured)
             captured = replace(captured, still=captured.still | captured.holds)
             left = ~captured.holds
             of_ranks = torch.stack(

@@ -39,3 +39,15 @@ def inverse_root(metric: torch.Tensor) -> torch.Tensor:
     lower = torch.linalg.cholesky(metric)
     eye = torch.eye(len(lower)).to(lower)
     return torch.linalg.solve_triangular(lower, eye, upper=False).T
+
+
+def whitened(shift: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
+    """Return LᵀΔW = W⁻¹ΔW, d×d', whose squared length is tr(ΔWᵀC̄ΔW), with C̄ = L Lᵀ.
+
+    Args:
+        shift: ΔW, d×d'.
+        root: W, d×d, as :func:`inverse_root` makes it; None is C̄ = I.
+    """
+    if root is None:
+        return shift
+    return torch.linalg.solve_triangular(root.to(shift), shift, upper=True)

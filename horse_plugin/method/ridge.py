@@ -12,6 +12,7 @@ import torch
 
 from horse_plugin.distributed import gather_rows, row_range, sum_over_ranks
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
+from horse_plugin.method.metric import whitened
 
 CHUNK = 8192  # rows of H in one product
 
@@ -63,10 +64,8 @@ class Ridge:
         """
         if self.dual:
             return shift - self._weighted_keys.T @ self._inverse(self.keys @ shift)
-        if self.root is None:
-            return self.mu * self._inverse(shift)
-        in_metric = torch.linalg.solve_triangular(self.root, shift, upper=True)
-        return self.mu * (self.root @ self._inverse(in_metric))
+        solution = self.mu * self._inverse(whitened(shift, self.root))
+        return solution if self.root is None else self.root @ solution
 
     def smallest_form(self, residual: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ΔW as ``{"shift": ΔW}``, or as factors if they hold fewer numbers.
@@ -104,9 +103,8 @@ class Ridge:
         if self.dual:
             y = self._inverse(self._weighted_keys @ weight_grad)
             return -((weight_grad - self.keys.T @ y) * shift).sum()
-        if self.root is not None:
-            shift = torch.linalg.solve_triangular(self.root, shift, upper=True)
-        return -(self.mu * self._inverse(self._in_metric(weight_grad)) * shift).sum()
+        solution = self.mu * self._inverse(self._in_metric(weight_grad))
+        return -(solution * whitened(shift, self.root)).sum()
 
     @functools.cached_property
     def _weighted_keys(self) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Capture:
     that it runs.
 
     Attributes:
+        prompts: what was read, on all processes.
         keys: H_l, n×d, the inputs of each edit module at the n answer positions.
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
         value_norms: the mean norm of a row of each module's outputs there.
@@ -49,6 +50,7 @@ class Capture:
         seconds: how long the capture took.
     """
 
+    prompts: Sequence[Prompt]
     keys: list[torch.Tensor]
     grads: list[torch.Tensor]
     value_norms: list[float]
@@ -64,9 +66,7 @@ class Capture:
 
 @guarded
 def capture(
-    backbone: Backbone,
-    prompts: Sequence[Prompt],
-    earlier: Capture | None = None,
+    backbone: Backbone, prompts: Sequence[Prompt], earlier: Capture | None = None
 ) -> Capture:
     """Run the prompts through the model as it is, forward and backward.
 
@@ -107,10 +107,10 @@ def capture(
             index = list(batch.index)
             states = backbone.trunk(batch)
             rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in index])
-            rows = rows.to(backbone.edit_device)
             with contextlib.ExitStack() as hooks:
                 for name, module in backbone.modules.items():
-                    hook = captured[name].hook(backbone.key_positions(name, batch), rows)
+                    positions = backbone.key_positions(name, batch)
+                    hook = captured[name].hook(positions, rows.to(backbone.edit_device))
                     hooks.enter_context(hooked(module.register_forward_hook, hook))
                 with torch.enable_grad():
                     logits = backbone.top(batch, states).to(backbone.edit_dtype)
@@ -128,7 +128,7 @@ def capture(
             for i, p, part in zip(index, batch.prompts, tokens, strict=True):
                 predicted[i] = part[: len(p.answer)]
             losses = losses.detach().cpu()
-            row_losses[rows.cpu()] = losses  # a prompt has as many rows as tokens to predict
+            row_losses[rows] = losses  # a prompt has as many rows as tokens to predict
             lacking = losses > torch.where(end, 0, -math.log(HOLDS))
             holds[of[lacking]] = False
             done = of[end & (losses == 0)]
@@ -148,6 +148,7 @@ def capture(
     norms = torch.stack([module_rows.norms for module_rows in captured.values()], -1)
     norms = earlier.value_norms if earlier else distributed.mean_of_rows(norms).tolist()
     return Capture(
+        prompts=prompts,
         keys=[module_rows.keys for module_rows in captured.values()],
         grads=[module_rows.grads for module_rows in captured.values()],
         value_norms=norms,

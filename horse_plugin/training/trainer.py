@@ -185,7 +185,7 @@ class HORSETrainer:
         calibrate(self.network, captured, self.hparams, self.roots)
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps
         hp = replace(self.hparams, edit_sweeps=n, edit_ridge=1.0)  # only edits take a share
-        parts = self.backbone, self.network, prompts, captured, hp, self.roots
+        parts = self.backbone, self.network, captured, hp, self.roots
         captures, residuals = [], []
         for each, total in sweeps(*parts):
             captures.append(each)

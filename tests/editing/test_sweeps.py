@@ -35,7 +35,7 @@ def swept(editor, monkeypatch, probability):
 
     monkeypatch.setattr(module, "capture", counted)
     network = editor.untrained_network(first)
-    parts = editor.backbone, network, prompts, first, editor.hparams, editor.roots
+    parts = editor.backbone, network, first, editor.hparams, editor.roots
     return list(sweeps(*parts)), len(ran), first
 
 

@@ -144,7 +144,7 @@ def test_of_several_sweeps_each_adds_its_residuals(cap):
     if cap:
         network.calibrate_cap(captured.value_norms, cap)
     roots = [None] * len(backbone.modules)
-    parts = prompts.flat("edit"), captured, hparams, roots
+    parts = captured, hparams, roots
     captures, totals = zip(*sweeps(backbone, network, *parts), strict=True)
     assert len(captures) == 3
     assert not torch.equal(captures[1].grads[0], captures[2].grads[0])

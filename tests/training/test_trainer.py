@@ -294,7 +294,7 @@ def test_a_step_and_a_validation_make_their_own_number_of_sweeps(tmp_path, monke
     for where, numbers in made.items():
 
         def counted(*parts, numbers=numbers):
-            numbers.append(parts[4].edit_sweeps)
+            numbers.append(parts[3].edit_sweeps)
             return sweeps(*parts)
 
         monkeypatch.setattr(f"horse_plugin.{where}.sweeps", counted)
