@@ -1,5 +1,6 @@
 """The command line on a tiny model: what it writes, and one line for everything that goes wrong."""
 
+import functools
 import io
 import json
 import os
@@ -11,7 +12,6 @@ import sys
 import pytest
 
 from horse_plugin import HorseEditor, HORSEHyperParams, HORSETrainer
-from horse_plugin.cli import main as cli
 from horse_plugin.editing.archive import ARCHIVE
 from horse_plugin.evaluation.facts import read_facts
 from horse_plugin.storage.tensors import load_tensors
@@ -27,18 +27,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def horse(folder, monkeypatch, capsys):
-    """Run a command line in this process: (exit code, what it printed, what it complained)."""
-
-    def call(line: str):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["horse", *line.split()])
-        with pytest.raises(SystemExit) as left:
-            cli.run()
-        printed = capsys.readouterr()
-        return left.value.code or 0, printed.out, printed.err
-
-    return call
+def horse(folder, run):
+    return functools.partial(run, folder)
 
 
 def test_ctrl_c_says_how_to_go_on(horse, monkeypatch):

@@ -1,10 +1,10 @@
 """Text of files is text: on the terminal, in tables, in reports, and in the names of files."""
 
 import csv
+import functools
 import io
 import json
 import re
-import sys
 import types
 
 import pytest
@@ -55,15 +55,8 @@ def plain(text: str) -> str:
 
 
 @pytest.fixture
-def horse(monkeypatch, capsys, tmp_path):
-    def call(line):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["horse", *line.split()])
-        with pytest.raises(SystemExit) as left:
-            cli.run()
-        return left.value.code or 0, capsys.readouterr().err
-
-    return call
+def horse(run, tmp_path):
+    return functools.partial(run, tmp_path)
 
 
 def edit(n=3, **about):
@@ -105,7 +98,7 @@ def test_an_error_or_a_warning_steers_no_terminal(tmp_path, horse):
     delta.about["model"] |= {"name": name, "n_blocks": 9}
     delta.save(tmp_path / "e")
     tiny.files(tmp_path)
-    code, err = horse("eval --hparams tiny --data val.json --delta e")
+    code, _, err = horse("eval --hparams tiny --data val.json --delta e")
     assert code == 2 and visible(name) in err and "\x1b" not in err
 
 

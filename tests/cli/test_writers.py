@@ -3,12 +3,10 @@
 import json
 import shutil
 import signal
-import sys
 
 import pytest
 import yaml
 
-from horse_plugin.cli import main as cli
 from horse_plugin.editing.delta import DELTA
 from horse_plugin.model.backbone import Backbone
 from tests import processes, tiny
@@ -81,20 +79,6 @@ def folder(whole, tmp_path):
     return copied(whole, tmp_path / "work")
 
 
-@pytest.fixture
-def horse(monkeypatch, capsys):
-    """Run a command line in this process: (exit code, what it complained)."""
-
-    def call(folder, line):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["horse", *line.split()])
-        with pytest.raises(SystemExit) as left:
-            cli.run()
-        return left.value.code or 0, capsys.readouterr().err
-
-    return call
-
-
 def files(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -113,13 +97,11 @@ def held(whole, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_beside_another_process_every_command_says_so_before_the_work(
-    held, horse, monkeypatch, name
-):
+def test_beside_another_process_every_command_says_so_before_the_work(held, run, monkeypatch, name):
     line, path = COMMANDS[name]
     if name != "stats":  # whose folder is named after the model
         monkeypatch.setattr(Backbone, "load", None)
-    code, err = horse(held, line)
+    code, _, err = run(held, line)
     assert (code, err) == (
         1,
         f"horse: {path}: another process is writing into it. "
@@ -168,10 +150,10 @@ def test_a_killed_command_leaves_whole_files_only_and_nothing_once_it_ran_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_full_disk_is_said_and_leaves_the_files_as_they_were(folder, horse, name):
+def test_a_full_disk_is_said_and_leaves_the_files_as_they_were(folder, run, name):
     before = files(folder)
     with room_for(0):
-        code, err = horse(folder, COMMANDS[name][0])
+        code, _, err = run(folder, COMMANDS[name][0])
     *_, last = err.splitlines()
     assert (code, "not written" in last and "Is there space" in last) == (1, True), err
     assert files(folder) == before

@@ -18,6 +18,7 @@ from horse_plugin.editing.export import save_adapter, to_rank
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
+from tests.model.roundtrip import edited_and_undone
 
 SIZES = {"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA = {k: v for k, v in tiny._SIZES.items() if k != "head_dim"}
@@ -153,22 +154,8 @@ def test_its_edit_is_saved_as_a_model_and_as_an_adapter(name, tmp_path):
 @pytest.mark.parametrize("name", EDITED)
 def test_it_is_edited_where_its_mlp_ends_and_undone(name):
     config, module = EDITED[name]
-    model = made(config)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    editor = HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams(strength=0.5))
-    backbone = editor.backbone
+    backbone = edited_and_undone(made(config))
     assert list(backbone.modules) == [module.format(i) for i in range(2, 8)]
-    for batch in backbone.batches(backbone.prepare(tiny.records(), ["edit"]).flat(), "", False):
-        with torch.no_grad():
-            ours = backbone.logits(batch).split([len(p.answer) for p in batch.prompts])
-            for p, logits in zip(batch.prompts, ours, strict=True):
-                whole = model(torch.tensor([p.inputs]), use_cache=False).logits[0, p.start - 1 :]
-                torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
-    editor.edit(tiny.records())
-    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
-    assert moved == [f"{n}.weight" for n in backbone.modules]
-    editor.undo()
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -11,10 +11,9 @@ import torch
 import transformers as T
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
-from horse_plugin import HorseEditor
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
-from tests import tiny
+from tests.model.roundtrip import edited_and_undone
 
 N_BLOCKS = 8  # two of them a trunk
 # Number → what configs call the things that are so large here.
@@ -136,21 +135,8 @@ def test_a_family_is_edited_and_undone_or_refused_by_name(name):
         with pytest.raises(UsageError, match=f"{type(model).__name__}: .*{REFUSED[name]}"):
             Backbone(model, None)
         return
-    editor = HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams(strength=0.5))
-    backbone = editor.backbone
+    backbone = edited_and_undone(model)
     assert not any(re.search(r"\.\d+\..*(norm|att)", n) for n in backbone.modules)
-    for batch in backbone.batches(backbone.prepare(tiny.records(), ["edit"]).flat(), "", False):
-        with torch.no_grad():
-            ours = backbone.logits(batch).split([len(p.answer) for p in batch.prompts])
-            for p, logits in zip(batch.prompts, ours, strict=True):
-                whole = model(torch.tensor([p.inputs]), use_cache=False).logits[0, p.start - 1 :]
-                torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    editor.edit(tiny.records())
-    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
-    assert moved == [f"{n}.weight" for n in backbone.modules]
-    editor.undo()
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_every_family_is_counted():
