@@ -8,7 +8,6 @@ decides. Rows already in the output folder are not measured again; one that fail
 """
 
 import argparse
-import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +37,6 @@ class Variant(methods.EasyEdit):
     def settings(self, task) -> dict:
         return super().settings(task) | {"changes": self.changes}
 
-    @contextlib.contextmanager
     def __call__(self, task):
         from horse_plugin.comparison.baselines import methods as baselines
 
@@ -48,7 +46,7 @@ class Variant(methods.EasyEdit):
         text = yaml.safe_dump(keys | self.changes)
         path = task.folder / "variants" / f"{text_digest(text)}.yaml"
         write(path, text)
-        yield baselines.run(self.name, path, task)
+        yield from baselines.run(self.name, path, task)
 
 
 def changes(text: str) -> dict:

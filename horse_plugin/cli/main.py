@@ -408,6 +408,9 @@ def compare(
     train: Trains = None,
     val: Vals = None,
     n_edits: Annotated[str, typer.Option(help="Numbers of edits: 100,500.")] = "",
+    sequential: Annotated[
+        str, typer.Option(help="Batches one after the other, instead: 20x100.")
+    ] = "",
     models: Annotated[str, typer.Option(help="Stems of YAMLs in <hparams-dir>/<method>.")] = "",
     hparams_dir: Annotated[Path | None, typer.Option(help="Folder of YAMLs.")] = None,
     seeds: Seeds = "0",
@@ -422,17 +425,23 @@ def compare(
     """Methods side by side, as the paper's Table 1. Run again, it goes on where it stopped."""
     from horse_plugin.comparison import experiments
 
+    numbers, batch = _numbers("n-edits", n_edits), None
+    if sequential:
+        if numbers:
+            raise UsageError("--sequential: says how many edits there are; leave --n-edits out.")
+        numbers, batch = _batches(sequential)
     rows = experiments.compare(
         out,
         _names(methods),
         _names(models),
         experiments.data_sets(data or (), train or (), val or ()),
-        _numbers("n-edits", n_edits),
+        numbers,
         _numbers("seeds", seeds, least=0),
         hparams_dir,
         corpus,
         quick,
         check,
+        batch,
     )
     _compared(out, rows)
 
@@ -608,6 +617,14 @@ def _numbers(option: str, text: str, least: int = 1) -> list[int]:
     if not all(n.isdigit() and int(n) >= least for n in numbers):
         raise UsageError(f"--{option}: expected whole numbers from {least}, got {text!r}.")
     return [int(n) for n in numbers]
+
+
+def _batches(text: str) -> tuple[list[int], int]:
+    """Return (number of edits,) and how many of them at once, of a text such as 20x100."""
+    times, _, size = text.lower().partition("x")
+    if not (times.isdigit() and size.isdigit() and int(times) and int(size)):
+        raise UsageError(f"--sequential: expected batches x facts, such as 20x100, got {text!r}.")
+    return [int(times) * int(size)], int(size)
 
 
 def _compared(out: Path, rows: list[dict]):

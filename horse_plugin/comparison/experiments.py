@@ -29,6 +29,7 @@ def compare(
     corpus: str = "shipped",
     quick: bool = False,
     check: int = 0,
+    batch: int | None = None,
 ) -> list[dict]:
     """Measure methods side by side, and write tables and a report.
 
@@ -40,13 +41,15 @@ def compare(
         methods: names from :data:`horse_plugin.comparison.methods.METHODS`.
         models: stems of YAMLs, ``<hparams_dir>/<method>/<model>.yaml``.
         datasets: the records to edit, and to train on.
-        n_edits: the numbers of facts to edit at once.
+        n_edits: the numbers of facts to edit.
         seeds: the seeds to train and edit with.
         hparams_dir: the folder of the YAMLs; None is the shipped one.
         corpus: text for the second moments of the baselines; by default the shipped text that HORSE
             preserves.
         quick: whether to take fewer methods, fewer edits and less training.
         check: on how many records of each cell EasyEdit's own metrics are computed too.
+        batch: how many facts to edit at once, one batch on top of those before it. Then it is
+            measured, too, what each new batch leaves of the earlier ones. None is all at once.
 
     Returns:
         The rows, as in ``results.json``.
@@ -66,6 +69,7 @@ def compare(
         seeds,
         corpus,
         check,
+        batch,
     )
     return _measured(plan)
 

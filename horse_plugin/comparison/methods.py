@@ -1,10 +1,10 @@
 """The rows of a comparison: a name and a runner each.
 
-A runner is called with a task and yields, for the length of a ``with``, the edited model. To add a
-method, add a row to :data:`METHODS`; to add an ablation, one to :data:`ABLATIONS`.
+A runner is a generator: called with a task, it yields the edited model after each of the task's
+batches, each on top of those before it, and puts the model back when it is closed. To add a method,
+add a row to :data:`METHODS`; to add an ablation, one to :data:`ABLATIONS`.
 """
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,9 +36,9 @@ class Unedited:
     def settings(self, task: Task) -> dict:
         return {}
 
-    @contextlib.contextmanager
     def __call__(self, task: Task) -> Iterator[Edited]:
-        yield Edited(task.backbone)
+        for _ in task.batches:
+            yield Edited(task.backbone)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class Engine:
             about |= {"train": records_digest(task.train), "val": records_digest(task.val)}
         return about
 
-    @contextlib.contextmanager
     def __call__(self, task: Task) -> Iterator[Edited]:
         hparams, backbone = self.hparams(task), task.backbone
         if any(getattr(hparams, k) != getattr(task.hparams, k) for k in OF_BACKBONE):
@@ -79,11 +78,13 @@ class Engine:
             folder, trained = self._archive(task, hparams, backbone)
             hparams = replace(hparams, archive=str(folder))
         editor = HorseEditor.from_backbone(backbone, hparams)
-        seconds = editor.edit(task.records).about["seconds"]
         try:
-            yield Edited(backbone, seconds, **trained)
+            for records in task.batches:
+                seconds = editor.edit(records).about["seconds"]
+                yield Edited(backbone, seconds, **trained)
         finally:
-            editor.undo()
+            while editor.history:
+                editor.undo()
 
     def _archive(self, task: Task, hparams, backbone: Backbone) -> tuple[Path, dict]:
         """Return the archive's folder, and what its training took; a stopped run goes on."""
@@ -131,16 +132,15 @@ class EasyEdit:
             return {"yaml": keys, "train": records_digest(task.train), "steps": steps}
         return {"yaml": keys, "corpus": task.corpus}
 
-    @contextlib.contextmanager
     def __call__(self, task: Task) -> Iterator[Edited]:
         path = task.yaml(self.name)
         from horse_plugin.comparison.baselines import methods as baselines  # needs EasyEdit
 
         task = replace(task, hparams=replace(task.hparams, **self.training))
-        yield baselines.run(self.name, path, task)
+        yield from baselines.run(self.name, path, task)
 
 
-Method = Callable[[Task], contextlib.AbstractContextManager[Edited]]
+Method = Callable[[Task], Iterator[Edited]]
 
 # The paper's Table 1, in its order, after the model itself and before what the paper leaves out.
 METHODS: dict[str, Method] = {

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from horse_plugin.evaluation.report import Report
 
 _READING = (
-    "All methods start from the same weights, edit the same records, all at once, and are measured "
-    "by the same code. The upper left corner of a picture of facts held over drift is the best: a "
+    "All methods start from the same weights, edit the same records, and are measured by the same "
+    "code. The upper left corner of a picture of facts held over drift is the best: a "
     "method that holds the facts and wrecks the model has a high drift."
 )
 
@@ -24,7 +24,8 @@ def write_output(out: Path, rows: list[dict]):
 
     For each model and number of edits there is ``held-<model>-<edits>.svg``, facts held over drift,
     and for each model and data set that was measured at several numbers of edits
-    ``edits-<model>-<data set>.svg`` (Fig. 2).
+    ``edits-<model>-<data set>.svg`` (Fig. 2). Where batches were edited one after the other,
+    ``retention-<model>-<edits>-by-<batch>-<data set>.svg`` shows what is left of each.
 
     Args:
         out: the folder.
@@ -36,10 +37,13 @@ def write_output(out: Path, rows: list[dict]):
     write(out / "table.md", "\n".join(t.markdown() for t in both))
     write(out / "table.tex", "\n".join(t.latex() for t in both))
     write(out / "results.csv", tables.to_csv(rows))
-    for model, n in tables.pages(rows):
-        if points := held_and_drift(tables.of_page(rows, model, n)):
+    for page in tables.pages(rows):
+        if points := held_and_drift(tables.of_page(rows, page)):
             drawn = charts.svg(charts.held_over_drift(points))
-            write(out / f"held-{file_name(Path(model).name)}-{n}.svg", drawn)
+            write(out / f"held-{page.file}.svg", drawn)
+        for dataset, of in tables.retention(rows, page).items():
+            drawn = charts.svg(charts.retention(of))
+            write(out / f"retention-{page.file}-{file_name(dataset)}.svg", drawn)
     for model, dataset, curves in _curves(rows):
         drawn = charts.svg(charts.over_edits(curves, tables.drawn_in(curves)))
         name = f"edits-{file_name(Path(model).name)}-{file_name(dataset)}.svg"
@@ -57,14 +61,14 @@ def comparison_report(rows: list[dict]) -> "Report":
 
     made = report.Report(_title(rows), versions=rows[-1].get("versions") or {})
     made.sections.append(report.Section("How to read this", f"{report.READING} {_READING}"))
-    for (model, n), figures, costs in _tables(rows):
-        held = held_and_drift(tables.of_page(rows, model, n))
+    for page, *found in _tables(rows):
+        held = held_and_drift(tables.of_page(rows, page))
         drawn = [charts.held_over_drift({dataset: points}) for dataset, points in held.items()]
-        means = tables.means(rows, model, n).items()
+        drawn += [charts.retention(of) for of in tables.retention(rows, page).values()]
+        means = tables.means(rows, page).items()
         drawn += [charts.side_by_side(dataset, of) for dataset, of in means if of]
-        heading = f"{tables.edits(n)} on {Path(model).name}"
         pictures = [charts.svg(figure) for figure in drawn]
-        made.sections.append(report.Section(heading, "", pictures, [figures, costs]))
+        made.sections.append(report.Section(page.heading, "", pictures, found))
     for model, dataset, curves in _curves(rows):
         drawn = [charts.over_edits(curves, [name]) for name in tables.drawn_in(curves)]
         heading = f"{dataset} on {Path(model).name}, over the number of edits"
@@ -78,10 +82,14 @@ def _title(rows: list[dict]) -> str:
     return "What each part brings" if is_ablation else "Side by side"
 
 
-def _tables(rows: list[dict]) -> list[tuple[tuple[str, int], Table, Table]]:
-    """Return (model, number of edits), the table of figures and that of costs, of each page."""
-    pages = tables.pages(rows)
-    return [(p, tables.figures_table(rows, *p), tables.cost_table(rows, *p)) for p in pages]
+def _tables(rows: list[dict]) -> list[tuple]:
+    """Return each page and its tables: figures, what is left of each batch if any, and costs."""
+
+    def of(page: tables.Page) -> list[Table]:
+        retention = [tables.retention_table(rows, page)] if page.batch else []
+        return [tables.figures_table(rows, page), *retention, tables.cost_table(rows, page)]
+
+    return [(page, *of(page)) for page in tables.pages(rows)]
 
 
 def _curves(rows: list[dict]) -> Iterator[tuple[str, str, dict]]:

@@ -37,6 +37,7 @@ class Plan:
         corpus: text for the second moments of the baselines; by default the shipped text that HORSE
             preserves.
         check: on how many records EasyEdit's own metrics are computed as well.
+        batch: how many records are edited at once, one batch after the other; None is all.
     """
 
     methods: dict[str, Method]
@@ -48,6 +49,7 @@ class Plan:
     seeds: Sequence[int] = (0,)
     corpus: str = "shipped"
     check: int = 0
+    batch: int | None = None
 
     def __post_init__(self):
         for data in self.datasets:

@@ -1,17 +1,20 @@
 """From a plan to rows of ``results.json``: every cell is measured once and saved at once."""
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from horse_plugin.comparison.plan import DataSet, Plan
-from horse_plugin.comparison.task import Task
+from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.errors import HorseError, UsageError, reason, visible
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
-from horse_plugin.evaluation.metrics import ALL_FIGURES, FIGURES, Evaluation, Evaluator
+from horse_plugin.evaluation.metrics import ALL_FIGURES, FIGURES, Evaluation, Evaluator, mean
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.digest import json_digest, weight_digest
@@ -23,7 +26,9 @@ ROW = {"method": str, "dataset": str, "model": str, "n_edits": count, "seed": in
 ROW |= dict.fromkeys((*ALL_FIGURES, "edit_seconds", "train_seconds", "peak_memory_mb"), NUMBER)
 ROW |= dict.fromkeys(("reason", "budget", "settings"), TEXT)
 ROW |= {"check": Maybe({"records": count, "ours": {str: NUMBER}, "easyedit": {str: NUMBER}})}
-ROW |= {"versions": Maybe({str: str})}
+ROW |= {"versions": Maybe({str: str}), "batch": Maybe(count)}
+AFTER_BATCH = {"efficacy": [(int, float)], "drift": (int, float), "perplexity": (int, float)}
+ROW |= {"batches": Maybe([AFTER_BATCH])}
 
 
 def run(plan: Plan, progress: bool = True) -> list[dict]:
@@ -46,8 +51,9 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
         for model in plan.models:
             measured = _MeasuredModel(plan, model)
             for data, n, seed, name in plan.cells():
-                bar.set_postfix_str(visible(f"{name}, {data.name}, {n} edits, seed {seed}"))
-                row = measured.measure(rows, data, n, seed, name)
+                cell = visible(f"{name}, {data.name}, {n} edits, seed {seed}")
+                bar.set_postfix_str(cell)
+                row = measured.measure(rows, data, n, seed, name, cell, bar)
                 same = [r for r in rows if _cell(r) == _cell(row)]
                 if row not in same:
                     rows = [r for r in rows if r not in same] + [row]
@@ -68,7 +74,8 @@ def held_rows(out: Path) -> list[dict]:
 
 
 def _cell(row: dict) -> tuple:
-    return tuple(row[k] for k in ("method", "dataset", "model", "n_edits", "seed"))
+    key = tuple(row[k] for k in ("method", "dataset", "model", "n_edits", "seed"))
+    return *key, row.get("batch")
 
 
 class _MeasuredModel:
@@ -79,36 +86,64 @@ class _MeasuredModel:
         self.hparams = HORSEHyperParams.from_hparams(plan.models[model])
         self.backbone = self.evaluator = self.text = self._evaluates = None
 
-    def measure(self, rows, data: DataSet, n: int, seed: int, name: str) -> dict:
-        """Return the row of one cell: a held one, or a new one."""
+    def measure(self, rows, data: DataSet, n: int, seed: int, name: str, cell: str, bar) -> dict:
+        """Return the row of one cell: a held one, or a new one.
+
+        Args:
+            cell: what the cell is called on the bar.
+        """
         method, hparams = self.plan.methods[name], dataclasses.replace(self.hparams, seed=seed)
         records = data.records[:n], data.train, data.val
         folders = self.plan.hparams_dir, self.plan.out
-        given = *records, *folders, seed, self.plan.corpus
+        given = *records, *folders, seed, self.plan.corpus, self.plan.batch
         task = Task(self.model, data.name, self.backbone, hparams, *given)
         try:
             about = [method.settings(task), [r.to_dict() for r in task.records]]
+            about += [task.batch] if task.batch else []
             settings = json_digest(about)
         except UsageError as error:
             return self._failed(name, task, error)
-        key = (name, data.name, hparams.model_name, n, seed)
+        key = (name, data.name, hparams.model_name, n, seed, task.batch)
         for row in rows:
             if _cell(row) == key and row.get("settings") == settings and not row.get("reason"):
                 return row
         self._load(task)
         results.reset_peak_memory()
         try:
-            with method(task) as edited:
-                evaluation = self.evaluator.evaluate(edited.backbone)
-                row = results.row(name, data.name, hparams, evaluation, edited.edit_seconds)
-                if self.plan.check:
-                    row["check"] = self._checked(task, edited.backbone, evaluation)
-            row |= {"train_seconds": edited.train_seconds, "budget": edited.budget}
+            with contextlib.closing(method(task)) as states:
+                row = self._row(name, task, states, lambda i: bar.set_postfix_str(f"{cell}, {i}"))
         except Exception as error:  # whatever a method of others raises: the row says so
             row = self._failed(name, task, error)
         if weights_digest(self.backbone) != self.digest:
             raise HorseError(f"{name}: the model's weights are not what they were before it ran.")
-        return row | {"settings": settings}
+        return row | {"settings": settings} | ({"batch": task.batch} if task.batch else {})
+
+    def _row(self, name: str, task: Task, states: Iterator[Edited], tell) -> dict:
+        """Measure the model after each batch that is edited, and all of it after the last."""
+        seconds, after = [], []
+        for edited in states:
+            seconds.append(edited.edit_seconds)
+            if task.batch:
+                after.append(self._after_batch(task, edited.backbone, len(seconds)))
+                tell(f"batch {len(seconds)} of {len(task.batches)}")
+            if len(seconds) == len(task.batches):
+                break  # the method holds the edited model until it is closed
+        evaluation = self.evaluator.evaluate(edited.backbone)
+        total = None if None in seconds else sum(seconds)
+        row = results.row(name, task.dataset, task.hparams, evaluation, total)
+        if self.plan.check:
+            row["check"] = self._checked(task, edited.backbone, evaluation)
+        row |= {"train_seconds": edited.train_seconds, "budget": edited.budget}
+        return row | ({"batches": after} if after else {})
+
+    def _after_batch(self, task: Task, edited: Backbone, n_batches: int) -> dict:
+        """Return what is left of each batch so far, in percent, and what ordinary text paid."""
+        sizes = [len(records) for records in task.batches[:n_batches]]
+        held = iter(self.evaluator.efficacies(sum(sizes), edited))
+        efficacy = [100 * mean(itertools.islice(held, size)) for size in sizes]
+        with edited.held():
+            cost = self.text.measure(edited)
+        return {"efficacy": efficacy} | cost.summary()
 
     def _checked(self, task: Task, edited: Backbone, evaluation: Evaluation) -> dict:
         from horse_plugin.comparison.baselines import check

@@ -6,10 +6,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from horse_plugin.errors import visible
 from horse_plugin.evaluation.metrics import COST, SCORED, SHARES, mean
 from horse_plugin.evaluation.tables import DIGITS, UNEDITED, Table, not_computed, number
+from horse_plugin.storage.files import file_name
 
 HEADINGS = {
     "efficacy": "Eff.",
@@ -20,10 +22,35 @@ HEADINGS = {
     "written": "Writ.",
     "drift": "Drift",
     "perplexity": "PPL",
+    "first": "First",
 }
 LESS_IS_BETTER = COST
 CURVES = (*SHARES, *COST)  # what is drawn over the number of edits
 OURS = "HORSE"
+AGES = 6  # the most batches that a table shows
+
+
+class Page(NamedTuple):
+    """What one table is about: edits of one model, at once or ``batch`` at a time."""
+
+    model: str
+    n_edits: int
+    batch: int | None = None
+
+    @property
+    def edits(self) -> str:
+        """``1 edit``, ``500 edits``, or ``2,000 edits, 100 at a time``."""
+        return edits(self.n_edits) + (f", {self.batch:,} at a time" if self.batch else "")
+
+    @property
+    def heading(self) -> str:
+        return f"{self.edits} on {_name(self.model)}"
+
+    @property
+    def file(self) -> str:
+        """The page in the name of a file."""
+        n = f"{self.n_edits}-by-{self.batch}" if self.batch else str(self.n_edits)
+        return f"{file_name(_name(self.model))}-{n}"
 
 
 @dataclass(frozen=True)
@@ -45,17 +72,17 @@ class Mean:
         return number(self.mean, digits) + deviation
 
 
-def figures_table(rows: list[dict], model: str, n_edits: int) -> Table:
+def figures_table(rows: list[dict], page: Page) -> Table:
     """Return Table 1 of one model at one number of edits.
 
     It has the figures of every data set and the mean of the first three, then locality, the share
-    of edits that the model writes, drift and perplexity; best bold, second underlined, and how far
-    HORSE is from the best of the others.
+    of edits that the model writes, drift, perplexity and, where batches were edited one after the
+    other, the efficacy that is left of the first; best bold, second underlined, and how far HORSE
+    is from the best of the others.
 
     The unedited model is there to compare with, and takes no part in the ranking.
     """
-    rows = of_page(rows, model, n_edits)
-    rows = [r | {"mean": score(r)} for r in rows]
+    rows = [r | {"mean": score(r), "first": _first(r)} for r in of_page(rows, page)]
     datasets, methods = _values(rows, "dataset"), _values(rows, "method")
     shown = [f for f in HEADINGS if any(r.get(f) is not None for r in rows)]
     columns = [(d, f) for d in datasets for f in shown]
@@ -72,10 +99,12 @@ def figures_table(rows: list[dict], model: str, n_edits: int) -> Table:
         others = [[means[m][i] for m in ranked if m != OURS] for i in range(len(columns))]
         deltas = zip(means[OURS], others, columns, strict=True)
         lines.append(["Δ", *(_delta(v, o, f) for v, o, (_, f) in deltas)])
+    how = ", each batch on top of those before it;" if page.batch else " at once;"
+    first = " First: the efficacy that is left of the first batch." if page.batch else ""
     caption = (
-        f"{edits(n_edits)} at once on {_name(model)}, percent; drift in nats a token and "
-        f"perplexity (PPL), both on held-out text{_seeds(rows)}. Best bold, second underlined, the "
-        f"unedited model apart.{_budgets(rows)}{_checked(rows)}"
+        f"{page.edits}{how} {_name(page.model)}, percent; drift in nats a token and "
+        f"perplexity (PPL), both on held-out text{_seeds(rows)}.{first} Best bold, second "
+        f"underlined, the unedited model apart.{_budgets(rows)}{_checked(rows)}"
     )
     groups = [(d, len(shown)) for d in datasets]
     names = ["method", *(HEADINGS[f] for _, f in columns)]
@@ -92,9 +121,9 @@ def score(row: dict) -> float | None:
     return mean(row[f] for f in SCORED if row[f] is not None)
 
 
-def cost_table(rows: list[dict], model: str, n_edits: int) -> Table:
+def cost_table(rows: list[dict], page: Page) -> Table:
     """Return a table of edit seconds (no loading, no evaluation), training seconds and memory."""
-    rows = of_page(rows, model, n_edits)
+    rows = of_page(rows, page)
     datasets = _values(rows, "dataset")
     kinds = {"edit_seconds": "edit s", "train_seconds": "train s", "peak_memory_mb": "peak MB"}
     columns = [(d, k) for d in datasets for k in kinds]
@@ -103,7 +132,7 @@ def cost_table(rows: list[dict], model: str, n_edits: int) -> Table:
         for done in [[r for r in rows if not r.get("reason")]]
         for m in _values(done, "method")
     ]
-    caption = f"Time and memory of {edits(n_edits)} on {_name(model)}{_seeds(rows)}."
+    caption = f"Time and memory of {page.heading}{_seeds(rows)}."
     names = ["method", *(kinds[k] for _, k in columns)]
     return Table(names, lines, caption, [(d, len(kinds)) for d in datasets])
 
@@ -123,22 +152,66 @@ def _as_text(value):
     return not_computed(visible(value)) if isinstance(value, str) else value
 
 
-def of_page(rows: list[dict], model: str, n_edits: int) -> list[dict]:
-    """Return the rows of one model at one number of edits."""
-    return [r for r in rows if (r["model"], r["n_edits"]) == (model, n_edits)]
+def retention(rows: list[dict], page: Page) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Return what happened over the batches of a page, as means over the seeds.
+
+    It is data set → method → ``by age``, the efficacy of each batch after the last one, oldest
+    first; ``so far``, the efficacy of all batches after each one; and ``drift`` after each one.
+    """
+    found = {}
+    for r in of_page(rows, page):
+        if r.get("batches"):
+            found.setdefault(r["dataset"], {}).setdefault(r["method"], []).append(r["batches"])
+
+    def over_seeds(runs, of) -> list[float]:
+        return [mean(of(b) for b in at) for at in zip(*runs, strict=True)]
+
+    return {
+        dataset: {
+            method: {
+                "by age": [mean(at) for at in zip(*(r[-1]["efficacy"] for r in runs), strict=True)],
+                "so far": over_seeds(runs, lambda after: mean(after["efficacy"])),
+                "drift": over_seeds(runs, lambda after: after["drift"]),
+            }
+            for method, runs in methods.items()
+        }
+        for dataset, methods in found.items()
+    }
 
 
-def pages(rows: list[dict]) -> list[tuple[str, int]]:
-    """Return (model, number of edits) of every table to write, most edits last."""
-    return sorted({(r["model"], r["n_edits"]) for r in rows})
+def retention_table(rows: list[dict], page: Page) -> Table:
+    """Return the efficacy that is left of each batch after the last, of at most six batches."""
+    found = retention(rows, page)
+    methods = list(dict.fromkeys(m for of in found.values() for m in of))
+    n = -(-page.n_edits // (page.batch or page.n_edits))
+    shown = sorted({round(i * (n - 1) / (AGES - 1)) for i in range(AGES)})
+    columns = [(of, i) for of in found.values() for i in shown]
+    lines = [
+        [m, *(number(of[m]["by age"][i]) if m in of else "–" for of, i in columns)] for m in methods
+    ]
+    caption = f"Efficacy of each batch after the last, the oldest first; {page.heading}."
+    names = ["method", *(f"batch {i + 1}" for _, i in columns)]
+    return Table(names, lines, caption, [(dataset, len(shown)) for dataset in found])
+
+
+def of_page(rows: list[dict], page: Page) -> list[dict]:
+    """Return the rows of one page."""
+    return [r for r in rows if Page(r["model"], r["n_edits"], r.get("batch")) == page]
+
+
+def pages(rows: list[dict]) -> list[Page]:
+    """Return every table to write, most edits last, and those of batches after those at once."""
+    found = {Page(r["model"], r["n_edits"], r.get("batch")) for r in rows}
+    return sorted(found, key=lambda page: (page.model, page.batch or 0, page.n_edits))
 
 
 def curves(rows: list[dict], model: str, dataset: str) -> dict[str, dict] | None:
     """Return method → figure → (number of edits, mean) of each point of Fig. 2.
 
-    None if only one number of edits was measured.
+    None if only one number of edits at once was measured.
     """
     rows = [r for r in rows if (r["model"], r["dataset"]) == (model, dataset)]
+    rows = [r for r in rows if not r.get("batch")]
     numbers = sorted({r["n_edits"] for r in rows})
     if len(numbers) < 2:
         return None
@@ -156,9 +229,9 @@ def drawn_in(curves: dict[str, dict]) -> list[str]:
     return [f for f in CURVES if any(of[f] for of in curves.values())]
 
 
-def means(rows: list[dict], model: str, n_edits: int) -> dict[str, dict]:
+def means(rows: list[dict], page: Page) -> dict[str, dict]:
     """Return data set → method → the shares; rows without figures are left out."""
-    rows = of_page(rows, model, n_edits)
+    rows = of_page(rows, page)
     done = [r for r in rows if not r.get("reason")]
     return {
         dataset: {
@@ -167,6 +240,11 @@ def means(rows: list[dict], model: str, n_edits: int) -> dict[str, dict]:
         }
         for dataset in _values(rows, "dataset")
     }
+
+
+def _first(row: dict) -> float | None:
+    """Return the efficacy that is left of the first batch after the last."""
+    return row["batches"][-1]["efficacy"][0] if row.get("batches") else None
 
 
 def _values(rows, key: str) -> list:

@@ -20,12 +20,13 @@ class Task:
         dataset: the name of the data set.
         backbone: the model, unedited; a method that edits it puts it back.
         hparams: the settings that the model was loaded with.
-        records: the records to edit, all at once.
+        records: the records to edit.
         train, val: records that trained methods may train on and choose by; may be empty.
         hparams_dir: the folder of the YAMLs.
         folder: the folder for archives, statistics and logs.
         corpus: text for the second moments of the baselines; by default the shipped text that HORSE
             preserves.
+        batch: how many records are edited at once, one batch after the other; None is all.
     """
 
     model: str
@@ -39,6 +40,13 @@ class Task:
     folder: Path
     seed: int = 0
     corpus: str = "shipped"
+    batch: int | None = None
+
+    @property
+    def batches(self) -> list[Sequence[EditRecord]]:
+        """The records, batch by batch."""
+        size = self.batch or len(self.records)
+        return [self.records[i : i + size] for i in range(0, len(self.records), size)]
 
     def yaml(self, method: str) -> Path:
         """Return the path of a method's YAML for this model.
@@ -62,7 +70,10 @@ class Task:
 
 @dataclass
 class Edited:
-    """An edited model, how long edit and training took, and what the method trained on."""
+    """An edited model, how long edit and training took, and what the method trained on.
+
+    The seconds of an edit are those of its batch alone.
+    """
 
     backbone: Backbone
     edit_seconds: float | None = None

@@ -7,7 +7,7 @@ import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from horse_plugin.errors import visible
 from horse_plugin.evaluation.metrics import COST, SHARES
@@ -106,6 +106,32 @@ def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Fig
         axes.set_visible(False)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, **LEGEND)
+    return figure
+
+
+def retention(curves: dict[str, dict[str, Sequence[float]]]) -> Figure:
+    """Draw batches that were edited one after the other: what is left of them, and the drift.
+
+    Args:
+        curves: method → ``by age``, ``so far`` and ``drift``, one value a batch.
+    """
+    panels = {
+        "by age": ("what is left of each batch", "batch, oldest first", "efficacy, percent"),
+        "so far": ("all batches so far", "batches", "efficacy, percent"),
+        "drift": ("ordinary text", "batches", "drift, nats a token"),
+    }
+    figure = Figure(figsize=(11.4, 3.4), layout="constrained")
+    for axes, (name, texts) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        axes.set_prop_cycle(color=COLORS)
+        for method, of in curves.items():
+            style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
+            axes.plot(range(1, len(of[name]) + 1), of[name], label=_label(method), **style)
+        axes.set(**dict(zip(("title", "xlabel", "ylabel"), texts, strict=True)))
+        axes.set_ylim(0, None if name == "drift" else 103)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _open(axes)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=6, **LEGEND)
     return figure
 
 

@@ -155,18 +155,27 @@ class Evaluator:
                 found.fluency, found.examples = self._writing.measure(backbone)
         return found
 
+    def efficacies(self, n: int, backbone: Backbone | None = None) -> list[float]:
+        """Return the efficacy of each of the first n records, from 0 to 1, on the model now.
+
+        Args:
+            backbone: as in :meth:`evaluate`.
+        """
+        of_records = [self.edits.of("edit", i) for i in range(n)]
+        prompts = [q for of in of_records for p in of for q in (p, *p.accepted)]
+        with (backbone or self.backbone).held():
+            predicted = predict(backbone or self.backbone, prompts)
+        return [mean(_share_right(predicted, p) for p in of) for of in of_records]
+
     def _prompts(self) -> list[Prompt]:
         """Return all prompts, each also with the other answers that it accepts."""
         return [q for p in self.edits.flat() for q in (p, *p.accepted)]
 
     def _evaluation(self, predicted: dict[Prompt, torch.Tensor], cost: Cost | None) -> Evaluation:
-        def share_with(right: torch.Tensor, prompt: Prompt) -> float:
-            return (predicted[prompt] == right).double().mean().item()
-
         def share(figure: str, prompt: Prompt) -> float:
             if figure == "locality":
-                return share_with(self._unedited[prompt], prompt)
-            share = max(share_with(torch.tensor(p.answer), p) for p in (prompt, *prompt.accepted))
+                return _share_with(self._unedited[prompt], predicted, prompt)
+            share = _share_right(predicted, prompt)
             return float(share == 1) if figure in ("written", "rephrase_written") else share
 
         return Evaluation(
@@ -180,6 +189,16 @@ class Evaluator:
             cost,
             predicted=predicted,
         )
+
+
+def _share_with(right: torch.Tensor, predicted: dict[Prompt, torch.Tensor], prompt: Prompt):
+    return (predicted[prompt] == right).double().mean().item()
+
+
+def _share_right(predicted: dict[Prompt, torch.Tensor], prompt: Prompt) -> float:
+    """Return the share of right tokens, by whichever accepted answer it is the largest."""
+    accepted = (prompt, *prompt.accepted)
+    return max(_share_with(torch.tensor(p.answer), predicted, p) for p in accepted)
 
 
 def mean(values) -> float | None:

@@ -1,12 +1,12 @@
 """The comparison on a tiny model: every cell once, from the same weights, into honest tables."""
 
-import contextlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
-from horse_plugin import HorseError, HORSEHyperParams, UsageError
+from horse_plugin import HorseEditor, HorseError, HORSEHyperParams, UsageError
 from horse_plugin.comparison import experiments, methods, runner
 from horse_plugin.comparison.experiments import ablate
 from horse_plugin.comparison.methods import ABLATIONS, METHODS, Engine
@@ -14,6 +14,7 @@ from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.editing.archive import read_network
+from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.method.spread import SPREADS
 from tests import ROOT, tiny
 
@@ -36,16 +37,16 @@ def yamls(tmp_path_factory):
 
 @pytest.fixture
 def plan(yamls, tmp_path):
-    def make(table, n_edits=(4,), seeds=(0,), out=tmp_path / "out"):
+    def make(table, n_edits=(4,), seeds=(0,), out=tmp_path / "out", batch=None):
         facts = tiny.records(18)
         data = [DataSet("facts", facts[:6], facts[6:12], facts[12:])]
-        return Plan(table, {"tiny": yamls / "HORSE/tiny.yaml"}, data, n_edits, yamls, out, seeds)
+        models = {"tiny": yamls / "HORSE/tiny.yaml"}
+        return Plan(table, models, data, n_edits, yamls, out, seeds, batch=batch)
 
     return make
 
 
 class Broken(methods.Unedited):
-    @contextlib.contextmanager
     def __call__(self, task):
         raise RuntimeError("no such luck\nsecond line")
         yield
@@ -57,10 +58,10 @@ class Counted(methods.Unedited):
     def __init__(self):
         self.seen = []
 
-    @contextlib.contextmanager
     def __call__(self, task):
         self.seen.append((runner.weights_digest(task.backbone), task.records))
-        yield Edited(task.backbone, 1.5)
+        for _ in task.batches:
+            yield Edited(task.backbone, 1.5)
 
 
 def test_every_cell_is_measured_once_and_kept_as_soon_as_it_is_there(plan, tmp_path):
@@ -89,7 +90,6 @@ def test_every_cell_is_measured_once_and_kept_as_soon_as_it_is_there(plan, tmp_p
 
 def test_what_was_measured_before_a_stop_is_there_after_it(plan, tmp_path, monkeypatch):
     class Stop(methods.Unedited):
-        @contextlib.contextmanager
         def __call__(self, task):
             raise KeyboardInterrupt
             yield
@@ -111,9 +111,37 @@ def test_every_method_starts_from_the_same_weights_and_records(plan):
     assert rows[1]["edit_seconds"] > 0
 
 
+def test_batches_are_edited_one_on_top_of_the_other_and_measured_after_each(plan, tmp_path):
+    """The last state is that of an editor which made the same edits, and the model comes back."""
+    engine = Engine(trained=False, changes={"strength": 30.0})
+    rows = runner.run(plan({"unedited": Counted(), "HORSE": engine}, (5,), batch=2), progress=False)
+    unedited, row = rows
+    assert [len(b["efficacy"]) for b in row["batches"]] == [1, 2, 3]
+    assert all(b["drift"] == 0 for b in unedited["batches"])
+    drifts = [b["drift"] for b in row["batches"]]
+    assert 0 < drifts[0] < drifts[-1] == row["drift"]
+    sizes = (2, 2, 1)
+    of_all = sum(n * e for n, e in zip(sizes, row["batches"][-1]["efficacy"], strict=True)) / 5
+    assert of_all == pytest.approx(row["efficacy"])
+
+    one = plan({})
+    hparams = HORSEHyperParams.from_hparams(one.models["tiny"])
+    editor = HorseEditor.from_hparams(replace(hparams, strength=30.0, archive=None))
+    text = OrdinaryText(editor.backbone, heldout_pieces())
+    facts = one.datasets[0].records
+    for batch in (facts[:2], facts[2:4], facts[4:5]):
+        editor.edit(batch)
+    assert text.measure().summary()["drift"] == pytest.approx(row["drift"], rel=1e-3)
+
+    # Edits at once stand in the same folder, and a second run measures neither again.
+    both = runner.run(plan({"HORSE": engine}, (5,)), progress=False)
+    assert "batches" not in both[0]
+    assert runner.run(plan({"HORSE": engine}, (5,), batch=2), progress=False) == [row]
+    assert len(json.loads((tmp_path / "out/results.json").read_text())) == 3
+
+
 def test_a_method_that_leaves_the_model_changed_is_named(plan):
     class Careless(methods.Unedited):
-        @contextlib.contextmanager
         def __call__(self, task):
             next(iter(task.backbone.modules.values())).weight[0, 0] += 1e-3
             yield Edited(task.backbone)

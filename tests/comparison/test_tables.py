@@ -6,6 +6,8 @@ import re
 from horse_plugin.comparison import tables
 from horse_plugin.comparison.output import write_output
 
+PAGE = tables.Page("m/llama", 100)
+
 
 def row(method, efficacy, seed=0, n=100, dataset="facts", **other):
     made = {"method": method, "dataset": dataset, "model": "m/llama", "n_edits": n, "seed": seed}
@@ -16,13 +18,13 @@ def row(method, efficacy, seed=0, n=100, dataset="facts", **other):
 
 def test_best_is_bold_second_underlined_and_the_unedited_model_apart():
     rows = [row("unedited", 99.0), row("FT", 50.0), row("MEMIT", 70.04), row("HORSE", 80.0)]
-    text = tables.figures_table(rows, "m/llama", 100).markdown()
+    text = tables.figures_table(rows, PAGE).markdown()
     assert "| unedited | 99.0 | 99.0 | 10.0 | 69.3 |" in text
     assert "| FT | 50.0 | 50.0 | **10.0** | 36.7 |" in text  # as good as the best
     assert "| MEMIT | <u>70.0</u> | <u>70.0</u> | **10.0** | <u>50.0</u> |" in text
     assert "| HORSE | **80.0** | **80.0** | **10.0** | **56.7** |" in text
     assert "| Δ | +10.0 | +10.0 | +0.0 | +6.6 |" in text
-    latex = tables.figures_table(rows, "m/llama", 100).latex()
+    latex = tables.figures_table(rows, PAGE).latex()
     assert r"HORSE & \textbf{80.0} & \textbf{80.0} & \textbf{10.0} & \textbf{56.7} \\" in latex
     assert r"MEMIT & \underline{70.0}" in latex
     assert r"$\Delta$ & +10.0" in latex
@@ -31,7 +33,7 @@ def test_best_is_bold_second_underlined_and_the_unedited_model_apart():
 def test_seeds_become_mean_and_deviation_and_a_missing_figure_a_dash():
     rows = [row("HORSE", 80.0), row("HORSE", 90.0, seed=1)]
     rows += [row("FT", 1.0), row("FT", None, seed=1, reason="A & B_c: 5%")]
-    grid = tables.figures_table(rows, "m/llama", 100)
+    grid = tables.figures_table(rows, PAGE)
     assert "85.0 ± 7.1" in grid.markdown()
     assert "| FT | – | – |" in grid.markdown()
     assert r"A \& B\_c: 5\%" in grid.latex()
@@ -41,7 +43,7 @@ def test_seeds_become_mean_and_deviation_and_a_missing_figure_a_dash():
 def test_equal_budgets_are_said_once():
     trained = {"budget": "2 steps of 6 records from 6"}
     rows = [row("MALMEN", 1.0, **trained), row("HORSE", 2.0, **trained)]
-    caption = tables.figures_table(rows, "m/llama", 100).caption
+    caption = tables.figures_table(rows, PAGE).caption
     assert caption.endswith("Trained: MALMEN, HORSE (facts): 2 steps of 6 records from 6.")
 
 
@@ -49,7 +51,7 @@ def test_what_easyedits_metrics_say_stands_in_the_caption():
     ours = {"efficacy": 80.0, "generalization": 79.5, "specificity": 10.0}
     theirs = {"efficacy": 80.0, "generalization": 80.0, "specificity": None}
     check = {"records": 20, "ours": ours, "easyedit": theirs}
-    caption = tables.figures_table([row("HORSE", 80.0, check=check)], "m/llama", 100).caption
+    caption = tables.figures_table([row("HORSE", 80.0, check=check)], PAGE).caption
     assert caption.endswith("on 20 of the records, are within 0.50 of these.")
 
 
@@ -67,3 +69,37 @@ def test_the_report_needs_nothing_but_itself_and_shows_fig_2(tmp_path):
     assert page.count("<svg") == 5  # bars at 1 and at 100 edits, and three panels of Fig. 2
     assert not re.search(r"""(src|href) *= *["']?[^"'#]|url\((?!#)|@import|<script""", page)
     assert (tmp_path / "edits-llama-facts.svg").read_text().startswith("<svg")
+
+
+def batches(efficacy, drift):
+    return [
+        {"efficacy": e, "drift": d, "perplexity": 40.0}
+        for e, d in zip(efficacy, drift, strict=True)
+    ]
+
+
+def test_batches_have_pages_of_their_own_with_what_is_left_of_each(tmp_path):
+    first = batches([[100.0], [50.0, 90.0], [40.0, 60.0, 80.0]], [0.1, 0.2, 0.3])
+    second = batches([[80.0], [70.0, 90.0], [60.0, 60.0, 90.0]], [0.1, 0.2, 0.5])
+    rows = [row("HORSE", 90.0), row("HORSE", 60.0, batch=40, batches=first)]
+    rows += [row("HORSE", 70.0, seed=1, batch=40, batches=second)]
+    at_once, page = tables.pages(rows)
+    assert (at_once, page) == (PAGE, tables.Page("m/llama", 100, 40))
+    found = tables.retention(rows, page)["facts"]["HORSE"]
+    assert found["by age"] == [50.0, 60.0, 85.0]
+    assert found["so far"] == [90.0, 75.0, (60 + 70) / 2]
+    assert found["drift"] == [0.1, 0.2, 0.4]
+    assert tables.retention(rows, at_once) == {}
+    lines = tables.retention_table(rows, page).markdown()
+    assert "| method | facts batch 1 | facts batch 2 | facts batch 3 |" in lines
+    assert "| HORSE | 50.0 | 60.0 | 85.0 |" in lines
+    text = tables.figures_table(rows, page)
+    assert text.columns[-1] == "First"
+    assert text.lines[0][-1][0] == "50.0 ± 14.1"
+    assert text.caption.startswith("100 edits, 40 at a time, each batch on top of those before")
+    assert "First" not in tables.figures_table(rows, at_once).columns
+    write_output(tmp_path, rows)
+    assert (tmp_path / "retention-llama-100-by-40-facts.svg").exists()
+    report = (tmp_path / "report.html").read_text()
+    assert "100 edits, 40 at a time on llama" in report
+    assert "Efficacy of each batch after the last" in report

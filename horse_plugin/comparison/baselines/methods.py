@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -103,54 +103,59 @@ def load_hparams(method: str, path, device: torch.device):
     return hparams
 
 
-def edit(
+def edits(
     method: str,
     hparams,
     backbone: Backbone,
-    records: Sequence[EditRecord],
+    batches: Sequence[Sequence[EditRecord]],
     seed: int,
     log,
     folder: Path | None = None,
-) -> tuple[Backbone, float | None]:
-    """Edit a copy of the backbone's model, and return the copy's backbone and the seconds it took.
+) -> Iterator[tuple[Backbone, float | None]]:
+    """Edit a copy of the backbone's model, batch after batch.
+
+    After each batch, yield the backbone of the copy, and the seconds that the batch took.
 
     Args:
         method: a name in :data:`METHODS`.
         hparams: EasyEdit's, from :func:`load_hparams`.
+        batches: the records of each call of the method, on top of the calls before it.
         log: a text file for what EasyEdit prints.
-        folder: the folder of target vectors (:mod:`.targets`); None finds them anew. The seconds
-            count a kept vector as if it had been found now.
+        folder: the folder of target vectors (:mod:`.targets`) of the unedited model; None finds
+            them anew. The seconds count a kept vector as if it had been found now.
     """
     spec = METHODS[method]
     apply = _fresh(ALG_DICT[spec.name])
     tokenizer = _padding_as(spec, hparams, deepcopy(backbone.tokenizer))
     model = deepcopy(backbone.model).float().requires_grad_(True)
     model.config._name_or_path = model_name(backbone)  # statistics are looked up by it
-    requests = [_request(r, i, spec) for i, r in enumerate(records)]
-    if hasattr(hparams, "batch_size_once"):
-        hparams.batch_size = len(requests)  # UltraEdit leaves out what goes beyond
-    options, kept, targets = {"copy": False}, 0, None
-    if folder and "cache_template" in inspect.signature(apply).parameters:
-        name = f"{model_name(backbone)} {backbone.model.dtype}"
-        targets = Targets(folder, method, hparams, name, seed)
-        requests = targets.named(requests)
-        options["cache_template"], kept = targets.template, targets.kept(requests)
-    groups = [[r] for r in requests] if spec.one_by_one else [requests]
-    with _as_method(spec, hparams, backbone, seed, log):
-        start = time.perf_counter()
-        for group in groups:
-            model, _ = apply(model, tokenizer, group, hparams, **options)
-        seconds = time.perf_counter() - start
-    if kept:
-        before = targets.seconds(kept)
-        seconds = None if before is None else seconds + before
-    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # LoRA
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise HorseError(f"{method} left weights that are not finite.")
-    model = model.to(backbone.model.dtype)
     limits, modules = (backbone.batch_tokens, backbone.max_length), list(backbone.modules)
-    edited = Backbone(model, backbone.tokenizer, modules, *limits, seam=backbone.seam)
-    return edited, seconds
+    for i, records in enumerate(batches):
+        requests = [_request(r, i, spec) for i, r in enumerate(records)]
+        if hasattr(hparams, "batch_size_once"):
+            hparams.batch_size = len(requests)  # UltraEdit leaves out what goes beyond
+        options, kept, targets = {"copy": False}, 0, None
+        # Later batches' targets are of a model that is edited already: no other run's.
+        if i == 0 and folder and "cache_template" in inspect.signature(apply).parameters:
+            name = f"{model_name(backbone)} {backbone.model.dtype}"
+            targets = Targets(folder, method, hparams, name, seed)
+            requests = targets.named(requests)
+            options["cache_template"], kept = targets.template, targets.kept(requests)
+        groups = [[r] for r in requests] if spec.one_by_one else [requests]
+        with _as_method(spec, hparams, backbone, seed, log):
+            start = time.perf_counter()
+            for group in groups:
+                model, _ = apply(model, tokenizer, group, hparams, **options)
+            seconds = time.perf_counter() - start
+        if kept:
+            before = targets.seconds(kept)
+            seconds = None if before is None else seconds + before
+        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # LoRA
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise HorseError(f"{method} left weights that are not finite.")
+        edited = deepcopy(model) if i + 1 < len(batches) else model
+        edited = edited.to(backbone.model.dtype)
+        yield Backbone(edited, backbone.tokenizer, modules, *limits, seam=backbone.seam), seconds
 
 
 @contextlib.contextmanager
@@ -255,8 +260,8 @@ def _only_weights():
             del os.environ[name]
 
 
-def run(method: str, path, task: Task) -> Edited:
-    """Edit the task's records with a method whose YAML is at ``path``.
+def run(method: str, path, task: Task) -> Iterator[Edited]:
+    """Edit the task's batches with a method whose YAML is at ``path``.
 
     Statistics that the method reads are made once, and so is the archive that it needs.
 
@@ -271,7 +276,8 @@ def run(method: str, path, task: Task) -> Edited:
     hparams = load_hparams(method, path, task.backbone.device)
     if getattr(hparams, "stats_dir", None):
         _prepare_statistics(hparams, task)
-    log = task.folder / "logs" / f"{method}-{task.model}-{len(task.records)}-{task.seed}.log"
+    n = f"{len(task.records)}" + (f"-by-{task.batch}" if task.batch else "")
+    log = task.folder / "logs" / f"{method}-{task.model}-{n}-{task.seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     trained = {}
     with log.open("w", encoding="utf-8") as file:
@@ -279,10 +285,9 @@ def run(method: str, path, task: Task) -> Edited:
             spec, on = METHODS[method], task.backbone
             within = functools.partial(_as_method, spec, hparams, on, task.seed, file)
             trained = mend.trained(hparams, task, within)
-        backbone, seconds = edit(
-            method, hparams, task.backbone, task.records, task.seed, file, task.folder / "targets"
-        )
-    return Edited(backbone, seconds, **trained)
+        about = method, hparams, task.backbone, task.batches, task.seed, file
+        for backbone, seconds in edits(*about, task.folder / "targets"):
+            yield Edited(backbone, seconds, **trained)
 
 
 def _prepare_statistics(hparams, task: Task):

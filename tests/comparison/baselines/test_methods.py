@@ -157,7 +157,7 @@ def test_lora_is_merged_also_in_the_modules_that_we_edit(plan, yamls):
     hparams.target_modules = ["down_proj"]
     task = task_of(plan("LoRA"), 2)
     before = {k: v.clone() for k, v in task.backbone.model.state_dict().items()}
-    made, _ = baselines.edit("LoRA", hparams, task.backbone, task.records, 0, io.StringIO())
+    (made, _), *_ = baselines.edits("LoRA", hparams, task.backbone, task.batches, 0, io.StringIO())
     after = made.model.state_dict()
     assert after.keys() == before.keys()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
@@ -170,8 +170,8 @@ def test_targets_found_once_serve_every_number_of_edits(plan, name):
     def edited(folder, n):
         one = plan(name)
         one.n_edits, one.out = (n,), one.out.with_name(folder)
-        with METHODS[name](task := task_of(one, n)) as result:
-            weights = result.backbone.model.state_dict()
+        (result,) = METHODS[name](task := task_of(one, n))
+        weights = result.backbone.model.state_dict()
         log = task.folder / "logs" / f"{name}-tiny-{n}-0.log"
         return weights, result.edit_seconds, log.read_text().count("Computing right vector")
 
@@ -213,7 +213,7 @@ def test_products_round_on_a_bf16_model_where_a_method_bears_it(monkeypatch, nam
     monkeypatch.setitem(baselines.ALG_DICT, baselines.METHODS[name].name, apply)
     backbone = Backbone(tiny.model().to(dtype), tiny.bpe_tokenizer())
     hparams = SimpleNamespace(device="cpu")
-    edited, _ = baselines.edit(name, hparams, backbone, tiny.records(2), 0, io.StringIO())
+    ((edited, _),) = baselines.edits(name, hparams, backbone, [tiny.records(2)], 0, io.StringIO())
     assert (seen, torch.get_float32_matmul_precision()) == ([inside], "highest")
     assert edited.model.dtype == dtype
 
@@ -236,8 +236,9 @@ def test_memit_emmet_and_alphaedit_find_the_same_vectors(plan):
     def found(name):
         one = plan(name)
         one.out = one.out.with_name(name)
-        with METHODS[name](task := task_of(one, 3)):
-            files = sorted((task.folder / "targets").rglob("*.npz"))
+        task = task_of(one, 3)
+        assert len(list(METHODS[name](task))) == 1
+        files = sorted((task.folder / "targets").rglob("*.npz"))
         assert len(files) == 3
         return {str(f.relative_to(task.folder)): np.load(f)["v_star"].tolist() for f in files}
 
@@ -319,7 +320,7 @@ def test_an_archive_of_mend_runs_no_code(yamls, tmp_path, monkeypatch):
     hparams.archive = "mend.pt"
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        baselines.edit("MEND", hparams, backbone, tiny.records(1), 0, io.StringIO())
+        list(baselines.edits("MEND", hparams, backbone, [tiny.records(1)], 0, io.StringIO()))
     assert not Path("attacked").exists()
     torch.load("mend.pt", weights_only=False)
     assert Path("attacked").exists()  # it would have
