@@ -74,18 +74,22 @@ def residuals_of(
 
     A row whose token costs less than ``full_loss`` is shortened in proportion, so that an answer
     that almost holds is not pushed as hard as one that does not. The capture's ``still`` rows are
-    0.
+    0, and have no part in Eq. 6.
 
     Args:
         in_loss: as in :meth:`HyperNetwork.residuals`.
     """
-    rows = hparams.editor_batch_size
-    residuals = network.residuals(captured.keys, captured.grads, rows, in_loss)
-    share = torch.ones_like(captured.losses)
+    keys, grads, moving = captured.keys, captured.grads, ~captured.still
+    if captured.still.any():
+        keys, grads = ([x[moving.to(x.device)] for x in xs] for xs in (keys, grads))
+    residuals = network.residuals(keys, grads, hparams.editor_batch_size, in_loss)
     if hparams.full_loss is not None:
-        share = (captured.losses / hparams.full_loss).clamp(max=1)
-    share = share.masked_fill(captured.still, 0)[:, None]
-    return [r * share.to(r) for r in residuals]
+        share = (captured.losses[moving, None] / hparams.full_loss).clamp(max=1)
+        residuals = [r * share.to(r) for r in residuals]
+    at = moving.nonzero()[:, 0]
+    return [
+        r.new_zeros(len(moving), r.shape[1]).index_copy(0, at.to(r.device), r) for r in residuals
+    ]
 
 
 @torch.no_grad()

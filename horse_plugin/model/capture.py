@@ -30,7 +30,8 @@ class Capture:
     Attributes:
         prompts: what was read, on all processes.
         keys: H_l, n×d, the inputs of each edit module at the n answer positions.
-        grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs.
+        grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs; 0 where nothing
+            is asked for.
         value_norms: the mean norm of a row of each module's outputs there.
         record_of_row: n, the index of the record that each row belongs to, on the CPU; records of
             edits in force come after those of the edit.
@@ -74,6 +75,9 @@ def capture(
     The cross-entropy is summed, so that a token's gradient does not depend on its batch. That of a
     token that follows an answer counts as far as it exceeds what it may cost.
 
+    Prompts that are likely to need no more run forward first, and backward only if they do: those
+    that held in the earlier capture, those of edits in force, and contrasts.
+
     Args:
         earlier: a capture of the same prompts earlier in the same edit, which says what followed
             the answers before it.
@@ -102,17 +106,23 @@ def capture(
     in_force = torch.tensor([prompts[i].in_force for i in local], dtype=torch.bool)
     row_losses = torch.zeros(len(record_of_row), dtype=backbone.edit_dtype)
     still_rows, predicted = still.repeat_interleave(sizes), [None] * len(local)
-    with distributed.raise_on_all_ranks():
-        for batch in backbone.batches([prompts[i] for i in local], "capture"):
-            index = list(batch.index)
+    likely = still | in_force
+    if earlier:
+        likely |= earlier.holds[first_rows]
+
+    def read(of_prompts: list[int], backward: bool):
+        task = "capture" if backward else "check"
+        for batch in backbone.batches([prompts[local[i]] for i in of_prompts], task):
+            index = [of_prompts[i] for i in batch.index]
             states = backbone.trunk(batch)
             rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in index])
             with contextlib.ExitStack() as hooks:
                 for name, module in backbone.modules.items():
                     positions = backbone.key_positions(name, batch)
-                    hook = captured[name].hook(positions, rows.to(backbone.edit_device))
+                    at = rows.to(backbone.edit_device)
+                    hook = captured[name].hook(positions, at, backward)
                     hooks.enter_context(hooked(module.register_forward_hook, hook))
-                with torch.enable_grad():
+                with torch.set_grad_enabled(backward):
                     logits = backbone.top(batch, states).to(backbone.edit_dtype)
                     of, labels = torch.tensor(index)[batch.rows.cpu()], batch.labels.cpu()
                     end = labels == UNKNOWN
@@ -121,9 +131,11 @@ def capture(
                     labels = torch.where(end, followed[of], labels)
                     losses = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
                     losses = (losses - torch.where(end, allowed[of], 0).to(losses)).relu()
-                    losses.masked_fill(still[of].to(losses.device), 0).sum().backward()
-            for module_rows in captured.values():
-                module_rows.collect()
+                    if backward:
+                        losses.sum().backward()
+            if backward:
+                for module_rows in captured.values():
+                    module_rows.collect()
             tokens = logits.detach().argmax(-1).cpu().split([len(p.labels) for p in batch.prompts])
             for i, p, part in zip(index, batch.prompts, tokens, strict=True):
                 predicted[i] = part[: len(p.answer)]
@@ -133,6 +145,10 @@ def capture(
             holds[of[lacking]] = False
             done = of[end & (losses == 0)]
             still_rows[first_rows[done] + sizes[done] - 1] = True
+
+    with distributed.raise_on_all_ranks():
+        read(likely.nonzero()[:, 0].tolist(), backward=False)
+        read((~likely | ~(holds | still)).nonzero()[:, 0].tolist(), backward=True)
         holds |= still
         still_rows |= (holds & in_force).repeat_interleave(sizes)
         for name, module_rows in captured.items():
@@ -180,14 +196,16 @@ class _ModuleRows:
     """The rows of one edit module, filled batch by batch."""
 
     def __init__(self, n: int, d: int, d_out: int, where: dict):
-        self.keys, self.grads = torch.empty(n, d, **where), torch.empty(n, d_out, **where)
+        self.keys, self.grads = torch.empty(n, d, **where), torch.zeros(n, d_out, **where)
         self.norms = torch.empty(n, **where)
 
-    def hook(self, positions: torch.Tensor, at: torch.Tensor):
+    def hook(self, positions: torch.Tensor, at: torch.Tensor, backward: bool):
         """Return a forward hook that fills the rows ``at`` with a batch's positions of keys."""
 
         def record(module, args, output):
-            if not output.requires_grad:  # the graph starts here
+            if not backward:
+                output = output.detach()
+            elif not output.requires_grad:  # the graph starts here
                 output = output.detach().requires_grad_()
             else:
                 output.retain_grad()
@@ -195,7 +213,7 @@ class _ModuleRows:
             values = output.flatten(0, -2)[where].detach().to(self.norms)
             self.keys[at] = args[0].flatten(0, -2)[where].detach().to(self.keys)
             self.norms[at] = values.norm(dim=-1)
-            self._pending = output, where, at
+            self._pending = (output, where, at) if backward else None
             return output.clone()  # some models write into it
 
         return record

@@ -97,6 +97,40 @@ def test_a_token_that_costs_little_asks_for_little(editor):
         assert torch.equal(b[~row], a[~row])
 
 
+def test_only_what_fell_of_what_held_runs_backward():
+    """Keys are those of a whole capture everywhere, gradients where an answer does not hold."""
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    prompts = backbone.prepare(tiny.records(), ["edit"]).to_capture()
+    whole = capture(backbone, prompts)
+    assert not whole.holds.any()
+    again = capture(backbone, prompts, replace(whole, holds=torch.ones_like(whole.holds)))
+    for name in ("keys", "grads"):
+        for a, b in zip(getattr(whole, name), getattr(again, name), strict=True):
+            torch.testing.assert_close(a, b)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture_module, "HOLDS", math.exp(-whole.losses.sort().values[1].item()))
+        first = capture(backbone, prompts)
+        second = capture(backbone, prompts, first)
+    assert torch.equal(first.holds, second.holds) and first.holds.any()
+    for before, after, all_of in zip(first.grads, second.grads, whole.grads, strict=True):
+        assert (before[first.holds] != 0).any()  # nobody knew yet
+        assert (after[first.holds] == 0).all()
+        torch.testing.assert_close(after[~first.holds], all_of[~first.holds])
+
+
+def test_rows_where_nothing_is_asked_have_no_part_in_eq_6(editor):
+    captured = editor.capture(tiny.records())
+    network = editor.untrained_network(captured)
+    still = torch.arange(len(captured.losses)) % 2 == 0
+    found = residuals_of(network, replace(captured, still=still), editor.hparams)
+    alone = network.residuals(
+        [h[~still] for h in captured.keys], [g[~still] for g in captured.grads]
+    )
+    for r, of_asked in zip(found, alone, strict=True):
+        assert (r[still] == 0).all()
+        torch.testing.assert_close(r[~still], of_asked)
+
+
 def test_what_follows_an_answer_counts_once_it_is_less_likely():
     """Against plain forward and backward passes: its loss above what it may cost, and no more."""
     model, tokenizer = tiny.model(), tiny.bpe_tokenizer()
