@@ -576,19 +576,20 @@ def convert_hparams(
 
     from horse_plugin.foreign import converted
     from horse_plugin.hparams import HORSEHyperParams, read_keys
-    from horse_plugin.storage.files import write
+    from horse_plugin.storage.files import reserved, write
 
-    if out.exists():
-        raise UsageError(f"{out}: there is something already; choose a new name.")
-    names = [f.name for f in fields(HORSEHyperParams)]
-    keys, left_out = converted([read_keys(file) for file in files], names)
-    HORSEHyperParams.from_dict(keys)  # names a value that does not do
-    lines = [
-        f"# from {', '.join(file.name for file in files)}",
-        yaml.safe_dump(keys, sort_keys=False),
-    ]
-    lines += [f"# {key}: {why}." for key, why in left_out.items()]
-    write(out, "\n".join(lines).rstrip() + "\n")
+    with reserved(out):
+        if out.exists():
+            raise UsageError(f"{out}: there is something already; choose a new name.")
+        names = [f.name for f in fields(HORSEHyperParams)]
+        keys, left_out = converted([read_keys(file) for file in files], names)
+        HORSEHyperParams.from_dict(keys)  # names a value that does not do
+        lines = [
+            f"# from {', '.join(file.name for file in files)}",
+            yaml.safe_dump(keys, sort_keys=False),
+        ]
+        lines += [f"# {key}: {why}." for key, why in left_out.items()]
+        write(out, "\n".join(lines).rstrip() + "\n")
     console.print(f"{out}: {len(keys)} keys, and why {len(left_out)} others were left out.")
 
 
