@@ -290,13 +290,14 @@ def ask(
 ):
     """Ask the model, or an edit of it, and read what it writes."""
     from horse_plugin.cli.asking import answer, converse, prompts_of
+    from horse_plugin.distributed import is_main_process
 
     prompts = [*(prompts or ()), *(prompts_of(file) if file else ())]
     editor, deltas = _editor(_hparams(hparams, chat_template=chat or None), delta)
     editor.apply_chain(deltas)
     if prompts:
         answer(editor, prompts, before, tokens)
-    else:
+    elif is_main_process():  # who alone has the terminal
         converse(editor, before, tokens)
 
 
@@ -646,7 +647,7 @@ def run():
         warnings.showwarning = lambda message, *args, **kwargs: _say(f"warning: {message}")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        if "WORLD_SIZE" in os.environ:  # torchrun or accelerate launch started this process
+        if {"WORLD_SIZE", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():  # of a launcher
             _join()
         app()
     except Exception as error:  # ours, or a bug of ours or of a library below: one line

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from horse_plugin import distributed
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.task import Task
 from horse_plugin.errors import HorseError, UsageError, reason, visible
@@ -105,6 +106,8 @@ class _MeasuredModel:
                     row["check"] = self._checked(task, edited.backbone, evaluation)
             row |= {"train_seconds": edited.train_seconds, "budget": edited.budget}
         except Exception as error:  # whatever a method of others raises: the row says so
+            if distributed.world_size() > 1 and not isinstance(error, HorseError):
+                raise  # in this process alone, maybe: it no longer works as one with the others
             row = self._failed(name, task, error)
         if weights_digest(self.backbone) != self.digest:
             raise HorseError(f"{name}: the model's weights are not what they were before it ran.")
