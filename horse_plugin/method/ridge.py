@@ -80,20 +80,13 @@ class Ridge:
             return {"keys": self._weighted_keys, "factors": self._inverse(gather_rows(residual))}
         return {"shift": self.shift(residual)}
 
-    def residual_grad(self, weight_grad: torch.Tensor) -> torch.Tensor:
-        """Return ∂L/∂R = H(HᵀH + μC̄)⁻¹g, n×d' (the trace in Eq. 7).
+    def gradients(
+        self, weight_grad: torch.Tensor, shift: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ∂L/∂R, n×d', and ∂L/∂λ for μ = e^λ, a scalar (Eq. 7), of one solve.
 
-        Args:
-            weight_grad: g = ∂L/∂W at the edited weight, d×d'.
-        """
-        if self.dual:
-            return self._inverse(self._weighted_keys @ weight_grad)[self._local_rows]
-        return self._keys @ self._inverse(self._in_metric(weight_grad))
-
-    def lamda_grad(self, weight_grad: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Return ∂L/∂λ = −e^λ⟨C̄(HᵀH + μC̄)⁻¹g, ΔW⟩ for μ = e^λ, a scalar.
-
-        In the dual, μC̄(HᵀH + μC̄)⁻¹g = g − Hᵀ(HC̄⁻¹Hᵀ + μI)⁻¹HC̄⁻¹g. In the primal, it is
+        ∂L/∂R = H(HᵀH + μC̄)⁻¹g is the trace in Eq. 7, and ∂L/∂λ = −e^λ⟨C̄(HᵀH + μC̄)⁻¹g, ΔW⟩. In the
+        dual, μC̄(HᵀH + μC̄)⁻¹g = g − Hᵀ(HC̄⁻¹Hᵀ + μI)⁻¹HC̄⁻¹g. In the primal, it is
         Lμ(H'ᵀH' + μI)⁻¹Wᵀg, and LᵀΔW = W⁻¹ΔW.
 
         Args:
@@ -102,18 +95,14 @@ class Ridge:
         """
         if self.dual:
             y = self._inverse(self._weighted_keys @ weight_grad)
-            return -((weight_grad - self.keys.T @ y) * shift).sum()
-        solution = self.mu * self._inverse(self._in_metric(weight_grad))
-        return -(solution * whitened(shift, self.root)).sum()
+            return y[self._local_rows], -((weight_grad - self.keys.T @ y) * shift).sum()
+        y = self._inverse(weight_grad if self.root is None else self.root.T @ weight_grad)
+        return self._keys @ y, -(self.mu * y * whitened(shift, self.root)).sum()
 
     @functools.cached_property
     def _weighted_keys(self) -> torch.Tensor:
         """HC̄⁻¹ = H'Wᵀ, n×d."""
         return self.keys if self.root is None else self._keys @ self.root.T
-
-    def _in_metric(self, weight_grad: torch.Tensor) -> torch.Tensor:
-        """Return Wᵀg, the gradient in the coordinates of H'."""
-        return weight_grad if self.root is None else self.root.T @ weight_grad
 
     def _inverse(self, right: torch.Tensor) -> torch.Tensor:
         """Return (Gram + μI)⁻¹ · right, solved in the factor's precision, in that of ``right``."""
@@ -129,17 +118,18 @@ class Ridge:
         gram = self._gram(self.keys.dtype)
         if not gram.isfinite().all():
             raise HorseError(f"the Gram matrix of the keys is not finite. {HALF_PRECISION_HINT}")
-        factor, failed = torch.linalg.cholesky_ex(gram + self.mu * torch.eye(len(gram)).to(gram))
+        gram.diagonal().add_(self.mu)
+        factor, failed = torch.linalg.cholesky_ex(gram)
         diagonal = factor.diagonal()
         error = torch.finfo(gram.dtype).eps * (diagonal.max() / diagonal.min()).square()
         rough = torch.tensor(bool(failed or error >= 1e-3), dtype=torch.float32)
         if not sum_over_ranks(rough):  # the rounding of several machines might differ
             return factor
         gram = self._gram(torch.float64)
-        eye = torch.eye(len(gram)).to(gram)
+        diagonal = gram.diagonal().clone()
         for jitter in (0, 1e-12, 1e-9, 1e-6):
-            added = self.mu.double() + jitter * gram.diagonal().mean()
-            factor, failed = torch.linalg.cholesky_ex(gram + added * eye)
+            gram.diagonal().copy_(diagonal + self.mu.double() + jitter * diagonal.mean())
+            factor, failed = torch.linalg.cholesky_ex(gram)
             if not failed:
                 extra = f" with {jitter:g} of its mean diagonal added" if jitter else ""
                 warnings.warn(f"ridge: ill-conditioned, solved in float64{extra}", stacklevel=4)
