@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from horse_plugin import HorseError
 from horse_plugin.method.metric import inverse_root, metric_of
-from horse_plugin.method.ridge import Ridge
+from horse_plugin.method.ridge import Ridge, doubles_are_fast
 from tests import oracle
 from tests.numbers import arrays, close
 
@@ -86,6 +86,18 @@ def test_an_ill_conditioned_system_is_solved_in_float64_with_a_warning():
         ridge = Ridge(h, 1e-6)
     want = oracle.shift(h.double().numpy(), np.ones((6, 2)), np.log(1e-6))
     close(ridge.shift(torch.ones(6, 2)), want, 1e-3)
+
+
+def test_where_float64_is_fast_it_comes_first(monkeypatch, recwarn):
+    where = "horse_plugin.method.ridge.torch.cuda.get_device_capability"
+    monkeypatch.setattr(where, lambda device: (9, 0) if device.index == 0 else (8, 9))
+    fast = [doubles_are_fast(torch.device(*of)) for of in (("cuda", 0), ("cuda", 1), ("cpu",))]
+    assert fast == [True, False, False]
+    monkeypatch.setattr("horse_plugin.method.ridge.doubles_are_fast", lambda device: True)
+    h = torch.ones(6, 9) * 1e4
+    want = oracle.shift(h.double().numpy(), np.ones((6, 2)), np.log(1e-6))
+    close(Ridge(h, 1e-6).shift(torch.ones(6, 2)), want, 1e-3)
+    assert not recwarn
 
 
 @pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4])
