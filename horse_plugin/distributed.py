@@ -1,4 +1,4 @@
-"""Several processes that edit, train and evaluate as one, started by torchrun or accelerate launch.
+"""Several processes that work as one, started by torchrun, accelerate launch or Slurm's srun.
 
 Every process (rank) holds the model and is given all the records. It runs its share of the prompts
 through the model and holds the rows of their answer tokens; sums run over the rows of all ranks.
@@ -9,9 +9,10 @@ nothing. Editing, training and evaluating are collective: every rank must make t
 import atexit
 import contextlib
 import os
+import re
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from datetime import timedelta
 from itertools import chain
 
@@ -22,17 +23,38 @@ from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import HorseError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+SLURM = {"RANK": "PROCID", "WORLD_SIZE": "STEP_NUM_TASKS", "LOCAL_RANK": "LOCALID"}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}  # counts, labels and messages stay on the CPU
 
 
 def initialize():
     """Join the processes that a launcher has started; each takes one GPU if there are any."""
-    launched = all(name in os.environ for name in LAUNCHED) and dist.is_available()
-    if not launched or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
+    if not dist.is_available() or dist.is_initialized():
         return
+    _translate_slurm(os.environ)
+    if not all(name in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
+        return
+    kinds = ["cpu"]
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(timeout=timedelta(hours=2))  # gloo for the CPU, NCCL for GPUs
+        kinds.append("cuda")  # a launcher may show each process one GPU only
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    backends = ",".join(f"{kind}:{BACKENDS[kind]}" for kind in kinds)
+    dist.init_process_group(backends, timeout=timedelta(hours=2))
     atexit.register(dist.destroy_process_group)
+
+
+def _translate_slurm(environment: MutableMapping[str, str]):
+    """Say in torchrun's words what ``srun`` says of the tasks that it started; others come first.
+
+    A batch script that starts one process without ``srun`` has no number of tasks of its step.
+    """
+    if "RANK" in environment or environment.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return
+    environment |= {name: environment[f"SLURM_{theirs}"] for name, theirs in SLURM.items()}
+    first = re.match(r"([^\[,]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
+    environment.setdefault("MASTER_ADDR", "".join(filter(None, first.groups())))
+    port = 20_000 + int(environment["SLURM_JOB_ID"]) % 10_000  # jobs may share a host
+    environment.setdefault("MASTER_PORT", str(port))
 
 
 def _is_distributed() -> bool:

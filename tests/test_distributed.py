@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +14,11 @@ import torch.distributed as dist
 
 from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, distributed
 from horse_plugin.editing.chain import read_edits
-from horse_plugin.errors import HorseError
+from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.evaluation.metrics import ALL_FIGURES
 from horse_plugin.hparams import SPREADS
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.loading import load_model
 from horse_plugin.storage.files import PART
 from tests import processes, tiny
 
@@ -165,36 +169,176 @@ def test_prompts_are_shared_out_once(monkeypatch):
     assert distributed.shard(prompts[5:])[0] == [i - 5 for i in shares[0] if i >= 5]
 
 
-def test_torchrun_trains_edits_and_evaluates_and_writes_once(tmp_path):
-    tiny.files(tmp_path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+LINES = """\
+train --hparams tiny --train train.json --val val.json --out archive
+edit --hparams tiny --archive archive --data val.json --onto edits
+edit --hparams tiny --data train.json --out bound --max-drift 1e-6
+eval --hparams tiny --delta edits --data val.json --out eval.json
+compare --hparams-dir . --models tiny --methods unedited,HORSE,FT --data val.json \
+--train train.json --val val.json --n-edits 3 --out compared
+ask --hparams tiny --delta edits --tokens 5 Oslo --before
+"""
+RUN = """
+import sys
+from horse_plugin.cli.main import run
+from horse_plugin.distributed import world_size
+from torch import distributed
+for line in open("lines"):
+    sys.argv = ["horse", *line.split()]
+    try:
+        run()
+    except SystemExit as left:
+        assert not left.code, line
+    if world_size() > 1:
+        distributed.barrier()  # until the first process has written
+"""
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node=2 --no-python"
+ACCELERATE = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 "
+ACCELERATE += "--mixed_precision no --dynamo_backend no --main_process_port {} --no_python"
 
-    def horse(line: str) -> str:
-        run = subprocess.run(
-            [*launcher, "--no-python", sys.executable, "-c", RUN, *line.split()],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert run.returncode == 0, run.stderr
-        return run.stdout
 
-    said = horse("train --hparams tiny --train train.json --val val.json --out archive")
-    assert said.count("Archive:") == 1
-    said = horse("edit --hparams tiny --archive archive --data val.json --onto edits")
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launched(folder, launcher: str, code: str, lines: str) -> subprocess.Popen:
+    """Python code in one process, or in two."""
+    (folder / "lines").write_text(lines)
+    command = [*launcher.format(free_port()).split(), sys.executable] if launcher else []
+    return subprocess.Popen(
+        [sys.executable, *command, "-c", code],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def commands_in(folder, launcher: str, lines: str = LINES) -> str:
+    """What the commands print, one after the other."""
+    tiny.files(folder)
+    settings = json.loads((folder / "tiny.yaml").read_text()) | {"strength": 100.0}
+    (folder / "tiny.yaml").write_text(json.dumps(settings))
+    shutil.copytree(folder, folder / "HORSE", ignore=shutil.ignore_patterns("model", "HORSE"))
+    (folder / "FT").mkdir()
+    (folder / "FT/tiny.yaml").write_text("alg_name: FT")
+    run = launched(folder, launcher, RUN, lines)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    return said
+
+
+def test_torchrun_gives_the_results_of_one_process_and_writes_once(tmp_path):
+    folders = alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in folders:
+        folder.mkdir()
+    said_alone, said = commands_in(alone, ""), commands_in(together, TORCHRUN)
+    assert said.count("Archive:") == said.count("Edit:") - 1 == said.count("Report:") == 1
+    assert said.splitlines()[-3:] == said_alone.splitlines()[-3:]  # what the model writes
+    edits = [read_edits(f / "edits") + read_edits(f / "bound") for f in folders]
+    for one, two in zip(*edits, strict=True):
+        close(one.shifts, two.shifts)
+    one, two = (delta.about["budget"] for _, delta in edits)
+    assert two["edit_ridge"] == pytest.approx(one["edit_ridge"]) and one["edit_ridge"] > 1
+    for name in ("eval.json", "compared/results.json", "bound/results.json"):
+        rows = [json.loads((folder / name).read_text()) for folder in folders]
+        for one, two in zip(*rows, strict=True):
+            assert ("in one process only" in two.get("reason", "")) == (two["method"] == "FT")
+            one, two = ({k: r[k] for k in ALL_FIGURES if r[k] is not None} for r in (one, two))
+            assert two == pytest.approx(one, rel=1e-4, abs=1e-5), name
+    assert not list(together.rglob(f"*{PART}"))
+
+
+def test_accelerate_launches_processes_that_work_as_one(tmp_path):
+    said = commands_in(tmp_path, ACCELERATE, "edit --hparams tiny --data val.json --out e")
     assert said.count("Edit:") == 1
-    (delta,) = read_edits(tmp_path / "edits")
-    _, measured = json.loads((tmp_path / "edits/001/results.json").read_text())
-    hparams = HORSEHyperParams.from_hparams(tmp_path / "tiny")
-    hparams.archive = str(tmp_path / "archive")
-    editor = HorseEditor.from_hparams(hparams)
+    (delta,) = read_edits(tmp_path / "e")
+    editor = HorseEditor.from_hparams(HORSEHyperParams.from_hparams(tmp_path / "tiny"))
     close(editor.edit(delta.records).shifts, delta.shifts)
-    figures = Evaluator(editor.backbone, delta.records).evaluate().summary()
-    for name in ("efficacy", "generalization", "specificity"):
-        assert figures[name] == measured[name]
-    assert not list(tmp_path.rglob(f"*{PART}"))
 
 
-RUN = "from horse_plugin.cli.main import run; run()"
+def test_a_process_whose_memory_runs_out_ends_the_others(tmp_path):
+    """In the midst of sums over both: nobody waits for it."""
+    tiny.files(tmp_path)
+    run = launched(
+        tmp_path, TORCHRUN, OUT_OF_MEMORY + RUN, "edit --hparams tiny --data val.json --out e"
+    )
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 1 and "horse: OutOfMemoryError: out of memory" in errors
+    assert not (tmp_path / "e/edit.json").exists()
+
+
+OUT_OF_MEMORY = """
+import os
+import torch
+from horse_plugin.method.ridge import Ridge
+def fails(self, dtype):
+    raise torch.OutOfMemoryError("out of memory")
+if os.environ["RANK"] == "1":
+    Ridge._gram = fails
+"""
+
+
+def in_slurm(folder, port: int, rank: int):
+    """Two tasks of one step, as ``srun`` starts them; the GPUs' collectives are stood in for."""
+    os.environ |= {
+        "SLURM_JOB_ID": "1",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    distributed.BACKENDS["cuda"] = "gloo"
+    torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
+    torch.cuda.set_device = chosen = [].append
+    distributed.initialize()
+    torch.cuda.is_available, torch.cuda.device_count = (lambda: False), (lambda: 0)
+    with pytest.raises(UsageError, match=r"model_parallel: .* 2 were launched"):
+        load_model(tiny.hparams(model_parallel=True))
+    torch.save((chosen.__self__, edit("orthogonal", 12)), folder / f"{rank}.pt")
+
+
+def test_tasks_of_slurm_are_one_whose_counts_meet_on_the_cpu(tmp_path):
+    """A group of NCCL alone takes no tensor of the CPU; each task sees one GPU, number 0."""
+    port = free_port()
+    two = [processes.start(in_slurm, tmp_path, port, rank) for rank in range(2)]
+    for process in two:
+        process.join(300)
+        assert process.exitcode == 0
+    for rank in range(2):
+        gpus, shifts = torch.load(tmp_path / f"{rank}.pt")
+        assert gpus == [0]
+        close(edit("orthogonal", 12), shifts)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n[07-09,12]", "n07"), ("gpu-a,gpu-b", "gpu-a"), ("x[3,5],y", "x3")],
+)
+def test_the_first_host_of_slurms_list_is_the_master(monkeypatch, nodes, first):
+    found = {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "123456", "SLURM_PROCID": "3"}
+    found |= {"SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    monkeypatch.setattr(os, "environ", dict(found))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(distributed.atexit, "register", lambda leave: None)
+    distributed.initialize()
+    named = {k: os.environ[k] for k in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")}
+    assert named == {
+        "MASTER_ADDR": first,
+        "MASTER_PORT": "23456",
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+    }
+
+
+@pytest.mark.parametrize(
+    "found", [{"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}]
+)
+def test_a_batch_script_by_itself_is_one_process(monkeypatch, found):
+    monkeypatch.setattr(os, "environ", dict(found))
+    monkeypatch.setattr(dist, "init_process_group", None)
+    distributed.initialize()

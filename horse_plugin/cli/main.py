@@ -290,13 +290,14 @@ def ask(
 ):
     """Ask the model, or an edit of it, and read what it writes."""
     from horse_plugin.cli.asking import answer, converse, prompts_of
+    from horse_plugin.distributed import is_main_process
 
     prompts = [*(prompts or ()), *(prompts_of(file) if file else ())]
     editor, deltas = _editor(_hparams(hparams, chat_template=chat or None), delta)
     editor.apply_chain(deltas)
     if prompts:
         answer(editor, prompts, before, tokens)
-    else:
+    elif is_main_process():  # who alone has the terminal
         converse(editor, before, tokens)
 
 
@@ -585,19 +586,20 @@ def convert_hparams(
 
     from horse_plugin.foreign import converted
     from horse_plugin.hparams import HORSEHyperParams, read_keys
-    from horse_plugin.storage.files import write
+    from horse_plugin.storage.files import reserved, write
 
-    if out.exists():
-        raise UsageError(f"{out}: there is something already; choose a new name.")
-    names = [f.name for f in fields(HORSEHyperParams)]
-    keys, left_out = converted([read_keys(file) for file in files], names)
-    HORSEHyperParams.from_dict(keys)  # names a value that does not do
-    lines = [
-        f"# from {', '.join(file.name for file in files)}",
-        yaml.safe_dump(keys, sort_keys=False),
-    ]
-    lines += [f"# {key}: {why}." for key, why in left_out.items()]
-    write(out, "\n".join(lines).rstrip() + "\n")
+    with reserved(out):
+        if out.exists():
+            raise UsageError(f"{out}: there is something already; choose a new name.")
+        names = [f.name for f in fields(HORSEHyperParams)]
+        keys, left_out = converted([read_keys(file) for file in files], names)
+        HORSEHyperParams.from_dict(keys)  # names a value that does not do
+        lines = [
+            f"# from {', '.join(file.name for file in files)}",
+            yaml.safe_dump(keys, sort_keys=False),
+        ]
+        lines += [f"# {key}: {why}." for key, why in left_out.items()]
+        write(out, "\n".join(lines).rstrip() + "\n")
     console.print(f"{out}: {len(keys)} keys, and why {len(left_out)} others were left out.")
 
 
@@ -662,7 +664,7 @@ def run():
         warnings.showwarning = lambda message, *args, **kwargs: _say(f"warning: {message}")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        if "WORLD_SIZE" in os.environ:  # torchrun or accelerate launch started this process
+        if {"WORLD_SIZE", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():  # of a launcher
             _join()
         app()
     except Exception as error:  # ours, or a bug of ours or of a library below: one line

@@ -8,7 +8,7 @@ import collections
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bo
 
 
 def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) -> dict:
-    device, clock = backbone.edit_device, _Clock(backbone.device)
+    device, clock = backbone.edit_device, _Clock({p.device for p in backbone.model.parameters()})
     rates = {
         "model_flops": matrix_rate(backbone.model.dtype, device),
         "solver_flops": matrix_rate(backbone.edit_dtype, device),
@@ -152,21 +152,23 @@ def _entries(module: torch.nn.Module) -> int:
 class _Clock:
     """Runs stages and notes what each took."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.stages = device, []
+    def __init__(self, devices: Collection[torch.device]):
+        self.devices, self.stages = devices, []
 
     def __call__(self, name: str, run):
         reset_peak_memory()
-        seconds, result = _timed(run, self.device)
+        seconds, result = timed(run, *self.devices)
         self.stages.append(Stage(name, seconds, peak_memory_mb()))
         return result
 
 
-def _timed(run, device):
+def timed(run, *devices: torch.device) -> tuple[float, object]:
+    """Return the seconds until all devices have done a function's work, and its result."""
     start = time.perf_counter()
     result = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return time.perf_counter() - start, result
 
 
@@ -174,14 +176,14 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, width: int | None = No
     """Return the operations a second of a square matrix product, the best of a few."""
     width = width or (8192 if device.type == "cuda" else 1536)
     a = torch.randn(width, width, device=device).to(dtype)
-    return 2 * width**3 / min(_timed(lambda: a @ a, device)[0] for _ in range(6))
+    return 2 * width**3 / min(timed(lambda: a @ a, device)[0] for _ in range(6))
 
 
 def bandwidth(device: torch.device, n_bytes: int = 2**28) -> float:
     """Return the bytes a second, read and written, of a copy, the best of a few."""
     source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * n_bytes / min(_timed(lambda: target.copy_(source), device)[0] for _ in range(6))
+    return 2 * n_bytes / min(timed(lambda: target.copy_(source), device)[0] for _ in range(6))
 
 
 def solve_operations(n: float, d: int, d_out: int) -> float:

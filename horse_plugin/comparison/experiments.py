@@ -9,6 +9,7 @@ from horse_plugin.comparison.methods import ABLATIONS, METHODS, EasyEdit, Engine
 from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.runner import held_rows, run
+from horse_plugin.distributed import is_main_process
 from horse_plugin.errors import UsageError
 from horse_plugin.hparams import find_yaml
 from horse_plugin.storage.files import locked_folder
@@ -147,7 +148,8 @@ def _measured(plan: Plan) -> list[dict]:
     with locked_folder(plan.out):
         rows = run(plan)
         order = {name: i for i, name in enumerate(METHODS | ABLATIONS)}
-        held = held_rows(plan.out)
-        held.sort(key=lambda row: order.get(row["method"], len(order)))
-        write_output(plan.out, held)
+        if is_main_process():
+            held = held_rows(plan.out)
+            held.sort(key=lambda row: order.get(row["method"], len(order)))
+            write_output(plan.out, held)
     return rows

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from horse_plugin import distributed
 from horse_plugin.comparison.task import Edited, Task, records_digest
 from horse_plugin.editing.archive import read_network
 from horse_plugin.editing.editor import HorseEditor
@@ -97,7 +98,9 @@ class Engine:
         name = f"{self.alg_name}-{json_digest(self.settings(task))}"
         folder = task.folder / "archives" / name
         done = folder / "trained.json"
-        if not done.is_file():
+        if done.is_file():
+            about = read_json(done, {"train_seconds": Maybe((int, float)), "budget": str})
+        else:
             resume = (folder / CHECKPOINT).is_file()
             start = time.perf_counter()
             trainer = HORSETrainer(hparams, task.train, task.val, folder, backbone, resume)
@@ -108,7 +111,7 @@ class Engine:
                 f"from {len(task.train):,}",
             }
             write(done, json.dumps(about))
-        return folder, read_json(done, {"train_seconds": Maybe((int, float)), "budget": str})
+        return folder, about
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ class EasyEdit:
 
     def __call__(self, task: Task) -> Iterator[Edited]:
         path = task.yaml(self.name)
+        if distributed.world_size() > 1:
+            raise UsageError(f"{self.name}: EasyEdit's own methods run in one process only.")
         from horse_plugin.comparison.baselines import methods as baselines  # needs EasyEdit
 
         task = replace(task, hparams=replace(task.hparams, **self.training))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from horse_plugin import distributed
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.errors import HorseError, UsageError, reason, visible
@@ -113,6 +114,8 @@ class _MeasuredModel:
             with contextlib.closing(method(task)) as states:
                 row = self._row(name, task, states, lambda i: bar.set_postfix_str(f"{cell}, {i}"))
         except Exception as error:  # whatever a method of others raises: the row says so
+            if distributed.world_size() > 1 and not isinstance(error, HorseError):
+                raise  # in this process alone, maybe: it no longer works as one with the others
             row = self._failed(name, task, error)
         if weights_digest(self.backbone) != self.digest:
             raise HorseError(f"{name}: the model's weights are not what they were before it ran.")

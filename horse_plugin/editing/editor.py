@@ -16,6 +16,7 @@ import torch
 
 from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import PreparedEdits, Prompt
+from horse_plugin.distributed import is_main_process
 from horse_plugin.editing.archive import as_trained, check_made_for, load_network, network_form
 from horse_plugin.editing.budget import Budget, smallest_ridge
 from horse_plugin.editing.delta import EditDelta
@@ -497,7 +498,8 @@ class HorseEditor:
     def save_model(self, folder):
         """Save the model as it is now, with its tokenizer, as a plain Hugging Face folder.
 
-        No file of it names code of its own, unless such code made the model or the tokenizer.
+        No file of it names code of its own, unless such code made the model or the tokenizer. Of
+        several processes, only the main one saves.
 
         Raises:
             UsageError: an adapter is attached to the model.
@@ -508,6 +510,8 @@ class HorseEditor:
                 "without the edit. Merge it before editing (merge_and_unload), or export the edit "
                 "as an adapter of its own (horse export --lora)."
             )
+        if not is_main_process():
+            return
         with new_folder(folder) as made, quiet_transformers():
             for part in (self.backbone.model, self.backbone.tokenizer):
                 part.save_pretrained(made)

@@ -39,19 +39,30 @@ def needed_bytes(backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHy
     """Return the bytes that an edit of these prompts takes beside the model, about.
 
     Counted are keys and gradients (Sec. 2.1), residuals (Eq. 4), the metric, the largest system of
-    Eq. 2, the shifts, and the weights as they were. A pass of the model, which ``batch_tokens``
-    bounds, is left out.
+    Eq. 2, the shifts, and the weights as they were. An edit on top of others also takes their
+    shifts and what they ask for, and solves in float64 for that. A pass of the model, which
+    ``batch_tokens`` bounds, is left out.
     """
     local = distributed.local_indices(prompts)
     n = sum(len(prompts[i].keys_at) for i in local)
+    below = sum(len(prompts[i].keys_at) for i in local if prompts[i].in_force)
     item = torch.finfo(backbone.edit_dtype).bits // 8
     captures = 1 if hparams.edit_sweeps == 1 else 2  # the earlier one, while the next is made
     rows = sum(captures * (d + d_out + 1) + captures * d_out for d, d_out in backbone.shapes)
-    systems = [3 * min(n, d) ** 2 + n * d + d * d_out for d, d_out in backbone.shapes]
+    systems = [_system(n, *shape) for shape in backbone.shapes]
     shifts = sum(min(n * (d + d_out), d * d_out) for d, d_out in backbone.shapes)
+    if below:
+        rows += sum(2 * d_out for _, d_out in backbone.shapes)
+        systems += [2 * _system(below, *shape) for shape in backbone.shapes]
+        shifts = sum(2 * d * d_out for d, d_out in backbone.shapes)  # none is kept as factors
     metric = sum(d * d for d, _ in backbone.shapes) if hparams.preserve != "none" else 0
     weights = sum(module.weight.nbytes for module in backbone.modules.values())
     return item * (n * rows + max(systems) + shifts + metric) + weights
+
+
+def _system(n: int, d: int, d_out: int) -> int:
+    """Return how many numbers Eq. 2 takes for n keys of one edit module."""
+    return 3 * min(n, d) ** 2 + n * d + d * d_out
 
 
 def free_bytes(device: torch.device) -> float | None:

@@ -54,16 +54,17 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """Return the peak memory so far in MiB: of the GPU if there is one, else of the process."""
+    """Return the peak memory of the process so far in MiB: on all GPUs if there are any."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+        gpus = range(torch.cuda.device_count())
+        return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def reset_peak_memory():
     """Let :func:`peak_memory_mb` count from now on, where the system can (CUDA, Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(gpu)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

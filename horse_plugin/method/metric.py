@@ -28,7 +28,9 @@ def metric_of(moment: torch.Tensor, rho: float) -> torch.Tensor:
     scale = moment.diagonal().mean()
     if not (scale > 0 and moment.isfinite().all()):
         raise HorseError("the second moment of the keys on ordinary text is zero or not finite.")
-    return (1 - rho) / scale * moment + rho * torch.eye(len(moment)).to(moment)
+    metric = (1 - rho) / scale * moment
+    metric.diagonal().add_(rho)
+    return metric
 
 
 def inverse_root(metric: torch.Tensor) -> torch.Tensor:
@@ -37,7 +39,7 @@ def inverse_root(metric: torch.Tensor) -> torch.Tensor:
     In the coordinates H' = HW and ΔW = W·ΔW' the metric is I, and Eq. 2 is the paper's.
     """
     lower = torch.linalg.cholesky(metric)
-    eye = torch.eye(len(lower)).to(lower)
+    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(lower, eye, upper=False).T
 
 

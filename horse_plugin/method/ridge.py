@@ -15,6 +15,8 @@ from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.method.metric import whitened
 
 CHUNK = 8192  # rows of H in one product
+# Compute capabilities of GPUs for data centres: P100, V100, A100, H100 and H200, B200.
+FAST_DOUBLES = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
 class Ridge:
@@ -80,20 +82,13 @@ class Ridge:
             return {"keys": self._weighted_keys, "factors": self._inverse(gather_rows(residual))}
         return {"shift": self.shift(residual)}
 
-    def residual_grad(self, weight_grad: torch.Tensor) -> torch.Tensor:
-        """Return ∂L/∂R = H(HᵀH + μC̄)⁻¹g, n×d' (the trace in Eq. 7).
+    def gradients(
+        self, weight_grad: torch.Tensor, shift: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ∂L/∂R, n×d', and ∂L/∂λ for μ = e^λ, a scalar (Eq. 7), of one solve.
 
-        Args:
-            weight_grad: g = ∂L/∂W at the edited weight, d×d'.
-        """
-        if self.dual:
-            return self._inverse(self._weighted_keys @ weight_grad)[self._local_rows]
-        return self._keys @ self._inverse(self._in_metric(weight_grad))
-
-    def lamda_grad(self, weight_grad: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Return ∂L/∂λ = −e^λ⟨C̄(HᵀH + μC̄)⁻¹g, ΔW⟩ for μ = e^λ, a scalar.
-
-        In the dual, μC̄(HᵀH + μC̄)⁻¹g = g − Hᵀ(HC̄⁻¹Hᵀ + μI)⁻¹HC̄⁻¹g. In the primal, it is
+        ∂L/∂R = H(HᵀH + μC̄)⁻¹g is the trace in Eq. 7, and ∂L/∂λ = −e^λ⟨C̄(HᵀH + μC̄)⁻¹g, ΔW⟩. In the
+        dual, μC̄(HᵀH + μC̄)⁻¹g = g − Hᵀ(HC̄⁻¹Hᵀ + μI)⁻¹HC̄⁻¹g. In the primal, it is
         Lμ(H'ᵀH' + μI)⁻¹Wᵀg, and LᵀΔW = W⁻¹ΔW.
 
         Args:
@@ -102,18 +97,14 @@ class Ridge:
         """
         if self.dual:
             y = self._inverse(self._weighted_keys @ weight_grad)
-            return -((weight_grad - self.keys.T @ y) * shift).sum()
-        solution = self.mu * self._inverse(self._in_metric(weight_grad))
-        return -(solution * whitened(shift, self.root)).sum()
+            return y[self._local_rows], -((weight_grad - self.keys.T @ y) * shift).sum()
+        y = self._inverse(weight_grad if self.root is None else self.root.T @ weight_grad)
+        return self._keys @ y, -(self.mu * y * whitened(shift, self.root)).sum()
 
     @functools.cached_property
     def _weighted_keys(self) -> torch.Tensor:
         """HC̄⁻¹ = H'Wᵀ, n×d."""
         return self.keys if self.root is None else self._keys @ self.root.T
-
-    def _in_metric(self, weight_grad: torch.Tensor) -> torch.Tensor:
-        """Return Wᵀg, the gradient in the coordinates of H'."""
-        return weight_grad if self.root is None else self.root.T @ weight_grad
 
     def _inverse(self, right: torch.Tensor) -> torch.Tensor:
         """Return (Gram + μI)⁻¹ · right, solved in the factor's precision, in that of ``right``."""
@@ -122,27 +113,33 @@ class Ridge:
     def _cholesky(self) -> torch.Tensor:
         """Return the lower Cholesky factor of Gram + μI.
 
-        It is computed in the keys' precision if that will do; else in float64, with a growing
-        jitter if even that fails, and a warning. The squared ratio of the factor's diagonal bounds
-        the condition number from below: times the rounding error, it says when float32 will not do.
+        It is computed in the keys' precision if that will do and float64 is slower; else in
+        float64, with a growing jitter if even that fails, and a warning. The squared ratio of the
+        factor's diagonal bounds the condition number from below: times the rounding error, it says
+        when float32 will not do.
         """
-        gram = self._gram(self.keys.dtype)
-        if not gram.isfinite().all():
-            raise HorseError(f"the Gram matrix of the keys is not finite. {HALF_PRECISION_HINT}")
-        factor, failed = torch.linalg.cholesky_ex(gram + self.mu * torch.eye(len(gram)).to(gram))
-        diagonal = factor.diagonal()
-        error = torch.finfo(gram.dtype).eps * (diagonal.max() / diagonal.min()).square()
-        rough = torch.tensor(bool(failed or error >= 1e-3), dtype=torch.float32)
-        if not sum_over_ranks(rough):  # the rounding of several machines might differ
-            return factor
+        if not sum_over_ranks(torch.tensor(float(doubles_are_fast(self.keys.device)))):
+            gram = self._gram(self.keys.dtype)
+            _check_finite(gram)
+            gram.diagonal().add_(self.mu)
+            factor, failed = torch.linalg.cholesky_ex(gram)
+            diagonal = factor.diagonal()
+            error = torch.finfo(gram.dtype).eps * (diagonal.max() / diagonal.min()).square()
+            rough = torch.tensor(bool(failed or error >= 1e-3), dtype=torch.float32)
+            if not sum_over_ranks(rough):  # the rounding of several machines might differ
+                return factor
+            warnings.warn("ridge: ill-conditioned, solved in float64", stacklevel=4)
+            del gram, factor, diagonal
         gram = self._gram(torch.float64)
-        eye = torch.eye(len(gram)).to(gram)
+        _check_finite(gram)
+        diagonal = gram.diagonal().clone()
         for jitter in (0, 1e-12, 1e-9, 1e-6):
-            added = self.mu.double() + jitter * gram.diagonal().mean()
-            factor, failed = torch.linalg.cholesky_ex(gram + added * eye)
+            gram.diagonal().copy_(diagonal + self.mu.double() + jitter * diagonal.mean())
+            factor, failed = torch.linalg.cholesky_ex(gram)
             if not failed:
-                extra = f" with {jitter:g} of its mean diagonal added" if jitter else ""
-                warnings.warn(f"ridge: ill-conditioned, solved in float64{extra}", stacklevel=4)
+                if jitter:
+                    what = f"ridge: ill-conditioned, {jitter:g} of its mean diagonal added"
+                    warnings.warn(what, stacklevel=4)
                 return factor
         raise HorseError("the ridge system stays singular in float64; raise lambda.")
 
@@ -156,3 +153,13 @@ class Ridge:
             return keys @ keys.T
         chunks = (c.to(dtype) for c in self._keys.split(CHUNK))
         return sum_over_ranks(sum(rows.T @ rows for rows in chunks))
+
+
+def _check_finite(gram: torch.Tensor):
+    if not gram.isfinite().all():
+        raise HorseError(f"the Gram matrix of the keys is not finite. {HALF_PRECISION_HINT}")
+
+
+def doubles_are_fast(device: torch.device) -> bool:
+    """Return whether a GPU computes in float64 nearly as fast as in float32."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in FAST_DOUBLES

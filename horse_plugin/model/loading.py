@@ -23,6 +23,12 @@ def load_model(hparams):
     """
     name = resolve(hparams.model_name)
     device = resolve_device(hparams.device)
+    if hparams.model_parallel and distributed.world_size() > 1:
+        raise UsageError(
+            "model_parallel: spreads the model over the GPUs of one process, but "
+            f"{distributed.world_size()} were launched, each with the whole model. Start one "
+            "process, or set model_parallel: false."
+        )
     trust = hparams.trust_remote_code
     with quiet_transformers():
         tokenizer = _load(
@@ -37,7 +43,7 @@ def load_model(hparams):
             "model_name",
             trust,
             dtype=_dtype(hparams, device),
-            device_map="auto" if hparams.model_parallel else None,
+            device_map="auto" if hparams.model_parallel else {"": device},  # past the host's memory
             output_loading_info=True,
         )
     if missing := sorted(found["missing_keys"]):
@@ -46,7 +52,7 @@ def load_model(hparams):
             f"asks for, such as {missing[0]}. Is it a causal language model, and whole?"
         )
     model.requires_grad_(False)
-    return (model if hparams.model_parallel else model.to(device)), tokenizer
+    return model, tokenizer
 
 
 def random_model(config: str, hparams):
@@ -123,7 +129,7 @@ def resolve_device(device) -> torch.device:
     """
     distributed.initialize()
     if device in (None, "", "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     device = f"cuda:{device}" if str(device).isdigit() else str(device)
     try:
         device = torch.device(device)
@@ -133,7 +139,7 @@ def resolve_device(device) -> torch.device:
         raise UsageError("device: 'meta' holds no weights; try 0, cuda:0 or cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: no CUDA GPU here; leave `device` out or set it to cpu.")
-    if device.type == "cuda" and distributed.world_size() > 1:
+    if device.type == "cuda" and (device.index is None or distributed.world_size() > 1):
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

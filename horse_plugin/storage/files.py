@@ -26,9 +26,13 @@ NAME_LOCK = ".horse-lock"  # ends the name of the lock of one file, or of a fold
 def write(path, data: bytes | str):
     """Write a file, which takes its final name only once it is complete.
 
+    Of several processes that work as one, only the main one writes.
+
     Raises:
         HorseError: it could not be written, as on a full disk.
     """
+    if not is_main_process():
+        return
     path = Path(path).expanduser()
     data = data.encode() if isinstance(data, str) else data
     with _writing_errors(path):
@@ -119,10 +123,15 @@ def check_empty(folder) -> Path:
 def new_folder(path) -> Iterator[Path]:
     """Yield a folder to fill, which takes its final name at the end.
 
+    Of several processes that work as one, only the main one makes it.
+
     Raises:
         HorseError: another process makes a folder of that name.
         UsageError: something of that name exists.
     """
+    if not is_main_process():
+        yield Path(path)
+        return
     with reserved(path), _writing_errors(Path(path)):
         path = check_empty(path)
         made = path.parent / f".{path.name}{PART}"

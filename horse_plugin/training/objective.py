@@ -110,10 +110,10 @@ class Objective:
         residuals = [sum(of_module) for of_module in zip(*swept, strict=True)]
         lamdas = network.lamda / distributed.world_size()  # of which each rank adds its part
         terms = zip(ridges, weight_grads, residuals, shifts, lamdas, strict=True)
-        surrogate = sum(
-            (ridge.residual_grad(g) * r).sum() + ridge.lamda_grad(g, shift) * lamda
-            for ridge, g, r, shift, lamda in terms
-        )
+        surrogate = torch.zeros(())
+        for ridge, g, r, shift, lamda in terms:
+            residual_grad, lamda_grad = ridge.gradients(g, shift)
+            surrogate = surrogate + (residual_grad * r).sum() + lamda_grad * lamda
         surrogate.backward()
         for p in network.parameters():
             if p.grad is not None:

@@ -37,9 +37,14 @@ COMMANDS = {
     ),
     "stats": ("stats --hparams MEMIT.yaml --out stats", "stats/model/text_stats"),
     "general": ("general --hparams tiny --delta chain --tasks nli --data . --out able", "able"),
+    "demo": ("demo --hparams demo.yaml --out demo", "demo"),
     "bench": ("bench --hparams tiny --data val.json --n-edits 3 --out bench.json", "bench.json"),
+    "report": ("report chain --out report.html", "report.html"),
+    "convert-hparams": ("convert-hparams MEMIT.yaml --out ours.yaml", "ours.yaml"),
 }
-NAMES = ("m", "eval.json", "exported", "adapter", "bench.json")  # files, and folders to be made
+NAMES = (  # files, and folders to be made
+    *("m", "eval.json", "exported", "adapter", "bench.json", "report.html", "ours.yaml"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,9 @@ def whole(tmp_path_factory):
     tiny.files(folder)
     settings = json.loads((folder / "tiny.yaml").read_text()) | {"max_iters": 2}
     (folder / "tiny.yaml").write_text(json.dumps(settings))
+    demo = {k: v for k, v in settings.items() if k != "n_edits"}
+    demo |= {"edits_per_step": 6, "val_edits": 6, "max_iters": 1}
+    (folder / "demo.yaml").write_text(json.dumps(demo))
     (folder / "HORSE").mkdir()
     shutil.copy(folder / "tiny.yaml", folder / "HORSE" / "tiny.yaml")
     memit = {
@@ -121,6 +129,9 @@ def test_beside_another_process_every_command_says_so_before_the_work(held, run,
         ("export", 0),
         *(("export --lora", at) for at in (3, 8)),
         *(("compare", at) for at in (2, 6, 14, 17)),
+        *(("ablate", at) for at in (2, 17)),
+        *(("demo", at) for at in (22, 30)),
+        ("convert-hparams", 2),
         *(("stats", at) for at in (3, 5)),
         *(("general", at) for at in (3, 5)),
         ("bench", 2),

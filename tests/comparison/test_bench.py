@@ -7,7 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from horse_plugin.cli.main import app
-from horse_plugin.comparison.bench import bench, weight_counts
+from horse_plugin.comparison.bench import bench, timed, weight_counts
+from horse_plugin.evaluation.results import peak_memory_mb
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
 
@@ -35,6 +36,17 @@ def test_every_stage_is_measured_and_the_model_left_as_it_was(sweeps):
     assert found["n_answer_tokens"] == sum(len(p.answer) for p in prompts)
     for name, weight in backbone.model.state_dict().items():
         assert torch.equal(weight, before[name]), name
+
+
+def test_memory_and_time_are_of_all_gpus(monkeypatch):
+    peaks, waited = [3 * 2**20, 5 * 2**20], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: peaks[gpu])
+    assert peak_memory_mb() == 8
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    devices = [torch.device("cuda", 0), torch.device("cpu"), torch.device("cuda", 1)]
+    assert timed(lambda: 7, *devices)[1] == 7 and waited == devices[::2]
 
 
 def test_floors_count_the_operations():

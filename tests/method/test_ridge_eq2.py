@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from horse_plugin import HorseError
 from horse_plugin.method.metric import inverse_root, metric_of
-from horse_plugin.method.ridge import Ridge
+from horse_plugin.method.ridge import Ridge, doubles_are_fast
 from tests import oracle
 from tests.numbers import arrays, close
 
@@ -32,8 +32,9 @@ def test_dual_and_primal_agree(n, d, d_out, seed, preserve):
     gram = h @ h.T if other.dual else h.T @ h
     other._factor = torch.linalg.cholesky(gram + 0.5 * torch.eye(len(gram), dtype=h.dtype))
     close(here.shift(r), other.shift(r))
-    close(here.residual_grad(g), other.residual_grad(g))
-    close(here.lamda_grad(g, here.shift(r)), other.lamda_grad(g, here.shift(r)))
+    shift = here.shift(r)
+    for one, two in zip(here.gradients(g, shift), other.gradients(g, shift), strict=True):
+        close(one, two)
 
 
 @pytest.mark.parametrize("n", [4, 30])
@@ -49,9 +50,9 @@ def test_the_metric_is_that_of_the_equations(n):
     form = ridge.smallest_form(torch.tensor(r))
     close(form["shift"] if "shift" in form else form["keys"].T @ form["factors"], shift)
     inverse = np.linalg.inv(h.T @ h + np.exp(0.3) * want_metric)
-    close(ridge.residual_grad(torch.tensor(g)), h @ inverse @ g)
-    want = -np.exp(0.3) * np.sum((want_metric @ inverse @ g) * shift.numpy())
-    close(ridge.lamda_grad(torch.tensor(g), shift), want)
+    residual_grad, lamda_grad = ridge.gradients(torch.tensor(g), shift)
+    close(residual_grad, h @ inverse @ g)
+    close(lamda_grad, -np.exp(0.3) * np.sum((want_metric @ inverse @ g) * shift.numpy()))
 
 
 def test_directions_that_ordinary_text_uses_are_spared():
@@ -85,6 +86,18 @@ def test_an_ill_conditioned_system_is_solved_in_float64_with_a_warning():
         ridge = Ridge(h, 1e-6)
     want = oracle.shift(h.double().numpy(), np.ones((6, 2)), np.log(1e-6))
     close(ridge.shift(torch.ones(6, 2)), want, 1e-3)
+
+
+def test_where_float64_is_fast_it_comes_first(monkeypatch, recwarn):
+    where = "horse_plugin.method.ridge.torch.cuda.get_device_capability"
+    monkeypatch.setattr(where, lambda device: (9, 0) if device.index == 0 else (8, 9))
+    fast = [doubles_are_fast(torch.device(*of)) for of in (("cuda", 0), ("cuda", 1), ("cpu",))]
+    assert fast == [True, False, False]
+    monkeypatch.setattr("horse_plugin.method.ridge.doubles_are_fast", lambda device: True)
+    h = torch.ones(6, 9) * 1e4
+    want = oracle.shift(h.double().numpy(), np.ones((6, 2)), np.log(1e-6))
+    close(Ridge(h, 1e-6).shift(torch.ones(6, 2)), want, 1e-3)
+    assert not recwarn
 
 
 @pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4])
