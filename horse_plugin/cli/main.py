@@ -120,18 +120,32 @@ def train(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the facts.", min=1)] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUT.")] = False,
+    log: Annotated[
+        str | None, typer.Option(help="Where to watch it: tensorboard, trackio or wandb.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only say steps, memory and time, after one step of it.")
+    ] = False,
 ):
     """Train a hypernetwork; the best archive by validation score stays in OUT."""
+    from horse_plugin.cli import show
     from horse_plugin.editing.archive import ARCHIVE
     from horse_plugin.evaluation.tables import number
     from horse_plugin.storage.files import locked_folder
+    from horse_plugin.training.logs import ready_log
     from horse_plugin.training.trainer import HORSETrainer
 
     settings = _hparams(hparams, edits_per_step=edits_per_step, max_epochs=epochs)
     if not resume and (out / ARCHIVE).exists():
         raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
-    with locked_folder(out):
+    if dry_run:
         trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
+        console.print(show.forecast(trainer.dry_run(), trainer.backbone.edit_device))
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked_folder(out))
+        watched = stack.enter_context(ready_log(log, out, settings.to_dict())) if log else None
+        trainer = HORSETrainer(settings, train, val, out=out, resume=resume, log=watched)
         folder = trainer.run()
     if best := trainer.best:
         console.print(
