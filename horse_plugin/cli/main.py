@@ -76,7 +76,10 @@ AnotherModel = Annotated[
 ]
 Data = Annotated[str, typer.Option(help="Facts: JSON, JSONL, Parquet, or a hub data-set id.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an edit, or of a chain of them.")]
-Delta = Annotated[Path | None, typer.Option(help="An edit, or a chain of them; none: the model.")]
+Delta = Annotated[
+    Path | None,
+    typer.Option(help="An edit, or a chain of them, also owner/name on the hub; none: the model."),
+]
 NEdits = Annotated[int | None, typer.Option(help="How many records, from the start.", min=1)]
 
 Datas = Annotated[list[str] | None, typer.Option(help="Facts to edit; may be repeated.")]
@@ -327,7 +330,9 @@ def show_edit(
     from horse_plugin.editing.delta import DELTA
     from horse_plugin.editing.standing import stale
     from horse_plugin.evaluation.facts import read_facts
+    from horse_plugin.storage.hub import local
 
+    folder = local(folder)
     deltas, is_chain = read_edits(folder), not (folder / DELTA).exists()
     others = stale(Chain(folder)) if is_chain else {}
     for delta in deltas:
@@ -412,6 +417,29 @@ def export(
             editor.apply_chain(deltas)
             editor.save_model(out)
     console.print(f"{'Adapter' if lora else 'Model'}: {out}", soft_wrap=True)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Of an archive, edit, chain or adapter.")],
+    name: Annotated[str, typer.Argument(help="Its name on the hub: owner/name.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+):
+    """Put an archive, an edit, a chain or an adapter on the Hugging Face hub, with a card."""
+    from horse_plugin.editing.sharing import push
+
+    console.print(f"Pushed: {push(folder, name, private)}", soft_wrap=True)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="owner/name, or owner/name@revision.")],
+    out: Annotated[Path, typer.Option(help="New folder for it.")],
+):
+    """Copy an archive, an edit, a chain or an adapter from the hub, and check it."""
+    from horse_plugin.editing.sharing import pull
+
+    console.print(f"Pulled: {pull(name, out)}, into {out}", soft_wrap=True)
 
 
 @app.command()

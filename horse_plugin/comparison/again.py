@@ -4,7 +4,7 @@ from pathlib import Path
 
 from horse_plugin.comparison.output import comparison_report
 from horse_plugin.comparison.runner import ROW
-from horse_plugin.editing.archive import ARCHIVE, read_network
+from horse_plugin.editing.archive import ARCHIVE, HISTORY, read_network
 from horse_plugin.editing.chain import read_edits
 from horse_plugin.editing.delta import CHAIN_FILE, DELTA, EditDelta
 from horse_plugin.errors import UsageError
@@ -12,7 +12,7 @@ from horse_plugin.evaluation import general, report
 from horse_plugin.evaluation.facts import FACTS_FILE, read_facts
 from horse_plugin.evaluation.verdict import judge
 from horse_plugin.storage.schema import check_form, read_json
-from horse_plugin.training.history import HISTORY, read_history
+from horse_plugin.training.history import read_history
 
 
 def report_of(folder) -> report.Report:

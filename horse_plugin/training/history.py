@@ -4,11 +4,11 @@ import csv
 import io
 from pathlib import Path
 
+from horse_plugin.editing.archive import HISTORY
 from horse_plugin.errors import HorseError
 from horse_plugin.storage.files import write
 from horse_plugin.storage.schema import read_text
 
-HISTORY = "training.csv"
 VALIDATION = "validation_"  # begins the name of a figure of the validation records
 
 
