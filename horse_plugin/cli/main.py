@@ -236,6 +236,9 @@ def evaluate(
     n_edits: NEdits = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the row, and facts.csv.")] = None,
     generate: Annotated[bool, typer.Option(help="Let the model write its answers, too.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option(help="CounterFact's success and magnitude, too.")
+    ] = False,
 ):
     """Measure the model, or an edit of it, on facts; without --data, on each edit's own."""
     from horse_plugin.cli import show
@@ -244,14 +247,13 @@ def evaluate(
     from horse_plugin.editing.chain import Chain
     from horse_plugin.editing.delta import CHAIN_FILE
     from horse_plugin.editing.standing import measure_again
-    from horse_plugin.evaluation import results
+    from horse_plugin.evaluation import probability, results, written
     from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
     from horse_plugin.evaluation.facts import fact_rows, save_facts
     from horse_plugin.evaluation.metrics import Evaluator
-    from horse_plugin.evaluation.written import figures, table, write_answers
     from horse_plugin.storage.files import locked_folder, reserved
 
-    if data is None and (delta is None or n_edits or generate):
+    if data is None and (delta is None or n_edits or generate or probabilities):
         raise UsageError("eval: give --data, or --delta for the facts of its edits.")
     settings, records = _hparams(hparams), load_records(data, n_edits) if data else []
     tables = (f"{out.stem}-facts.csv", f"{out.stem}-written.csv") if out else ()
@@ -279,18 +281,23 @@ def evaluate(
         evaluation = evaluator.evaluate() if deltas else evaluator.before
         name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
         rows = [results.row(name, visible(Path(data).stem), settings, evaluation)]
-        written = write_answers(editor.backbone, records) if generate else []
-        if written:
-            rows[0]["generated"] = figures(written)
+        texts = written.write_answers(editor.backbone, records) if generate else []
+        if generate:
+            rows[0]["generated"] = written.figures(texts)
+        if probabilities:
+            parts = editor.backbone, records
+            rows[0]["probabilities"] = probability.success_and_magnitude(*parts)
         if out and is_main_process():
             results.save(out, rows)
             parts = editor.backbone.tokenizer, evaluator.before, evaluation
             save_facts(files[1], fact_rows(evaluator.edits, *parts))
-            if written:
-                save_facts(files[2], list(map(asdict, written)))
+            if texts:
+                save_facts(files[2], list(map(asdict, texts)))
     console.print(show.figures(rows))
-    if written:
-        console.print(show.printed(table(rows[0]["generated"])))
+    if generate:
+        console.print(show.printed(written.table(rows[0]["generated"])))
+    if probabilities:
+        console.print(show.printed(probability.table(rows[0]["probabilities"])))
 
 
 @app.command()

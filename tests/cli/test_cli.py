@@ -98,10 +98,12 @@ def test_train_edit_eval(folder, horse):
     )
     assert code == 0
     line = "eval --hparams tiny --data val.json --n-edits 2 --delta e --generate --out r/text.json"
+    line += " --probabilities"
     code, out, err = horse(line)
     assert code == 0 and "contains, Q&A" in out, err
     (row,) = json.loads((folder / "r" / "text.json").read_text())
     assert 0 <= row["generated"]["edit_exact_plain"] <= 100
+    assert 0 <= row["probabilities"]["specificity_success"] <= 100
     assert len((folder / "r/text-written.csv").read_text().splitlines()) > 2 * 3 * 2
     assert (folder / "r/eval-facts.csv").read_text() == (folder / "e/facts.csv").read_text()
     (row,) = json.loads((folder / "r" / "eval.json").read_text())
