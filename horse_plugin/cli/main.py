@@ -76,7 +76,10 @@ AnotherModel = Annotated[
 ]
 Data = Annotated[str, typer.Option(help="Facts: JSON, JSONL, Parquet, or a hub data-set id.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an edit, or of a chain of them.")]
-Delta = Annotated[Path | None, typer.Option(help="An edit, or a chain of them; none: the model.")]
+Delta = Annotated[
+    Path | None,
+    typer.Option(help="An edit, or a chain of them, also owner/name on the hub; none: the model."),
+]
 NEdits = Annotated[int | None, typer.Option(help="How many records, from the start.", min=1)]
 
 Datas = Annotated[list[str] | None, typer.Option(help="Facts to edit; may be repeated.")]
@@ -120,18 +123,32 @@ def train(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the facts.", min=1)] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUT.")] = False,
+    log: Annotated[
+        str | None, typer.Option(help="Where to watch it: tensorboard, trackio or wandb.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only say steps, memory and time, after one step of it.")
+    ] = False,
 ):
     """Train a hypernetwork; the best archive by validation score stays in OUT."""
+    from horse_plugin.cli import show
     from horse_plugin.editing.archive import ARCHIVE
     from horse_plugin.evaluation.tables import number
     from horse_plugin.storage.files import locked_folder
+    from horse_plugin.training.logs import ready_log
     from horse_plugin.training.trainer import HORSETrainer
 
     settings = _hparams(hparams, edits_per_step=edits_per_step, max_epochs=epochs)
     if not resume and (out / ARCHIVE).exists():
         raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
-    with locked_folder(out):
+    if dry_run:
         trainer = HORSETrainer(settings, train, val, out=out, resume=resume)
+        console.print(show.forecast(trainer.dry_run(), trainer.backbone.edit_device))
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked_folder(out))
+        watched = stack.enter_context(ready_log(log, out, settings.to_dict())) if log else None
+        trainer = HORSETrainer(settings, train, val, out=out, resume=resume, log=watched)
         folder = trainer.run()
     if best := trainer.best:
         console.print(
@@ -219,6 +236,9 @@ def evaluate(
     n_edits: NEdits = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the row, and facts.csv.")] = None,
     generate: Annotated[bool, typer.Option(help="Let the model write its answers, too.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option(help="CounterFact's success and magnitude, too.")
+    ] = False,
 ):
     """Measure the model, or an edit of it, on facts; without --data, on each edit's own."""
     from horse_plugin.cli import show
@@ -227,14 +247,13 @@ def evaluate(
     from horse_plugin.editing.chain import Chain
     from horse_plugin.editing.delta import CHAIN_FILE
     from horse_plugin.editing.standing import measure_again
-    from horse_plugin.evaluation import results
+    from horse_plugin.evaluation import probability, results, written
     from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
     from horse_plugin.evaluation.facts import fact_rows, save_facts
     from horse_plugin.evaluation.metrics import Evaluator
-    from horse_plugin.evaluation.written import figures, table, write_answers
     from horse_plugin.storage.files import locked_folder, reserved
 
-    if data is None and (delta is None or n_edits or generate):
+    if data is None and (delta is None or n_edits or generate or probabilities):
         raise UsageError("eval: give --data, or --delta for the facts of its edits.")
     settings, records = _hparams(hparams), load_records(data, n_edits) if data else []
     tables = (f"{out.stem}-facts.csv", f"{out.stem}-written.csv") if out else ()
@@ -262,18 +281,23 @@ def evaluate(
         evaluation = evaluator.evaluate() if deltas else evaluator.before
         name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
         rows = [results.row(name, visible(Path(data).stem), settings, evaluation)]
-        written = write_answers(editor.backbone, records) if generate else []
-        if written:
-            rows[0]["generated"] = figures(written)
+        texts = written.write_answers(editor.backbone, records) if generate else []
+        if generate:
+            rows[0]["generated"] = written.figures(texts)
+        if probabilities:
+            parts = editor.backbone, records
+            rows[0]["probabilities"] = probability.success_and_magnitude(*parts)
         if out and is_main_process():
             results.save(out, rows)
             parts = editor.backbone.tokenizer, evaluator.before, evaluation
             save_facts(files[1], fact_rows(evaluator.edits, *parts))
-            if written:
-                save_facts(files[2], list(map(asdict, written)))
+            if texts:
+                save_facts(files[2], list(map(asdict, texts)))
     console.print(show.figures(rows))
-    if written:
-        console.print(show.printed(table(rows[0]["generated"])))
+    if generate:
+        console.print(show.printed(written.table(rows[0]["generated"])))
+    if probabilities:
+        console.print(show.printed(probability.table(rows[0]["probabilities"])))
 
 
 @app.command()
@@ -314,7 +338,9 @@ def show_edit(
     from horse_plugin.editing.delta import DELTA
     from horse_plugin.editing.standing import stale
     from horse_plugin.evaluation.facts import read_facts
+    from horse_plugin.storage.hub import local
 
+    folder = local(folder)
     deltas, is_chain = read_edits(folder), not (folder / DELTA).exists()
     others = stale(Chain(folder)) if is_chain else {}
     for delta in deltas:
@@ -399,6 +425,29 @@ def export(
             editor.apply_chain(deltas)
             editor.save_model(out)
     console.print(f"{'Adapter' if lora else 'Model'}: {out}", soft_wrap=True)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Of an archive, edit, chain or adapter.")],
+    name: Annotated[str, typer.Argument(help="Its name on the hub: owner/name.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+):
+    """Put an archive, an edit, a chain or an adapter on the Hugging Face hub, with a card."""
+    from horse_plugin.editing.sharing import push
+
+    console.print(f"Pushed: {push(folder, name, private)}", soft_wrap=True)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="owner/name, or owner/name@revision.")],
+    out: Annotated[Path, typer.Option(help="New folder for it.")],
+):
+    """Copy an archive, an edit, a chain or an adapter from the hub, and check it."""
+    from horse_plugin.editing.sharing import pull
+
+    console.print(f"Pulled: {pull(name, out)}, into {out}", soft_wrap=True)
 
 
 @app.command()

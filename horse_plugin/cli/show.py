@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -10,6 +11,7 @@ from horse_plugin.editing.budget import Budget
 from horse_plugin.editing.chain import Chain
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.export import Adapter
+from horse_plugin.editing.memory import free_bytes
 from horse_plugin.editing.standing import Since, stale
 from horse_plugin.errors import visible
 from horse_plugin.evaluation.generation import Example
@@ -24,6 +26,7 @@ from horse_plugin.evaluation.tables import (
 )
 from horse_plugin.evaluation.verdict import judge
 from horse_plugin.model.fingerprint import describe
+from horse_plugin.training.trainer import Forecast
 
 
 def printed(table: Table) -> RichTable:
@@ -164,6 +167,22 @@ def failed(name: str, facts: Sequence[dict]) -> RichTable:
     ]
     title = f"{name}: {len(lines):,} of {len(facts):,} facts do not hold"
     return printed(Table(["prompt", "wanted", "before", "after"], lines, title, is_text=True))
+
+
+def forecast(found: Forecast, device: torch.device) -> str:
+    """Return what a training would take, in a sentence or two."""
+    free, on = free_bytes(device), "GPU" if device.type == "cuda" else "machine"
+    there = f"; {number(free / 2**30)} GB are free now" if free else ""
+    return (
+        f"{found.steps:,} steps of {number(found.step_seconds)} s, {found.validations:,} "
+        f"validations: about {_duration(found.seconds)} in all. Memory of the {on}: about "
+        f"{number(found.peak_memory_mb / 2**10)} GB, the model included{there}."
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
 def log(chain: Chain) -> RichTable:

@@ -6,6 +6,7 @@
     task          what a method gets, and what it gives back
     methods       the rows: a name and a runner each
     tables        rows of results.json as the paper's tables
+    harness       the model `horse` of lm-evaluation-harness
     again         the report of a folder, drawn again
     output        what a comparison leaves in its folder
     demo          train on shipped facts, edit 200 others, report

@@ -14,6 +14,7 @@
     checked     checked_edit: conflicts, figures before and after, one edit
     settings    a YAML to begin with for any model, and facts to begin with
     export      an edit as a PEFT LoRA adapter
+    sharing     archives, edits, chains and adapters on the hub, with cards
 
 This package imports ``evaluation`` and what stands above it.
 """

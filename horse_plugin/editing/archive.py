@@ -11,10 +11,12 @@ from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.fingerprint import FINGERPRINT, describe, is_same_model
 from horse_plugin.model.preserve import FORM, Preserve
+from horse_plugin.storage.hub import local
 from horse_plugin.storage.schema import Maybe, check_form, count
 from horse_plugin.storage.tensors import load_tensors
 
 ARCHIVE = "archive.safetensors"
+HISTORY = "training.csv"  # beside it, the losses and validations of its training
 # What the description of an archive or of an edit must hold.
 MADE_FOR = {"model": FINGERPRINT, "modules": [str], "versions": {str: str}}
 MADE_FOR["hparams"] = {"alg_name": str, "archive": Maybe(str), "token": Maybe(str)}
@@ -41,11 +43,14 @@ def load_network(folder, backbone: Backbone) -> tuple[HyperNetwork, Preserve | N
 def read_network(folder) -> tuple[HyperNetwork, Preserve | None, dict]:
     """Return a trained hypernetwork, whatever model it is for, with its text and its description.
 
+    Args:
+        folder: a folder, or ``owner/name`` on the hub.
+
     Raises:
-        UsageError: there is no archive in the folder.
+        UsageError: there is no archive in the folder, or no such folder on the hub.
         HorseError: the archive is damaged.
     """
-    path = Path(folder, ARCHIVE)
+    path = local(folder) / ARCHIVE
     if not path.is_file():
         raise UsageError(f"archive: {folder} holds no {ARCHIVE}.")
     tensors, about = load_tensors(path)

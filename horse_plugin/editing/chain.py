@@ -19,6 +19,7 @@ from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.files import locked_folder, new_folder, to_json, write
+from horse_plugin.storage.hub import local
 from horse_plugin.storage.schema import Maybe, count, finite, read_json, read_text
 
 ENTRY = {"name": str, "made": str, "n_edits": count, "onto": Maybe([str]), "undone": Maybe(str)}
@@ -173,10 +174,14 @@ class Chain:
 def read_edits(folder) -> list[EditDelta]:
     """Return the edits in force in a folder: those of its chain, or the single one it holds.
 
+    Args:
+        folder: a folder, or ``owner/name`` on the hub.
+
     Raises:
-        UsageError: the folder holds neither.
+        UsageError: the folder holds neither, or there is no such folder on the hub.
         HorseError: something is damaged.
     """
+    folder = local(folder)
     if Path(folder, CHAIN_FILE).exists():
         return Chain(folder).deltas()
     return [EditDelta.load(folder)]

@@ -9,7 +9,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -17,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.editing.sharing import front, portable, said
 from horse_plugin.evaluation.metrics import Evaluator
-from horse_plugin.evaluation.verdict import judge
 from horse_plugin.method.metric import whitened
 from horse_plugin.model.guard import guarded
 from horse_plugin.storage.files import new_folder, write
@@ -31,7 +30,8 @@ class Adapter:
     """Low-rank factors of an edit or of a chain of edits.
 
     Attributes:
-        factors: module name → (keys, r×d; factors, r×d') with ΔW ≈ keysᵀ · factors.
+        factors: module name → (keys, r×d; factors, r×d') with ΔW ≈ keysᵀ · factors, in the dtype
+            of the model.
         rank: the largest r.
         error: ‖Lᵀ(ΔW − keysᵀ · factors)‖ / ‖Lᵀ ΔW‖ over all modules together (Frobenius).
         efficacy: of the edit and of the adapter, on the edited facts, in percent.
@@ -55,7 +55,8 @@ def to_rank(
 ) -> Adapter:
     """Return the sum of the edits as factors of at most that rank, and what is lost by it.
 
-    Without a rank, or with one that suffices, nothing is lost but rounding. The editor's model is
+    Without a rank, or with one that suffices, nothing is lost but rounding to the model's dtype.
+    The editor's model is
     edited for the comparison and put back.
 
     Args:
@@ -86,12 +87,13 @@ def to_rank(
         rank = min(rank or len(values[0]), _least_rank(values, max_error))
     factors, lost, norm = {}, 0.0, 0.0
     for module, root, shift in zip(modules, roots, shifts, strict=True):
-        factors[module] = _exact(deltas, module, rank) or _truncated(root, shift, rank)
-        keys, values = factors[module]
+        parts = _exact(deltas, module, rank) or _truncated(root, shift, rank)
+        keys, values = factors[module] = tuple(part.to(backbone.model.dtype) for part in parts)
         left = whitened(shift - keys.T.double() @ values.double(), root)
         lost += left.square().sum().item()
         norm += whitened(shift, root).square().sum().item()
-    with backbone.weights.shifted({m: keys.T @ values for m, (keys, values) in factors.items()}):
+    rounded = {m: keys.T.float() @ values.float() for m, (keys, values) in factors.items()}
+    with backbone.weights.shifted(rounded):
         kept = evaluator.evaluate().mean("efficacy")
     return Adapter(factors, (lost / norm) ** 0.5, (edited, kept))
 
@@ -150,8 +152,7 @@ def save_adapter(adapter: Adapter, backbone, folder, deltas: Sequence[EditDelta]
         B = torch.nn.functional.pad(factors, (0, 0, 0, missing)).T
         for name, matrix in (("lora_A", A), ("lora_B", B)):
             tensors[f"base_model.model.{module}.{name}.weight"] = matrix.cpu().contiguous()
-    base = str(backbone.model.config.name_or_path)
-    base = Path(base).name if Path(base).is_dir() else base
+    base = portable(str(backbone.model.config.name_or_path))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -174,28 +175,14 @@ def save_adapter(adapter: Adapter, backbone, folder, deltas: Sequence[EditDelta]
 def _card(adapter: Adapter, base: str, deltas: Sequence[EditDelta]) -> str:
     """Return a model card: the base model, what each edit holds and costs, what the rank loses."""
     edited, kept = adapter.efficacy
-    said = [
-        f"- {d.name}: {len(d.records):,} facts. {judge(figures).sentence}"
-        if (figures := d.about.get("figures"))
-        else f"- {d.name}: {len(d.records):,} facts, not measured."
-        for d in deltas
+    lines = [
+        front(base, "peft", "lora"),
+        f"# Facts edited in {base}",
+        f"A LoRA adapter of rank {adapter.rank}, made with horse-plugin. It holds {kept:.1f} "
+        f"percent of the answers, and the edit itself {edited:.1f} percent.",
+        "\n".join(map(said, deltas)),
     ]
-    return "\n".join(
-        [
-            "---",
-            f"base_model: {base}",
-            "library_name: peft",
-            "tags: [knowledge-editing, lora]",
-            "---",
-            f"# Facts edited in {base}",
-            "",
-            f"A LoRA adapter of rank {adapter.rank}, made with horse-plugin. It holds "
-            f"{kept:.1f} percent of the answers, and the edit itself {edited:.1f} percent.",
-            "",
-            *said,
-            "",
-        ]
-    )
+    return "\n\n".join(lines) + "\n"
 
 
 def _name_in_plain(module: str) -> str:

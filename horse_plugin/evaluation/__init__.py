@@ -4,6 +4,7 @@
     drift        drift and perplexity of ordinary text
     generation   what the model writes, and its fluency
     general      general ability, by lm-evaluation-harness (Table 3)
+    probability  CounterFact's success and magnitude
     written      answers in what the model writes: exact match and contains
     facts        each fact's fate: rows of facts.csv
     verdict      an edit in words: do the facts hold, is the model still what it was

@@ -59,11 +59,11 @@ def learning_curves(history: list[dict]) -> list[Figure]:
     steps = [h["step"] for h in history]
     for kind in ("edit", "rephrase", "unrelated", "ordinary"):
         if history[0].get(kind) is not None:
-            losses.plot(steps, [h[kind] for h in history], label=kind)
+            losses.plot(steps, [h.get(kind) for h in history], label=kind)
     losses.set(xlabel="step", ylabel="loss per answer token", ylim=(0, None))
     validated = [h for h in history if "validation" in h]
     for name in SHARES:
-        values = [h["validation"][name] for h in validated]
+        values = [h["validation"].get(name) for h in validated]
         style = {"marker": "o", "markersize": 3, "label": name}
         validation.plot([h["step"] for h in validated], values, **style)
     validation.set(xlabel="step", ylabel="percent", ylim=(0, 100))

@@ -3,6 +3,7 @@
     objective    the losses of the edited model, and their gradient in the network's parameters
     trainer      HORSETrainer: steps, validations, the best archive
     history      losses and validations, as training.csv
+    logs         ready-made logs to watch a run: TensorBoard, trackio, Weights & Biases
     checkpoint   what a run saves, and what a resumed run reads again
 
 This package imports ``editing`` and what stands above it.

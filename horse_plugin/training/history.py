@@ -4,21 +4,25 @@ import csv
 import io
 from pathlib import Path
 
+from horse_plugin.editing.archive import HISTORY
 from horse_plugin.errors import HorseError
 from horse_plugin.storage.files import write
 from horse_plugin.storage.schema import read_text
 
-HISTORY = "training.csv"
 VALIDATION = "validation_"  # begins the name of a figure of the validation records
+
+
+def flat(step: dict) -> dict[str, float]:
+    """Return one step of the trainer's history as names and numbers; what is None is left out."""
+    figures = step.get("validation", {}).items()
+    named = {n: v for n, v in step.items() if n != "validation"}
+    named |= {f"{VALIDATION}{name}": value for name, value in figures}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def save_history(folder, history: list[dict]):
     """Write the trainer's history, one line a step; a validation stands in the line of its step."""
-    lines = []
-    for step in history:
-        figures = step.get("validation", {})
-        losses = {name: value for name, value in step.items() if name != "validation"}
-        lines.append(losses | {f"{VALIDATION}{name}": value for name, value in figures.items()})
+    lines = list(map(flat, history))
     text = io.StringIO()
     # In an order that does not depend on whether the run went on from a checkpoint.
     names = sorted({name for line in lines for name in line}, key=lambda n: (n != "step", n))

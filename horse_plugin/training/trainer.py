@@ -10,10 +10,12 @@ import contextlib
 import functools
 import signal
 import threading
+import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.prompts import PreparedEdits, Prompt
+from horse_plugin.data.records import EditRecord
 from horse_plugin.distributed import is_main_process, sum_over_ranks
 from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
 from horse_plugin.editing.editor import HorseEditor
@@ -29,8 +32,8 @@ from horse_plugin.editing.solve import Roots, calibrate, new_network
 from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.evaluation.drift import OrdinaryText
-from horse_plugin.evaluation.metrics import Evaluator, mean
-from horse_plugin.evaluation.results import versions
+from horse_plugin.evaluation.metrics import Evaluation, Evaluator, mean
+from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, versions
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
@@ -40,8 +43,29 @@ from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.files import locked_folder
 from horse_plugin.storage.tensors import save_tensors
 from horse_plugin.training import checkpoint
-from horse_plugin.training.history import save_history
+from horse_plugin.training.history import flat, save_history
+from horse_plugin.training.logs import Log
 from horse_plugin.training.objective import TRAINED_ON, Objective
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the rest of a training would take, by one step and one validation of it.
+
+    Attributes:
+        steps, validations: how many are left.
+        seconds: of the whole run, about.
+        step_seconds: of one step.
+        peak_memory_mb: in MiB, with the trunk states that the run keeps in memory.
+    """
+
+    steps: int
+    validations: int
+    seconds: float
+    step_seconds: float
+    peak_memory_mb: float
 
 
 class HORSETrainer:
@@ -58,6 +82,8 @@ class HORSETrainer:
         backbone: a loaded model; None loads the one that the hparams name.
         resume: whether to go on from the checkpoint in ``out``, or begin if there is none.
         progress: whether to show a progress bar.
+        log: a function that gets a flat dict after each step, with its losses in nats and maybe
+            the figures of its validation; :mod:`horse_plugin.training.logs` has ready ones.
 
     Attributes:
         network: the hypernetwork as it is now.
@@ -79,6 +105,7 @@ class HORSETrainer:
         backbone: Backbone | None = None,
         resume: bool = False,
         progress: bool = True,
+        log: Log | None = None,
     ):
         if not isinstance(config, HORSEHyperParams):
             config = HORSEHyperParams.from_hparams(config)
@@ -111,6 +138,7 @@ class HORSETrainer:
             ]
         )
         self.progress = progress and is_main_process()
+        self.log = log if is_main_process() else None
         self.step, self.best, self.history = 0, None, []
         self._data = [
             json_digest([r.to_dict() for r in records], 64)
@@ -141,9 +169,38 @@ class HORSETrainer:
             self._run()
         return self.out
 
+    @guarded
+    def dry_run(self) -> Forecast:
+        """Do one step and one edit of a validation, and return what the rest of the run would take.
+
+        Nothing is written but the second moments in ``stats_dir``. The network has done the step
+        afterwards, so that the run itself wants another trainer.
+
+        Raises:
+            HorseError: a step would take more memory than is allowed, or than is free.
+        """
+        steps, every = self.n_steps - self.step, self.hparams.val_interval
+        validations = -(-self.n_steps // every) - self.step // every
+        with self.backbone.trunk_cache.for_a_while():
+            batch = self.batch(self.step)
+            reset_peak_memory()
+            some = list(dict.fromkeys(batch.flat(*TRAINED_ON)))
+            trunk, _ = _timed(lambda: self.backbone.cache_trunk_states(some, progress=False))
+            metric, _ = _timed(lambda: self.roots)
+            step, _ = _timed(lambda: self.train_step(batch))
+            before, evaluator = _timed(lambda: next(self._evaluators()))
+            after, _ = _timed(lambda: self._measure_edit(evaluator))
+        of_step, of_run = (sum(len(p.inputs) for p in of) for of in (some, self._to_cache()))
+        n_edits = len(self._val_chunks)
+        once = trunk * of_run / of_step + metric + n_edits * before
+        states = of_run * self.backbone.model.get_input_embeddings().weight[0].nbytes
+        kept = min(states, self.hparams.trunk_cache_gb * 1e9)
+        seconds = once + steps * step + validations * n_edits * after
+        return Forecast(steps, validations, seconds, step, peak_memory_mb() + kept / 2**20)
+
     def _run(self):
         self._cache_trunk_states()
-        evaluators = self._evaluators()
+        evaluators = list(self._evaluators())
         bar = tqdm(
             total=self.n_steps,
             initial=self.step,
@@ -161,6 +218,8 @@ class HORSETrainer:
                 self.history.append({"step": self.step, **losses})
                 if self.step % self.hparams.val_interval == 0 or self.step == self.n_steps:
                     self._validate(evaluators)
+                if self.log:
+                    self.log(flat(self.history[-1]))
                 bar.update()
                 bar.set_postfix(self._shown_beside_steps(losses))
                 if sum_over_ranks(torch.tensor(len(interrupts))):  # of any process
@@ -251,34 +310,32 @@ class HORSETrainer:
 
     def _cache_trunk_states(self):
         """Run the trunk over the prompts of this run, in an order that depends on nothing else."""
+        self.backbone.cache_trunk_states(self._to_cache(), self.progress)
+
+    def _to_cache(self) -> list[Prompt]:
         edits, _ = self._train_edits
         prompts = [p for i in range(len(edits)) for kind in TRAINED_ON for p in edits.of(kind, i)]
-        prompts += self.preserve.text if self.preserve else ()
-        self.backbone.cache_trunk_states(prompts, self.progress)
+        return prompts + list(self.preserve.text if self.preserve else ())
 
-    def _evaluators(self) -> list[Evaluator]:
-        """Return an evaluator for each edit of a validation."""
+    @property
+    def _val_chunks(self) -> list[list[EditRecord]]:
+        """The records of each edit of a validation."""
         hp = self.hparams
         n = min(hp.val_edits or hp.edits_per_step, len(self.val_records))
         records = self.val_records[: hp.val_records or n]
+        return [records[i : i + n] for i in range(0, len(records), n)]
+
+    def _evaluators(self) -> Iterator[Evaluator]:
+        """Yield an evaluator for each edit of a validation."""
         text = OrdinaryText(self.backbone, shipped_pieces("choose"))
-        return [
-            Evaluator(self.backbone, records[i : i + n], text=text)
-            for i in range(0, len(records), n)
-        ]
+        for records in self._val_chunks:
+            yield Evaluator(self.backbone, records, text=text)
 
     def _validate(self, evaluators: list[Evaluator]):
         """Edit the validation records with the network as it is; keep it if it is the best."""
         figures, scores = [], []
         for evaluator in evaluators:
-            hp = replace(self.hparams, max_drift=None)  # a search for each validation
-            parts = hp, self.network, self.preserve, self.roots
-            editor = HorseEditor.from_backbone(self.backbone, *parts)
-            editor.edit(evaluator.edits)
-            try:
-                evaluation = evaluator.evaluate()
-            finally:
-                editor.undo()
+            evaluation = self._measure_edit(evaluator)
             figures.append(evaluation.summary() | {"mean": evaluation.score()})
             by = {"kept": evaluation.kept_score, "paper": evaluation.score}
             scores.append(by[self.hparams.val_score]())
@@ -289,6 +346,17 @@ class HORSETrainer:
             self.best = {"step": self.step, "score": score, **means}
             self._save_archive()
         self._save_checkpoint()  # after the archive that it names as the best
+
+    def _measure_edit(self, evaluator: Evaluator) -> Evaluation:
+        """Edit the evaluator's records with the network as it is, measure, and undo the edit."""
+        hp = replace(self.hparams, max_drift=None)  # a search for each validation
+        parts = hp, self.network, self.preserve, self.roots
+        editor = HorseEditor.from_backbone(self.backbone, *parts)
+        editor.edit(evaluator.edits)
+        try:
+            return evaluator.evaluate()
+        finally:
+            editor.undo()
 
     def _is_stale(self) -> bool:
         patience = self.hparams.early_stop_patience
@@ -375,3 +443,9 @@ def one_prompt_a_kind(edits: PreparedEdits, epoch: int) -> PreparedEdits:
             for kind, groups in edits.prompts.items()
         },
     )
+
+
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result

@@ -48,6 +48,21 @@ def test_ctrl_c_says_how_to_go_on(horse, monkeypatch):
     assert horse(f"{line} --resume")[0] == 0
 
 
+def test_a_training_is_forecast_watched_and_drawn(folder, horse):
+    line = "train --hparams tiny --train train.json --val val.json --out w --epochs 2"
+    code, out, err = horse(f"{line} --dry-run")
+    assert code == 0 and out.startswith("4 steps of"), err
+    assert "2 validations: about 1 min in all. Memory of the machine: about" in " ".join(
+        out.split()
+    )
+    assert not (folder / "w").exists()
+    code, _, err = horse(f"{line} --log none")
+    assert code == 2 and "log: 'none' is not one of tensorboard" in err
+    assert horse(f"{line} --log tensorboard")[0] == 0
+    assert list((folder / "w").glob("events.out.tfevents.*"))
+    assert horse("report w")[0] == 0 and "Learning" in (folder / "w/report.html").read_text()
+
+
 def test_train_edit_eval(folder, horse):
     code, out, _ = horse(
         "train --hparams tiny --train train.json --val val.json --out a --epochs 2"
@@ -83,10 +98,12 @@ def test_train_edit_eval(folder, horse):
     )
     assert code == 0
     line = "eval --hparams tiny --data val.json --n-edits 2 --delta e --generate --out r/text.json"
+    line += " --probabilities"
     code, out, err = horse(line)
     assert code == 0 and "contains, Q&A" in out, err
     (row,) = json.loads((folder / "r" / "text.json").read_text())
     assert 0 <= row["generated"]["edit_exact_plain"] <= 100
+    assert 0 <= row["probabilities"]["specificity_success"] <= 100
     assert len((folder / "r/text-written.csv").read_text().splitlines()) > 2 * 3 * 2
     assert (folder / "r/eval-facts.csv").read_text() == (folder / "e/facts.csv").read_text()
     (row,) = json.loads((folder / "r" / "eval.json").read_text())

@@ -46,10 +46,20 @@ def test_general_ability_has_a_report_and_a_folder_of_nothing_an_error(tmp_path)
     rows = general.rows({("nli", "acc"): 50.0}, {("nli", "acc"): 49.0})
     results.save(tmp_path / "results.json", rows)
     assert "-1.0" in report_of(tmp_path).html()
-    with pytest.raises(UsageError, match=r"holds no edit and no results\.json"):
+    with pytest.raises(UsageError, match=r"holds no edit, no training and no results\.json"):
         report_of(tmp_path / "none")
     (tmp_path / "results.json").write_text('{"a": 1}')
     with pytest.raises(HorseError, match="damaged"):
+        report_of(tmp_path)
+
+
+def test_a_training_has_a_report_with_its_curves(tmp_path):
+    step = {"step": 1, "edit": 2.5, "rephrase": None, "validation": {"efficacy": 99.0}}
+    save_history(tmp_path, [step])
+    page = report_of(tmp_path).html()
+    assert "A training of 1 steps" in page and page.count("<svg") == 2
+    save_history(tmp_path, [])
+    with pytest.raises(UsageError, match="holds no step"):
         report_of(tmp_path)
 
 

@@ -17,14 +17,14 @@ from horse_plugin.training.trainer import one_prompt_a_kind
 from tests import tiny
 
 
-def trainer(out, architecture="llama", resume=False, **changes):
+def trainer(out, architecture="llama", resume=False, log=None, **changes):
     hparams = tiny.hparams(
         **{"max_epochs": 3, "val_interval": 2, "meta_lr": 1e-3, "loc_loss": "ce"} | changes
     )
     hparams.trunk_cache_gb = 0.1
     backbone = Backbone.of(tiny.model(architecture), tiny.bpe_tokenizer(), hparams)
     data = tiny.records(18)
-    return HORSETrainer(hparams, data[:12], data[12:], out, backbone, resume, progress=False)
+    return HORSETrainer(hparams, data[:12], data[12:], out, backbone, resume, False, log)
 
 
 def read(folder, name=ARCHIVE):
@@ -192,6 +192,20 @@ def test_a_loss_that_is_not_finite_stops_with_the_record(tmp_path, monkeypatch):
     says = r"step 0: record 4: the loss on its rephrase prompt is not finite.*bf16"
     with pytest.raises(HorseError, match=says):
         t.run()
+
+
+def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path):
+    t = trainer(tmp_path, max_epochs=2, val_interval=3)
+    before = {k: v.clone() for k, v in t.backbone.model.state_dict().items()}
+    found = t.dry_run()
+    assert (found.steps, found.validations) == (4, 2)
+    assert found.seconds > 4 * found.step_seconds > 0
+    assert found.peak_memory_mb > 10
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(v, before[k]) for k, v in t.backbone.model.state_dict().items())
+    trainer(tmp_path, max_epochs=2, val_interval=3, max_iters=3).run()
+    t = trainer(tmp_path, max_epochs=2, val_interval=3, max_iters=3, resume=True)
+    assert (t.dry_run().steps, t.dry_run().validations) == (0, 0)
 
 
 def test_too_few_records_are_refused(tmp_path):

@@ -1,0 +1,80 @@
+"""CounterFact's success and magnitude: the new answer's probability against the true one's.
+
+The probability of an answer is the geometric mean of those of its tokens, as in ROME's and MEMIT's
+evaluation, so that a longer answer is not less likely for its length alone. Success is the share of
+prompts where the answer that should be likelier is, and magnitude the mean difference of the two
+probabilities. On edit prompts and rephrasings the new answer should be likelier, and on unrelated
+prompts their own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from horse_plugin.data.prompts import Prompt
+from horse_plugin.data.records import EditRecord, Query
+from horse_plugin.errors import UsageError
+from horse_plugin.evaluation.metrics import mean
+from horse_plugin.evaluation.tables import Table, number
+from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.guard import guarded
+
+KINDS = ("efficacy", "generalization", "specificity")
+
+
+@guarded
+@torch.no_grad()
+def answer_probabilities(backbone: Backbone, prompts: Sequence[Prompt]) -> list[float]:
+    """Return the geometric mean of the probabilities of each prompt's answer tokens."""
+    found = [0.0] * len(prompts)
+    for batch in backbone.batches(prompts, "evaluate"):
+        logits = backbone.logits(batch).to(backbone.edit_dtype).log_softmax(-1)
+        logprobs = logits.gather(1, batch.labels.to(logits.device)[:, None])[:, 0].cpu()
+        of_prompts = logprobs.split([len(p.answer) for p in batch.prompts])
+        for i, of_answer in zip(batch.index, of_prompts, strict=True):
+            found[i] = of_answer.mean().exp().item()
+    return found
+
+
+def success_and_magnitude(backbone: Backbone, records: Sequence[EditRecord]) -> dict[str, float]:
+    """Return ``<kind>_success`` and ``<kind>_magnitude`` in percent, the mean over the records.
+
+    The true answer of edit prompts and rephrasings is the record's ``ground_truth``; without one,
+    the record counts for unrelated prompts only.
+
+    Raises:
+        UsageError: a prompt cannot be tokenised, or nothing can be compared.
+    """
+    asked = []  # record, kind, the prompt with the answer that should be likelier and the other one
+    for i, r in enumerate(records):
+        texts = [("efficacy", r.prompt), *(("generalization", text) for text in r.rephrases)]
+        if r.ground_truth:
+            asked += [(i, kind, text, r.target_new, r.ground_truth) for kind, text in texts]
+        asked += [(i, "specificity", q.prompt, q.answer, r.target_new) for q in r.unrelated]
+    if not asked:
+        raise UsageError("probabilities: no record has its true answer, or an unrelated prompt.")
+    pairs = [EditRecord(t, a, unrelated=(Query(t, a), Query(t, b))) for _, _, t, a, b in asked]
+    edits = backbone.prepare(pairs, ["unrelated"], warn=False)
+    edits.check()
+    probabilities = answer_probabilities(backbone, edits.flat())
+    differences = {}  # kind → record → of each of its prompts
+    for k, (i, kind, *_) in enumerate(asked):
+        right, other = probabilities[2 * k : 2 * k + 2]
+        differences.setdefault(kind, {}).setdefault(i, []).append(right - other)
+    found = {}
+    for kind, of_records in differences.items():
+        of_records = of_records.values()
+        found[f"{kind}_success"] = 100 * mean(mean(d > 0 for d in of) for of in of_records)
+        found[f"{kind}_magnitude"] = 100 * mean(map(mean, of_records))
+    return found
+
+
+def table(found: dict[str, float]) -> Table:
+    """Return the figures as a table, one row a kind of prompt."""
+    lines = [
+        [kind, number(found[f"{kind}_success"]), number(found[f"{kind}_magnitude"])]
+        for kind in KINDS
+        if f"{kind}_success" in found
+    ]
+    caption = "Probability of the answer against the other one, percent"
+    return Table(["", "success", "magnitude"], lines, caption)
