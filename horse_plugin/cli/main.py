@@ -149,7 +149,9 @@ def edit(
     out: Annotated[Path | None, typer.Option(help="Folder for the edit, by itself.")] = None,
     onto: Annotated[Path | None, typer.Option(help="Chain of edits to put it on top of.")] = None,
     name: Annotated[str | None, typer.Option(help="Its name; else a number, or OUT's.")] = None,
-    archive: Annotated[Path | None, typer.Option(help="Trained archive; none: untrained.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="Trained archive, shipped, or untrained; none: the YAML's.")
+    ] = None,
     n_edits: NEdits = None,
     save_model: Annotated[
         Path | None, typer.Option(help="Also save the edited model here.")
@@ -170,6 +172,7 @@ def edit(
     from horse_plugin.editing.delta import check_free
     from horse_plugin.editing.editor import HorseEditor
     from horse_plugin.evaluation import results
+    from horse_plugin.hparams import UNTRAINED
     from horse_plugin.storage.files import check_empty, locked_folder, reserved
 
     if (out is None) == (onto is None):
@@ -185,7 +188,7 @@ def edit(
         name = chain.new_name(name) if chain else name or folder.name
         if not chain:
             check_free(folder)
-        if not settings.archive:
+        if settings.archive in (None, UNTRAINED):
             _say("No archive: the hypernetwork is untrained. `horse train` makes one.")
         editor = HorseEditor.from_hparams(settings, progress=True)
         if chain:
@@ -557,7 +560,7 @@ def bench(
         records = load_records(data or FACTS / "train.json", n_edits)
         settings.edits_per_step = len(records)
         if config:
-            settings.inner_params = []
+            settings.inner_params, settings.archive = [], None
             backbone = Backbone.of(*random_model(config, settings), settings)
         else:
             backbone = Backbone.load(settings)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from horse_plugin.assets import TRAINED
 from horse_plugin.errors import HorseError, UsageError, first_line
-from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.hparams import SHIPPED, HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.fingerprint import FINGERPRINT, describe, is_same_model
@@ -23,6 +24,11 @@ NETWORK["coefficient"] = str
 SINCE_0_2 = ("normalizer", "has_cap")  # what the form of a network of 0.1 lacks
 
 
+def archive_file(folder) -> Path:
+    """Return the file of an archive: that in the folder, or the one that ``shipped`` names."""
+    return Path(TRAINED if str(folder) == SHIPPED else folder, ARCHIVE)
+
+
 def load_network(folder, backbone: Backbone) -> tuple[HyperNetwork, Preserve | None, dict]:
     """Return a trained hypernetwork, ready for the backbone, with its text and its description.
 
@@ -34,7 +40,7 @@ def load_network(folder, backbone: Backbone) -> tuple[HyperNetwork, Preserve | N
         HorseError: the archive is damaged.
     """
     network, preserve, about = read_network(folder)
-    check_made_for(Path(folder, ARCHIVE), about, backbone)
+    check_made_for(archive_file(folder), about, backbone)
     return to_edit_device(network, backbone), preserve, about
 
 
@@ -45,7 +51,7 @@ def read_network(folder) -> tuple[HyperNetwork, Preserve | None, dict]:
         UsageError: there is no archive in the folder.
         HorseError: the archive is damaged.
     """
-    path = Path(folder, ARCHIVE)
+    path = archive_file(folder)
     if not path.is_file():
         raise UsageError(f"archive: {folder} holds no {ARCHIVE}.")
     tensors, about = load_tensors(path)
