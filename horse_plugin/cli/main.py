@@ -8,6 +8,7 @@ import contextlib
 import os
 import shlex
 import sys
+import tempfile
 import traceback
 import warnings
 from dataclasses import asdict, fields, replace
@@ -303,6 +304,25 @@ def ask(
         converse(editor, before, tokens)
 
 
+@app.command()
+def play(
+    hparams: Hparams = DEFAULT_MODEL,
+    onto: Annotated[Path | None, typer.Option(help="Chain of edits; none: nothing stays.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; else a free one from 7860 on.")] = None,
+):
+    """Ask, switch edits on and off, and add facts, on a page in your browser."""
+    from horse_plugin.cli.play import Session, page_of, serve
+    from horse_plugin.editing.chain import Chain
+    from horse_plugin.editing.editor import HorseEditor
+
+    settings = _hparams(hparams)
+    with tempfile.TemporaryDirectory() as folder:
+        editor = HorseEditor.from_hparams(settings, progress=True)
+        page = page_of(Session(editor, Chain(onto or folder)), Path(settings.model_name).name)
+        console.print(f"Open {serve(page, port)} in a browser; Ctrl-C ends it.", soft_wrap=True)
+        page.block_thread()
+
+
 @app.command(name="show")
 def show_edit(
     folder: Folder,
@@ -368,6 +388,19 @@ def undo(
     chain = Chain.at(folder)
     undone = chain.undo(name)
     console.print(f"Undone: {undone}. Its files stay in {folder / undone}.", soft_wrap=True)
+    for part in show.stale_in(chain):
+        console.print(part, soft_wrap=True)
+
+
+@app.command()
+def redo(folder: Folder, name: Annotated[str, typer.Argument(help="The edit's name.")]):
+    """Put an undone edit back into its place in a chain."""
+    from horse_plugin.cli import show
+    from horse_plugin.editing.chain import Chain
+
+    chain = Chain.at(folder)
+    chain.redo(name)
+    console.print(f"In force again: {name}.", soft_wrap=True)
     for part in show.stale_in(chain):
         console.print(part, soft_wrap=True)
 
