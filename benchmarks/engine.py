@@ -43,7 +43,7 @@ class Pair:
 
     def __init__(self, hparams: HORSEHyperParams, records, backbone: Backbone | None = None):
         # The reference is the paper as printed, so both solve Eq. 2 with C̄ = I.
-        hparams = replace(hparams, preserve="none", keep_coef=0.0, loc_loss="ce")
+        hparams = replace(hparams, archive=None, preserve="none", keep_coef=0, loc_loss="ce")
         hparams.edits_per_step = len(records)
         self.hparams, self.records = hparams, records
         self.backbone = backbone or Backbone.load(hparams)

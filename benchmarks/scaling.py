@@ -58,9 +58,8 @@ def sized(config, width: int | None, depth: int | None):
 
 def point(args) -> dict | None:
     """Measure in this process; of several processes the first one says what it found."""
-    hparams = replace(
-        default_hparams(), device=args.device, inner_params=[], tokenizer_name=args.tokenizer
-    )
+    default = replace(default_hparams(), archive=None)  # which is of another shape
+    hparams = replace(default, device=args.device, inner_params=[], tokenizer_name=args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         config = transformers.AutoConfig.from_pretrained(resolve(args.config))
         sized(config, args.width, args.depth).save_pretrained(folder)

@@ -69,7 +69,8 @@ METHODS = {
         "val_score": "paper",
     },
 }
-UNTRAINED = "untrained"  # as the archive: edit without one
+# As the archive: edit without one, and the one for the default model that comes with the package.
+UNTRAINED, SHIPPED = "untrained", "shipped"
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -93,7 +94,7 @@ class HORSEHyperParams:
     dtype: str | None = None  # fp32, bf16 or fp16; overrides `half`
     trust_remote_code: bool = False
     inner_params: list[str] = field(default_factory=list)  # empty: found (Sec. 2.1)
-    archive: str | None = None  # folder of a trained hypernetwork, or "untrained"
+    archive: str | None = None  # folder of a trained hypernetwork, "untrained", or "shipped"
 
     # The method.
     rank: int = 256  # of A and B in the hypernetwork (Sec. 2.3)

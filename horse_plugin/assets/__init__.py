@@ -4,6 +4,7 @@
     facts/          the shipped facts, and the first piece of the held-out text
     text/           ordinary text of five kinds, held-out and for calibration
     hparams/        the shipped YAMLs
+    archive/        a network that was trained for the default model
 
 This package imports ``errors`` only.
 """
@@ -17,6 +18,7 @@ FACTS = _HERE / "facts"  # train.json, val.json and edit.json, in CounterFact's 
 TEXT = _HERE / "text"
 HELDOUT = TEXT / "heldout.json"  # ordinary text that no step of a method sees, a kind to a piece
 CALIBRATION = TEXT / "calibration.json"  # ordinary text that a method may look at
+TRAINED = _HERE / "archive"  # a trained network for the default model
 HELDOUT_TEXT = FACTS / "heldout.txt"  # ordinary text that no training step sees
 DEFAULT_MODEL = "llama-smollm2-135m"  # EasyEdit chooses a loader by finding "llama" in the name
 

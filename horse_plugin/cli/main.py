@@ -8,6 +8,7 @@ import contextlib
 import os
 import shlex
 import sys
+import tempfile
 import traceback
 import warnings
 from dataclasses import asdict, fields, replace
@@ -166,7 +167,9 @@ def edit(
     out: Annotated[Path | None, typer.Option(help="Folder for the edit, by itself.")] = None,
     onto: Annotated[Path | None, typer.Option(help="Chain of edits to put it on top of.")] = None,
     name: Annotated[str | None, typer.Option(help="Its name; else a number, or OUT's.")] = None,
-    archive: Annotated[Path | None, typer.Option(help="Trained archive; none: untrained.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="Trained archive, shipped, or untrained; none: the YAML's.")
+    ] = None,
     n_edits: NEdits = None,
     save_model: Annotated[
         Path | None, typer.Option(help="Also save the edited model here.")
@@ -187,6 +190,7 @@ def edit(
     from horse_plugin.editing.delta import check_free
     from horse_plugin.editing.editor import HorseEditor
     from horse_plugin.evaluation import results
+    from horse_plugin.hparams import UNTRAINED
     from horse_plugin.storage.files import check_empty, locked_folder, reserved
 
     if (out is None) == (onto is None):
@@ -202,7 +206,7 @@ def edit(
         name = chain.new_name(name) if chain else name or folder.name
         if not chain:
             check_free(folder)
-        if not settings.archive:
+        if settings.archive in (None, UNTRAINED):
             _say("No archive: the hypernetwork is untrained. `horse train` makes one.")
         editor = HorseEditor.from_hparams(settings, progress=True)
         if chain:
@@ -325,6 +329,25 @@ def ask(
         converse(editor, before, tokens)
 
 
+@app.command()
+def play(
+    hparams: Hparams = DEFAULT_MODEL,
+    onto: Annotated[Path | None, typer.Option(help="Chain of edits; none: nothing stays.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; else a free one from 7860 on.")] = None,
+):
+    """Ask, switch edits on and off, and add facts, on a page in your browser."""
+    from horse_plugin.cli.play import Session, page_of, serve
+    from horse_plugin.editing.chain import Chain
+    from horse_plugin.editing.editor import HorseEditor
+
+    settings = _hparams(hparams)
+    with tempfile.TemporaryDirectory() as folder:
+        editor = HorseEditor.from_hparams(settings, progress=True)
+        page = page_of(Session(editor, Chain(onto or folder)), Path(settings.model_name).name)
+        console.print(f"Open {serve(page, port)} in a browser; Ctrl-C ends it.", soft_wrap=True)
+        page.block_thread()
+
+
 @app.command(name="show")
 def show_edit(
     folder: Folder,
@@ -392,6 +415,19 @@ def undo(
     chain = Chain.at(folder)
     undone = chain.undo(name)
     console.print(f"Undone: {undone}. Its files stay in {folder / undone}.", soft_wrap=True)
+    for part in show.stale_in(chain):
+        console.print(part, soft_wrap=True)
+
+
+@app.command()
+def redo(folder: Folder, name: Annotated[str, typer.Argument(help="The edit's name.")]):
+    """Put an undone edit back into its place in a chain."""
+    from horse_plugin.cli import show
+    from horse_plugin.editing.chain import Chain
+
+    chain = Chain.at(folder)
+    chain.redo(name)
+    console.print(f"In force again: {name}.", soft_wrap=True)
     for part in show.stale_in(chain):
         console.print(part, soft_wrap=True)
 
@@ -616,7 +652,7 @@ def bench(
         records = load_records(data or FACTS / "train.json", n_edits)
         settings.edits_per_step = len(records)
         if config:
-            settings.inner_params = []
+            settings.inner_params, settings.archive = [], None
             backbone = Backbone.of(*random_model(config, settings), settings)
         else:
             backbone = Backbone.load(settings)

@@ -29,11 +29,11 @@ from horse_plugin.training.trainer import HORSETrainer
 
 @dataclass
 class Stage:
-    """One stage: its seconds, its peak memory in MB, and the fewest seconds possible, if known."""
+    """One stage: its seconds, its peak memory in MB and the fewest seconds possible, if known."""
 
     name: str
     seconds: float
-    peak_memory_mb: float
+    peak_memory_mb: float | None
     floor_seconds: float | None = None
 
 

@@ -60,13 +60,18 @@ def comparison_report(rows: list[dict]) -> "Report":
     from horse_plugin.evaluation import charts, report
 
     made = report.Report(_title(rows), versions=rows[-1].get("versions") or {})
+    said = [table for page in tables.pages(rows) for table in tables.verdicts(rows, page)]
+    if said:
+        made.sections.append(report.Section("What each comes to", tables=said))
     made.sections.append(report.Section("How to read this", f"{report.READING} {_READING}"))
     for page, *found in _tables(rows):
         held = held_and_drift(tables.of_page(rows, page))
         drawn = [charts.held_over_drift({dataset: points}) for dataset, points in held.items()]
         drawn += [charts.retention(of) for of in tables.retention(rows, page).values()]
-        means = tables.means(rows, page).items()
-        drawn += [charts.side_by_side(dataset, of) for dataset, of in means if of]
+        for dataset, of in tables.means(rows, page).items():
+            if of:
+                perplexities = tables.perplexities(rows, page, dataset)
+                drawn.append(charts.side_by_side(dataset, of, perplexities))
         pictures = [charts.svg(figure) for figure in drawn]
         made.sections.append(report.Section(page.heading, "", pictures, found))
     for model, dataset, curves in _curves(rows):

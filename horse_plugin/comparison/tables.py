@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from horse_plugin.errors import visible
-from horse_plugin.evaluation.metrics import COST, SCORED, SHARES, mean
+from horse_plugin.evaluation.metrics import ALL_FIGURES, COST, SCORED, SHARES, mean
 from horse_plugin.evaluation.tables import DIGITS, UNEDITED, Table, not_computed, number
+from horse_plugin.evaluation.verdict import judge
 from horse_plugin.storage.files import file_name
 
 HEADINGS = {
@@ -245,6 +246,34 @@ def means(rows: list[dict], page: Page) -> dict[str, dict]:
 def _first(row: dict) -> float | None:
     """Return the efficacy that is left of the first batch after the last."""
     return row["batches"][-1]["efficacy"][0] if row.get("batches") else None
+
+
+def perplexities(rows: list[dict], page: Page, dataset: str) -> dict[str, float]:
+    """Return method → perplexity, of those that were measured, in the order of the rows."""
+    done = [r for r in of_page(rows, page) if r["dataset"] == dataset]
+    found = {m: _mean(done, m, dataset, "perplexity") for m in _values(done, "method")}
+    return {m: value.mean for m, value in found.items() if value}
+
+
+def verdicts(rows: list[dict], page: Page) -> list[Table]:
+    """Return what each method comes to, in words as of an edit, one table a data set."""
+    rows, found = of_page(rows, page), []
+    for dataset in _values(rows, "dataset"):
+        done = [r for r in rows if r["dataset"] == dataset and not r.get("reason")]
+        means = {
+            method: {f: v and v.mean for f, v in zip(ALL_FIGURES, values, strict=True)}
+            for method in _values(done, "method")
+            for values in [[_mean(done, method, dataset, f) for f in ALL_FIGURES]]
+        }
+        before = means.pop(UNEDITED, {})
+        lines = [
+            [method, judge({"before": before, "after": after}).sentence]
+            for method, after in means.items()
+            if after["drift"] is not None
+        ]
+        caption = f"{visible(dataset)}, {page.heading}{_seeds(rows)}."
+        found.append(Table(["method", "verdict"], lines, caption, is_text=True))
+    return [table for table in found if table.lines]
 
 
 def _values(rows, key: str) -> list:

@@ -4,14 +4,13 @@ import functools
 import shlex
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from horse_plugin.assets import FACTS
 from horse_plugin.editing.archive import (
-    ARCHIVE,
+    archive_file,
     as_trained,
     check_made_for,
     read_network,
@@ -86,7 +85,7 @@ def _trained(
         raise UsageError(_how_to_train(hparams))
     if hparams.archive == UNTRAINED:
         return hparams, None, None
-    file = Path(hparams.archive, ARCHIVE)
+    file = archive_file(hparams.archive)
     written = file.stat().st_mtime_ns if file.is_file() else None
     network, preserve, about = _read_network(hparams.archive, written, backbone.edit_dtype)
     check_made_for(file, about, backbone)

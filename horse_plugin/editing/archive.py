@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from horse_plugin.assets import TRAINED
 from horse_plugin.errors import HorseError, UsageError, first_line
-from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.hparams import SHIPPED, HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.fingerprint import FINGERPRINT, describe, is_same_model
@@ -25,6 +26,11 @@ NETWORK["coefficient"] = str
 SINCE_0_2 = ("normalizer", "has_cap")  # what the form of a network of 0.1 lacks
 
 
+def archive_file(folder) -> Path:
+    """Return the file of an archive: in the folder, on the hub, or the one that is ``shipped``."""
+    return Path(TRAINED if str(folder) == SHIPPED else local(folder), ARCHIVE)
+
+
 def load_network(folder, backbone: Backbone) -> tuple[HyperNetwork, Preserve | None, dict]:
     """Return a trained hypernetwork, ready for the backbone, with its text and its description.
 
@@ -36,7 +42,7 @@ def load_network(folder, backbone: Backbone) -> tuple[HyperNetwork, Preserve | N
         HorseError: the archive is damaged.
     """
     network, preserve, about = read_network(folder)
-    check_made_for(Path(folder, ARCHIVE), about, backbone)
+    check_made_for(archive_file(folder), about, backbone)
     return to_edit_device(network, backbone), preserve, about
 
 
@@ -50,7 +56,7 @@ def read_network(folder) -> tuple[HyperNetwork, Preserve | None, dict]:
         UsageError: there is no archive in the folder, or no such folder on the hub.
         HorseError: the archive is damaged.
     """
-    path = local(folder) / ARCHIVE
+    path = archive_file(folder)
     if not path.is_file():
         raise UsageError(f"archive: {folder} holds no {ARCHIVE}.")
     tensors, about = load_tensors(path)

@@ -161,10 +161,27 @@ class Chain:
                 there = f"in force are {', '.join(active)}" if active else "none is in force"
                 raise UsageError(f"{self.folder}: no edit{name and f' {name}'} to undo; {there}.")
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            entries = [e | {"undone": now} if e["name"] == name else e for e in self.entries]
-            self._write(entries)
-            self.entries = entries
+            self._mark(name, now)
         return name
+
+    def redo(self, name: str):
+        """Put an undone edit back into force, in its old place.
+
+        Raises:
+            UsageError: no such edit is undone.
+            HorseError: another process writes into the folder, or has changed the chain.
+        """
+        with self._changing():
+            undone = [e["name"] for e in self.entries if e["undone"]]
+            if name not in undone:
+                there = f"undone are {', '.join(undone)}" if undone else "none is undone"
+                raise UsageError(f"{self.folder}: no edit {name} to put back; {there}.")
+            self._mark(name, None)
+
+    def _mark(self, name: str, undone: str | None):
+        entries = [e | {"undone": undone} if e["name"] == name else e for e in self.entries]
+        self._write(entries)
+        self.entries = entries
 
     def _write(self, entries: list[dict]):
         text = json.dumps({"edits": entries, "sha256": _digest(entries)}, indent=1)

@@ -41,6 +41,8 @@ def yaml_for(model: str) -> str:
     folder = Path(model).expanduser()
     keys = read_keys(find_yaml(DEFAULT_MODEL))
     keys["model_name"] = str(folder.resolve()) if folder.is_dir() else model
+    if model != DEFAULT_MODEL:
+        keys["archive"] = None
     hparams = HORSEHyperParams.from_dict(keys)
     backbone = Backbone.load(hparams)
     keys |= {"inner_params": list(backbone.modules), "dtype": None}

@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from horse_plugin.errors import visible
 from horse_plugin.evaluation.metrics import COST, SHARES
+from horse_plugin.evaluation.verdict import AT_MOST
 
 # The lines that should stand out; the others take their turn among colours unlike these.
 STANDING_OUT = {
@@ -20,6 +21,7 @@ STANDING_OUT = {
 COLORS = [color for i, color in enumerate(matplotlib.colormaps["tab10"].colors) if i != 7]  # gray
 
 LEGEND = {"frameon": False, "fontsize": 8}
+BELOW = LEGEND | {"loc": "outside lower center"}
 
 
 def svg(figure: Figure) -> str:
@@ -35,20 +37,20 @@ def svg(figure: Figure) -> str:
 
 
 def before_and_after(rows: list[dict]) -> Figure:
-    """Draw the shares as groups of bars, one bar a row of ``results.json``."""
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    """Draw the shares and the perplexity as groups of bars, one bar a row of ``results.json``."""
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, width_ratios=(4, 1))
     width = 0.8 / len(rows)
-    for i, r in enumerate(rows):
-        positions = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(SHARES))]
-        heights = [r.get(n) or 0 for n in SHARES]
-        bars = axes.bar(positions, heights, width * 0.92, label=_label(r["method"]))
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set_xticks(range(len(SHARES)), SHARES, fontsize=9)
-    axes.set_ylabel("percent")
-    axes.set_ylim(0, 108)
-    figure.legend(loc="outside lower center", ncols=3, **LEGEND)
-    _open(axes)
+    for axes, names in zip(panels, (SHARES, ("perplexity",)), strict=True):
+        for i, r in enumerate(rows):
+            positions = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(names))]
+            heights = [r.get(n) or 0 for n in names]
+            bars = axes.bar(positions, heights, width * 0.92, label=_label(r["method"]))
+            axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+        axes.set_xticks(range(len(names)), names, fontsize=8)
+        _open(axes)
+    panels[0].set(ylabel="percent", ylim=(0, 108))
+    figure.legend(*panels[0].get_legend_handles_labels(), **BELOW, ncols=3)
     return figure
 
 
@@ -105,7 +107,7 @@ def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Fig
     for axes in panels:  # left over in the last line
         axes.set_visible(False)
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, **LEGEND)
+    figure.legend(*handles, **BELOW, ncols=4)
     return figure
 
 
@@ -131,33 +133,43 @@ def retention(curves: dict[str, dict[str, Sequence[float]]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _open(axes)
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=6, **LEGEND)
+    figure.legend(*handles, **BELOW, ncols=6)
     return figure
 
 
-def side_by_side(dataset: str, means: dict[str, Sequence[float]]) -> Figure:
-    """Draw the shares of one data set as horizontal bars, one group a method.
+def side_by_side(
+    dataset: str, means: dict[str, Sequence[float]], perplexities: dict[str, float]
+) -> Figure:
+    """Draw the shares and the perplexity of one data set as horizontal bars, one group a method.
 
     Args:
         means: method → the shares, in percent.
+        perplexities: method → the perplexity, of those that have one.
     """
-    figure = Figure(figsize=(5, 1.1 + 0.55 * len(means)), layout="constrained")
-    axes, methods = figure.subplots(), list(means)[::-1]
+    figure = Figure(figsize=(5.6, 1.3 + 0.55 * len(means)), layout="constrained")
+    axes, beside = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
+    methods = list(means)[::-1]
     for i, name in enumerate(SHARES):
         positions = [j - (i - 1.5) * 0.21 for j in range(len(methods))]
         axes.barh(positions, [means[m][i] for m in methods], 0.19, label=name)
     axes.set_yticks(range(len(methods)), map(_label, methods))
     axes.set(title=_label(dataset), xlabel="percent", xlim=(0, 100))
-    _open(axes)
-    handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, **LEGEND)
+    places, values = [methods.index(m) for m in perplexities], list(perplexities.values())
+    bars = beside.barh(places, values, 0.4, color="gray")
+    beside.bar_label(bars, map(_short, values), fontsize=8, padding=2)
+    beside.set(xlabel="perplexity", xscale="log", xlim=(1, 30 * max(values, default=1)), xticks=[])
+    beside.minorticks_off()
+    for panel in (axes, beside):
+        _open(panel)
+    figure.legend(*axes.get_legend_handles_labels(), **BELOW, ncols=4)
     return figure
 
 
 def held_over_drift(points: dict[str, dict[str, tuple[float, float]]]) -> Figure:
     """Draw facts held over drift, one panel a data set and one point a method.
 
-    The upper left corner is the best: all facts held, and ordinary text as it was.
+    The upper left corner is the best: all facts held, and ordinary text as it was. Two lines stand
+    where a verdict on the drift changes.
 
     Args:
         points: data set → method → (facts held in percent, drift in nats a token).
@@ -176,6 +188,11 @@ def held_over_drift(points: dict[str, dict[str, tuple[float, float]]]) -> Figure
         axes.set(title=_label(dataset), xscale="log", ylim=(0, 105))
         axes.margins(x=0.25)
         low, high = axes.get_xlim()
+        low, high = min(low, AT_MOST["drift"][0] / 20), max(high, AT_MOST["drift"][1] * 3)
+        axes.set_xlim(low, high)
+        for limit, said in zip(AT_MOST["drift"], ("changed", "damaged"), strict=True):
+            axes.axvline(limit, color="gray", lw=0.8, ls=":")
+            axes.annotate(said, (limit, 2), rotation=90, ha="left", color="gray", fontsize=8)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -183,6 +200,11 @@ def held_over_drift(points: dict[str, dict[str, tuple[float, float]]]) -> Figure
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, **LEGEND)
         _open(axes)
     return figure
+
+
+def _short(value: float) -> str:
+    """Return a perplexity in few letters, however large it is."""
+    return f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
 
 
 def _label(name: str) -> str:

@@ -24,9 +24,9 @@ from horse_plugin.evaluation.verdict import Verdict
 READING = (
     "Efficacy, generalization, specificity and locality are shares of answer tokens, in percent: "
     "right on the edited prompts, on their rephrasings and on unrelated prompts, and as before the "
-    "edit on the latter. Written is the share of edits whose answer the model writes. Drift is how "
-    "far predictions on held-out ordinary text moved, in nats a token; perplexity is on the same "
-    "text. Fluency falls when the model repeats itself."
+    "edit on the latter. Facts held are the mean of the first two. Written is the share of edits "
+    "whose answer the model writes. Drift is how far predictions on held-out ordinary text moved, "
+    "in nats a token; perplexity is on the same text. Fluency falls when the model repeats itself."
 )
 
 
@@ -79,6 +79,11 @@ def _visible(value):
     return value if hasattr(value, "__html__") else visible(value)
 
 
+def _date(made: str | None) -> str:
+    """Return when an edit was made, as people write it; release 0.1 did not say."""
+    return made[:16].replace("T", " ") + " UTC" if made else "in 0.1"
+
+
 def _percent(value) -> str:
     return "" if value in (None, "") else number(float(value), 0)
 
@@ -107,7 +112,7 @@ def of_edit(about: Mapping, n_facts: int, verdict: Verdict | None, facts=()) -> 
     hp, measured = about["hparams"], about.get("figures")
     report = Report(
         f"{about.get('name') or 'edit'}: {n_facts:,} facts edited",
-        f"Model {about['model']['name']}, {hp['alg_name']}, made {about.get('made') or 'in 0.1'}, "
+        f"Model {about['model']['name']}, {hp['alg_name']}, made {_date(about.get('made'))}, "
         f"archive: {hp.get('archive') or 'untrained'}.",
         verdict,
         facts=facts,

@@ -2,7 +2,6 @@
 
 import contextlib
 import platform
-import resource
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +10,11 @@ import torch
 
 from horse_plugin.evaluation.metrics import Evaluation
 from horse_plugin.storage.files import to_json, write
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 
 def row(method: str, dataset: str, hparams, evaluation: Evaluation, edit_seconds=None) -> dict:
@@ -53,11 +57,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peak_memory_mb() -> float:
-    """Return the peak memory of the process so far in MiB: on all GPUs if there are any."""
+def peak_memory_mb() -> float | None:
+    """Return the peak memory of the process so far in MiB: on all GPUs if there are any.
+
+    None is unknown, as on Windows.
+    """
     if torch.cuda.is_available():
         gpus = range(torch.cuda.device_count())
         return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) / 2**20
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

@@ -297,7 +297,9 @@ def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
     code, out, _ = horse("log chain")
     assert "undone" in out
     assert horse(evaluate)[0] == 0
-    assert horse("undo chain")[0] == 0
+    code, out, _ = horse("redo chain towns")
+    assert code == 0 and "In force again: towns." in out and "Stale" not in out
+    assert horse("undo chain")[0] == horse("undo chain towns")[0] == 0
     code, _, err = horse("undo chain")
     assert (code, "no edit to undo; none is in force" in err) == (2, True)
     assert "No edit is in force" in horse("show chain")[1]

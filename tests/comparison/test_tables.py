@@ -5,6 +5,7 @@ import re
 
 from horse_plugin.comparison import tables
 from horse_plugin.comparison.output import write_output
+from horse_plugin.evaluation import charts
 
 PAGE = tables.Page("m/llama", 100)
 
@@ -60,6 +61,35 @@ def test_csv_holds_every_row():
     read = list(csv.DictReader(tables.to_csv(rows).splitlines()))
     assert [r["method"] for r in read] == ["FT", "HORSE"]
     assert read[0]["reason"] == 'said "no", twice'
+
+
+COSTS = {"locality": 80.0, "written": 90.0, "drift": 0.05, "perplexity": 21.0, "fluency": 5.0}
+
+
+def test_each_method_has_a_verdict_before_all_else(tmp_path):
+    rows = [row("unedited", 5.0, **COSTS | {"drift": 0.0, "perplexity": 20.0})]
+    for seed, drift in enumerate((0.5, 0.9)):
+        rows.append(row("FT", 99.0, seed, **COSTS | {"drift": drift}))
+    rows += [row("HORSE", 99.0, **COSTS), row("MEND", None, reason="no archive")]
+    (table,) = tables.verdicts(rows, "m/llama", 100)
+    said = dict(table.lines)
+    assert list(said) == ["FT", "HORSE"]
+    assert "drift 0.700. The model is damaged." in said["FT"]
+    assert "perplexity 20.0 → 21.0, drift 0.050. The model is unharmed." in said["HORSE"]
+    write_output(tmp_path, rows)
+    page = (tmp_path / "report.html").read_text()
+    order = ["What each comes to", "How to read this", "<svg", "Eff."]
+    assert sorted(order, key=page.index) == order
+
+
+def test_pictures_of_shares_show_the_perplexity_too():
+    rows = [row("unedited", 5.0, **COSTS), row("HORSE", 99.0, **COSTS | {"perplexity": 93e6})]
+    drawn = charts.before_and_after(rows)
+    assert [bar.get_height() for bar in drawn.axes[1].patches] == [21.0, 93e6]
+    found = tables.perplexities(rows, "m/llama", 100, "facts")
+    drawn = charts.side_by_side("facts", tables.means(rows, "m/llama", 100)["facts"], found)
+    assert [bar.get_width() for bar in drawn.axes[1].patches] == [21.0, 93e6]
+    assert [text.get_text() for text in drawn.axes[1].texts] == ["21", "9e+07"]
 
 
 def test_the_report_needs_nothing_but_itself_and_shows_fig_2(tmp_path):

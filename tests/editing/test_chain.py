@@ -196,6 +196,22 @@ def test_a_chain_keeps_undone_edits_and_puts_the_rest_into_a_fresh_model(tmp_pat
     assert read_edits(tmp_path) == []
 
 
+def test_an_undone_edit_comes_back_into_its_old_place(tmp_path):
+    e, chain = editor(), Chain(tmp_path)
+    for i in range(3):
+        chain.add(e.edit(facts(5, i), name=f"{i}"))
+    after = state(e)
+    chain.undo("1")
+    Chain(tmp_path).redo("1")
+    chain = Chain(tmp_path)
+    assert chain.in_force == ["0", "1", "2"]
+    fresh = editor()
+    fresh.apply_chain(chain.deltas())
+    assert same(state(fresh), after)
+    with pytest.raises(UsageError, match="no edit 1 to put back; none is undone"):
+        chain.redo("1")
+
+
 @pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden", "", "..", "towns"])
 def test_no_name_leads_out_of_the_folder_or_onto_another_edit(tmp_path, name):
     (tmp_path / "towns").mkdir()
