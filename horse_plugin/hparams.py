@@ -37,7 +37,7 @@ ALIASES = {"alg": "alg_name", "n_edits": "edits_per_step", "val_steps": "val_rec
 AT_LEAST = dict.fromkeys(
     """rank n_blocks edits_per_step max_epochs max_iters val_interval val_records val_edits
         early_stop_patience batch_size editor_batch_size batch_tokens max_length preserve_tokens
-        keep_tokens edit_sweeps train_sweeps""".split(),
+        keep_tokens edit_sweeps train_sweeps edit_block""".split(),
     1,
 ) | dict.fromkeys(
     """edit_coef gen_coef loc_coef keep_coef spread_strength trunk_cache_gb trunk_disk_gb
@@ -109,6 +109,8 @@ class HORSEHyperParams:
     keep_next: bool = False  # sweeps also keep likely what followed an answer before the edit
     keep_edits: bool | None = None  # an edit on top of others reads their facts, too, and writes
     # again those that it would undo; MALMEN false
+    edit_block: int = 8192  # prompts whose keys are in memory at once; a larger edit sums them up
+    # block by block
     residual_cap: float | None = None  # greatest row norm of R over the mean one of the module's
     # output; null: none
     full_loss: float | None = None  # nats from which on a token's row of R has its full length; it

@@ -212,7 +212,8 @@ def edit(
         if chain:
             editor.apply_chain(chain.deltas())
         dataset = visible(Path(data).stem)
-        delta, rows = checked_edit(editor, records, dataset, name, strict, heldout, max_rise)
+        options = dataset, name, strict, heldout, max_rise
+        delta, rows = checked_edit(editor, records, *options, unfinished=folder)
         delta.about["command"] = shlex.join(["horse", *sys.argv[1:]])
         if not is_main_process():
             return

@@ -26,6 +26,7 @@ def checked_edit(
     strict: bool = False,
     heldout=None,
     max_rise: float = 20.0,
+    unfinished=None,
 ) -> tuple[EditDelta, list[dict]]:
     """Edit the records, say what it brought and what it cost, and warn of conflicts.
 
@@ -38,6 +39,7 @@ def checked_edit(
             and to undo an edit with a bad verdict (:mod:`horse_plugin.evaluation.verdict`).
         heldout: a text file on which drift and perplexity are measured; None is the shipped text.
         max_rise: the largest rise of that perplexity without a warning, in percent.
+        unfinished: as in :meth:`HorseEditor.edit`.
 
     Returns:
         The delta, with ``about["figures"]`` and ``facts``, and the rows of ``results.json``
@@ -66,14 +68,16 @@ def checked_edit(
 
     with backbone.one_job("edit", _work(edits, hp)):
         backbone.cache_trunk_states(edits.flat())
-        captured = editor.capture(edits)  # which predicts the edit prompts' answers on its way
+        # A capture predicts the edit prompts' answers on its way.
+        captured = None if editor.takes_blocks(edits) else editor.capture(edits)
+        known = captured.predicted if captured else None
         text = editor.ordinary_text(pieces)
         now = text.measure() if earlier else text.before
-        evaluator = Evaluator(backbone, edits, known=captured.predicted, text=text, writing=True)
+        evaluator = Evaluator(backbone, edits, known=known, text=text, writing=True)
         evaluator.before.cost = now
         conflicts |= report(known_facts(evaluator.before))
 
-        delta = editor.edit(edits, name, captured)
+        delta = editor.edit(edits, name, captured, unfinished)
         del captured  # gigabytes, for a large edit of a large model
 
         after = evaluator.evaluate()

@@ -6,18 +6,21 @@ import datetime
 import functools
 import itertools
 import json
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from horse_plugin import distributed
 from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.distributed import is_main_process
 from horse_plugin.editing.archive import as_trained, check_made_for, load_network, network_form
+from horse_plugin.editing.blocks import files_of, solve_sums, sums_of_blocks
 from horse_plugin.editing.budget import Budget, smallest_ridge
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.in_force import InForce
@@ -43,8 +46,11 @@ from horse_plugin.model.capture import Capture, capture
 from horse_plugin.model.guard import guarded
 from horse_plugin.model.loading import quiet_transformers
 from horse_plugin.model.preserve import Preserve
-from horse_plugin.storage.digest import matches
+from horse_plugin.storage.digest import json_digest, matches, tensors_digest
 from horse_plugin.storage.files import new_folder
+
+# From a share of e^λ to the tensors of an edit.
+SolveAt = Callable[[float], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,18 @@ class HorseEditor:
             edits = self.backbone.place_keys(edits.on_top_of(earlier))
         return edits.to_capture(self.hparams.keep_next)
 
+    def takes_blocks(self, edits: PreparedEdits) -> bool:
+        """Return whether an edit is larger than ``edit_block``."""
+        return len(self._to_capture(edits)) > self.hparams.edit_block
+
     @guarded
-    def edit(self, records, name: str | None = None, captured: Capture | None = None) -> EditDelta:
+    def edit(
+        self,
+        records,
+        name: str | None = None,
+        captured: Capture | None = None,
+        unfinished: Path | None = None,
+    ) -> EditDelta:
         """Write all records into the model in one edit.
 
         Of several processes (:mod:`horse_plugin.distributed`) each must be given the same records,
@@ -184,6 +200,9 @@ class HorseEditor:
             name: the name of the edit, which :meth:`undo` takes; None is a number.
             captured: what :meth:`capture` returned for these records on the model as it is now;
                 None captures it.
+            unfinished: a folder for the files of an edit in blocks
+                (:mod:`horse_plugin.editing.blocks`), which are gone when it is made. The same edit
+                goes on from them after a stop. None is a temporary folder.
 
         Returns:
             The delta, already applied; ``about["seconds"]`` is the time it took, with the capture.
@@ -197,15 +216,14 @@ class HorseEditor:
         start = time.perf_counter() - (captured.seconds if captured else 0.0)
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
-        captured = captured or self.capture(edits)
-        if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
-            raise UsageError("captured: belongs to other records than those to edit.")
-        network = self.network or self.untrained_network(captured)
-        is_on_top = any(p.in_force for p in captured.prompts)
-        in_force = self._in_force(network, captured) if is_on_top else None
-        parts = self.backbone, network, captured, hp, self.roots, in_force
-        ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)  # the last sweep
-        tensors, budget = self._solve(network, captured, residuals, in_force)
+        if captured is None and self.takes_blocks(edits):
+            network, in_force, solve_at = self._sweep_blocks(edits, unfinished)
+        else:
+            captured = captured or self.capture(edits)
+            if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
+                raise UsageError("captured: belongs to other records than those to edit.")
+            network, in_force, solve_at = self._sweep(captured)
+        tensors, budget = self._within_budget(solve_at, in_force, edits)
         about = {
             "name": name or self._new_name(),
             "onto": [d.name for d in self._state.edits],
@@ -231,6 +249,44 @@ class HorseEditor:
             about["seconds"] = time.perf_counter() - start
         return delta
 
+    def _sweep(self, captured: Capture) -> tuple[HyperNetwork, InForce | None, SolveAt]:
+        """Gather the residuals of an edit; return what solves Eq. 2 under a ridge term."""
+        network = self.network or self.untrained_network(captured)
+        is_on_top = any(p.in_force for p in captured.prompts)
+        in_force = self._in_force(network, captured) if is_on_top else None
+        parts = self.backbone, network, captured, self.hparams, self.roots, in_force
+        ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)  # the last sweep
+        parts = self.backbone, network, captured, residuals
+
+        def solve_at(share: float) -> dict[str, torch.Tensor]:
+            changed = replace(self.hparams, edit_ridge=share)
+            return solve(*parts, changed, self.roots, in_force)
+
+        return network, in_force, solve_at
+
+    def _sweep_blocks(
+        self, edits: PreparedEdits, folder: Path | None
+    ) -> tuple[HyperNetwork, None, SolveAt]:
+        """Do what :meth:`_sweep` does, block by block."""
+        if distributed.world_size() > 1:
+            raise UsageError("edit_block: several processes edit at once; raise it.")
+        edits.check()
+        backbone, hp, prompts = self.backbone, self.hparams, self._to_capture(edits)
+        block = prompts[: hp.edit_block]
+        check_memory(backbone, block, hp)
+        network = self.network or self.untrained_network(capture(backbone, block))
+        about = [[[p.ids, p.start, p.subject, p.still, p.in_force] for p in prompts], hp.to_dict()]
+        about += [backbone.weights.digests(), tensors_digest(network.state_dict(), {})]
+        with contextlib.ExitStack() as stack:
+            folder = folder or stack.enter_context(tempfile.TemporaryDirectory())
+            mine = stack.enter_context(files_of(Path(folder), json_digest(about)))
+            sums = sums_of_blocks(backbone, network, prompts, hp, self.roots, mine)
+
+        def solve_at(share: float) -> dict[str, torch.Tensor]:
+            return solve_sums(backbone, network, sums, replace(hp, edit_ridge=share), self.roots)
+
+        return network, None, solve_at
+
     def _in_force(self, network: HyperNetwork, captured: Capture) -> InForce:
         """Return what the edits in force write, for an edit on top of them."""
         shifts = [
@@ -239,15 +295,11 @@ class HorseEditor:
         ]
         return InForce.of(shifts, captured, edit_mus(network, self.hparams), self.roots)
 
-    def _solve(
-        self, network, captured, residuals, in_force
+    def _within_budget(
+        self, solve_at: SolveAt, in_force: InForce | None, edits: PreparedEdits
     ) -> tuple[dict[str, torch.Tensor], Budget | None]:
         """Return the tensors of an edit (Eq. 2), under a larger ridge term if the budget asks."""
-        hp, parts = self.hparams, (self.backbone, network, captured, residuals)
-
-        def solve_at(share: float) -> dict[str, torch.Tensor]:
-            return solve(*parts, replace(hp, edit_ridge=share), self.roots, in_force)
-
+        hp = self.hparams
         if hp.max_drift is None:
             return solve_at(hp.edit_ridge), None
 
@@ -259,7 +311,7 @@ class HorseEditor:
                 return measure()
 
         def efficacy() -> float:
-            found = predict(self.backbone, list(captured.predicted)).items()
+            found = predict(self.backbone, edits.flat("edit")).items()
             shares = ((t == torch.tensor(p.answer)).double().mean() for p, t in found)
             return 100 * mean(share.item() for share in shares)
 

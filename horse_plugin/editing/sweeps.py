@@ -1,7 +1,7 @@
 """Residuals gathered in sweeps: keys and gradients read again in the model with what is written."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -61,9 +61,21 @@ def sweeps(
             of_ranks = torch.stack(
                 [left.sum(), torch.tensor(len(left)), captured.losses[left].sum()]
             )
-            before, (n_left, n_rows, lacking) = lacking, sum_over_ranks(of_ranks).tolist()
-            if not n_left or (n_left <= FEW * n_rows and lacking > LITTLE * before):
+            counts, before = sum_over_ranks(of_ranks).tolist(), lacking
+            if is_over(counts, before):
                 return
+            lacking = counts[-1]
             more = edit_residuals(backbone, network, captured, hparams)
             total = [r + m for r, m in zip(total, more, strict=True)]
             yield captured, total
+
+
+def is_over(counts: Sequence[float], before: float) -> bool:
+    """Return whether all answers hold, or few are left and a sweep gained little on them.
+
+    Args:
+        counts: how many rows do not hold, how many there are, and the nats that the former lack.
+        before: the nats that were lacking a sweep ago.
+    """
+    n_left, n_rows, lacking = counts
+    return not n_left or (n_left <= FEW * n_rows and lacking > LITTLE * before)

@@ -163,3 +163,28 @@ def _check_finite(gram: torch.Tensor):
 def doubles_are_fast(device: torch.device) -> bool:
     """Return whether a GPU computes in float64 nearly as fast as in float32."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in FAST_DOUBLES
+
+
+def shift_of_sums(
+    gram: torch.Tensor, right: torch.Tensor, mu, root: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ΔW = (HᵀH + μC̄)⁻¹HᵀR from the sums HᵀH and HᵀR, d×d' (Eq. 2), in their precision.
+
+    Args:
+        gram: HᵀH, d×d.
+        right: HᵀR, d×d'.
+        mu, root: as in :class:`Ridge`.
+
+    Raises:
+        HorseError: the system is not positive definite.
+    """
+    if root is not None:
+        root = root.to(gram)
+        gram, right = root.T @ gram @ root, root.T @ right
+    system = gram.clone()
+    system.diagonal().add_(torch.as_tensor(mu).to(gram))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise HorseError("the ridge system is singular; raise lambda.")
+    solution = torch.cholesky_solve(right, factor)
+    return solution if root is None else root @ solution

@@ -19,8 +19,27 @@ HOLDS = 0.9  # the probability from which on an answer token needs no more
 KEPT = 0.5  # ... and the token that follows it, as a share of its probability before the edit
 
 
-@dataclass
-class Capture:
+@dataclass(kw_only=True)
+class Notes:
+    """What a capture leaves for the next one of the same prompts in the same edit.
+
+    Attributes:
+        value_norms: the mean norm of a row of each edit module's outputs before the edit.
+        holds: n, on the CPU, whether the row's prompt needs no more: the model gives each token of
+            the answer a probability of at least ``HOLDS``, and the token that followed it at least
+            ``KEPT`` of the one it had. Where the edit must do nothing, there is no more to do.
+        followed: what followed each answer before the edit, if it is read: the likeliest token, and
+            the most that it may cost after the edit, in nats. On the CPU, one per prompt of this
+            process.
+    """
+
+    value_norms: list[float]
+    holds: torch.Tensor
+    followed: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(kw_only=True)
+class Capture(Notes):
     """What the hypernetwork reads of an edit; lists run over the edit modules, lowest first.
 
     Keys, gradients and norms are in ``Backbone.edit_dtype``. Rows are in the order of the prompts,
@@ -32,7 +51,6 @@ class Capture:
         keys: H_l, n×d, the inputs of each edit module at the n answer positions.
         grads: ∇G_l, n×d', the gradients of the summed cross-entropy at its outputs; 0 where nothing
             is asked for.
-        value_norms: the mean norm of a row of each module's outputs there.
         record_of_row: n, the index of the record that each row belongs to, on the CPU; records of
             edits in force come after those of the edit.
         still: n, on the CPU, whether the edit must do nothing at the row: at a contrast, or where
@@ -40,12 +58,6 @@ class Capture:
         in_force: n, on the CPU, whether the row is of an edit in force.
         losses: n, on the CPU, what the token of each row costs, in nats; of a token that follows an
             answer, what it costs more than it may.
-        holds: n, on the CPU, whether the row's prompt needs no more: the model gives each token of
-            the answer a probability of at least ``HOLDS``, and the token that followed it at least
-            ``KEPT`` of the one it had. Where the edit must do nothing, there is no more to do.
-        followed: what followed each answer before the edit, if it is read: the likeliest token, and
-            the most that it may cost after the edit, in nats. On the CPU, one per prompt of this
-            process.
         predicted: prompt → the tokens that the model predicts for its answer, on the CPU; contrasts
             and the prompts of edits in force are left out.
         seconds: how long the capture took.
@@ -54,21 +66,16 @@ class Capture:
     prompts: Sequence[Prompt]
     keys: list[torch.Tensor]
     grads: list[torch.Tensor]
-    value_norms: list[float]
     record_of_row: torch.Tensor
     still: torch.Tensor
     in_force: torch.Tensor
     losses: torch.Tensor
-    holds: torch.Tensor
-    followed: tuple[torch.Tensor, torch.Tensor]
     predicted: dict[Prompt, torch.Tensor]
     seconds: float
 
 
 @guarded
-def capture(
-    backbone: Backbone, prompts: Sequence[Prompt], earlier: Capture | None = None
-) -> Capture:
+def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None = None) -> Capture:
     """Run the prompts through the model as it is, forward and backward.
 
     The graph starts at the lowest edit module's output, since nothing below it needs a gradient.
@@ -79,8 +86,7 @@ def capture(
     that held in the earlier capture, those of edits in force, and contrasts.
 
     Args:
-        earlier: a capture of the same prompts earlier in the same edit, which says what followed
-            the answers before it.
+        earlier: the last capture of the same prompts in the same edit, or its notes.
 
     Raises:
         HorseError: a key or a gradient is not finite; the message names the record and the module.

@@ -285,7 +285,7 @@ def test_malmen_is_trained_on_as_many_records_in_no_fewer_steps_than_horse():
     methods_own = {"alg_name", "spread", "spread_strength", "ridge"}
     methods_own |= {"preserve", "preserve_mix", "val_score", "edit_ridge", "strength", "normalizer"}
     methods_own |= {"token", "edit_sweeps", "train_sweeps", "residual_cap", "keep_next"}
-    methods_own |= {"full_loss", "keep_edits"}
+    methods_own |= {"full_loss", "keep_edits", "archive"}
     losses_own = {"loc_coef", "edit_coef", "gen_coef", "keep_coef", "meta_lr"}
     assert differing == methods_own | losses_own
     assert theirs["max_iters"] >= ours["max_iters"]

@@ -71,7 +71,7 @@ def test_each_method_has_a_verdict_before_all_else(tmp_path):
     for seed, drift in enumerate((0.5, 0.9)):
         rows.append(row("FT", 99.0, seed, **COSTS | {"drift": drift}))
     rows += [row("HORSE", 99.0, **COSTS), row("MEND", None, reason="no archive")]
-    (table,) = tables.verdicts(rows, "m/llama", 100)
+    (table,) = tables.verdicts(rows, PAGE)
     said = dict(table.lines)
     assert list(said) == ["FT", "HORSE"]
     assert "drift 0.700. The model is damaged." in said["FT"]
@@ -86,8 +86,8 @@ def test_pictures_of_shares_show_the_perplexity_too():
     rows = [row("unedited", 5.0, **COSTS), row("HORSE", 99.0, **COSTS | {"perplexity": 93e6})]
     drawn = charts.before_and_after(rows)
     assert [bar.get_height() for bar in drawn.axes[1].patches] == [21.0, 93e6]
-    found = tables.perplexities(rows, "m/llama", 100, "facts")
-    drawn = charts.side_by_side("facts", tables.means(rows, "m/llama", 100)["facts"], found)
+    found = tables.perplexities(rows, PAGE, "facts")
+    drawn = charts.side_by_side("facts", tables.means(rows, PAGE)["facts"], found)
     assert [bar.get_width() for bar in drawn.axes[1].patches] == [21.0, 93e6]
     assert [text.get_text() for text in drawn.axes[1].texts] == ["21", "9e+07"]
 

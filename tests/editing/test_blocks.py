@@ -1,0 +1,125 @@
+"""An edit in blocks: what an edit at once would write, from sums, and again after a stop."""
+
+import warnings
+
+import pytest
+import torch
+
+from horse_plugin import HorseEditor, UsageError
+from horse_plugin.editing import blocks
+from horse_plugin.method.ridge import Ridge, shift_of_sums
+from horse_plugin.model.backbone import Backbone
+from tests import tiny
+
+SETTINGS = {"edit_sweeps": 4, "normalizer": "scale", "residual_cap": 0.5, "full_loss": 0.7}
+
+
+def editor(network=None, **changes):
+    hparams = tiny.hparams(**SETTINGS | changes)
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    return HorseEditor.from_backbone(backbone, hparams, network)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """One whose normaliser, η, λ and cap are set, as an archive's are."""
+    one = editor()
+    return one.untrained_network(one.capture(tiny.records()))
+
+
+@pytest.mark.parametrize("n", [5, 40])
+@pytest.mark.parametrize("metric", [False, True])
+def test_sums_solve_eq_2(n, metric):
+    keys, residual = torch.randn(n, 12).double(), torch.randn(n, 7).double()
+    root = torch.randn(12, 12).double().triu() + 3 * torch.eye(12) if metric else None
+    mu = torch.tensor(0.7)
+    gram, right = keys.T @ keys, keys.T @ residual
+    found = shift_of_sums(gram, right, mu, root)
+    assert torch.equal(gram, keys.T @ keys)  # the next sweep may need it
+    torch.testing.assert_close(found, Ridge(keys, mu, root).shift(residual))
+
+
+def test_blocks_write_what_one_block_writes(network):
+    """Without Eq. 6, which is taken block by block, and with keys that are summed in float64."""
+    network.spread = "uniform"
+    at_once = editor(network).edit(tiny.records())
+    in_blocks = editor(network, edit_block=3).edit(tiny.records())
+    network.spread = "orthogonal"
+    for name, shift in at_once.shifts.items():
+        torch.testing.assert_close(in_blocks.shifts[name], shift, rtol=1e-3, atol=1e-6)
+    assert f"{name}.shift" in in_blocks.tensors
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 4, 7])
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_a_stopped_edit_goes_on_and_ends_with_the_same_bits(
+    network, tmp_path, monkeypatch, stop_at, seconds
+):
+    """Whether the sums were saved after each block, or at the end of a sweep only."""
+    monkeypatch.setattr(blocks, "SECONDS", seconds)
+    whole = editor(network, edit_block=3).edit(tiny.records())
+    ran, read = [], blocks.capture
+
+    def counted(*args):
+        ran.append(args)
+        if len(ran) == stop_at:
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(blocks, "capture", counted)
+    one = editor(network, edit_block=3)
+    with pytest.raises(KeyboardInterrupt):
+        one.edit(tiny.records(), unfinished=tmp_path)
+    assert not one.history
+    (kept,) = tmp_path.iterdir()
+    done = len(list(kept.iterdir()))
+    assert done or stop_at == 1
+    n_blocks = -(-len(tiny.records()) // 3)
+    stop_at = 0  # from now on, all run
+    again = editor(network, edit_block=3).edit(tiny.records(), unfinished=tmp_path)
+    assert not list(tmp_path.iterdir())
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(again.tensors[name], tensor)
+    if seconds == 0:
+        assert len(ran) <= 4 * n_blocks + 1  # none was read twice, but for the one it stopped in
+
+
+def test_files_of_another_edit_are_not_gone_on_from(network, tmp_path):
+    other = tmp_path / f"{blocks.PREFIX}0123"
+    other.mkdir()
+    (other / blocks.SUMS).write_text("what is this")
+    whole = editor(network, edit_block=3).edit(tiny.records())
+    found = editor(network, edit_block=3).edit(tiny.records(), unfinished=tmp_path)
+    assert not other.exists()
+    assert all(torch.equal(found.tensors[n], t) for n, t in whole.tensors.items())
+
+
+def test_facts_in_force_are_part_of_the_sums(network):
+    """A later edit in blocks leaves an earlier one alone, as one at once does."""
+    facts = tiny.records()
+    results = {}
+    for name, size in (("at once", 8192), ("in blocks", 3)):
+        one = editor(network, edit_block=size)
+        one.edit(facts[:3])
+        one.edit(facts[3:])
+        losses = one.capture(facts[:3]).losses[:3]
+        results[name] = losses.mean().item()
+    assert results["in blocks"] == pytest.approx(results["at once"], rel=0.2)
+
+
+def test_a_budget_is_kept_by_an_edit_in_blocks():
+    def budget(most):
+        with warnings.catch_warnings(action="ignore"):
+            one = editor(edit_block=3, max_drift=most, strength=30.0, residual_cap=None)
+            return one.edit(tiny.records()).about["budget"]
+
+    free = budget(1e3)
+    bound = budget(free["drift"] / 4)
+    assert 0 < bound["drift"] <= free["drift"] / 4
+    assert bound["edit_ridge"] > free["edit_ridge"] == 1.0
+
+
+def test_several_processes_edit_at_once(network, monkeypatch):
+    monkeypatch.setattr("horse_plugin.distributed.world_size", lambda: 2)
+    with pytest.raises(UsageError, match="edit_block: several processes edit at once"):
+        editor(network, edit_block=3).edit(tiny.records())
