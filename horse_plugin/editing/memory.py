@@ -48,7 +48,9 @@ def needed_bytes(backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHy
     below = sum(len(prompts[i].keys_at) for i in local if prompts[i].in_force)
     item = torch.finfo(backbone.edit_dtype).bits // 8
     captures = 1 if hparams.edit_sweeps == 1 else 2  # the earlier one, while the next is made
-    rows = sum(captures * (d + d_out + 1) + captures * d_out for d, d_out in backbone.shapes)
+    modules = zip(backbone.modules.values(), backbone.shapes, strict=True)
+    captured = sum(captures * (d + d_out) * m.weight.element_size() for m, (d, d_out) in modules)
+    rows = sum(captures * (1 + d_out) for _, d_out in backbone.shapes)
     systems = [_system(n, *shape) for shape in backbone.shapes]
     shifts = sum(min(n * (d + d_out), d * d_out) for d, d_out in backbone.shapes)
     if below:
@@ -57,7 +59,7 @@ def needed_bytes(backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHy
         shifts = sum(2 * d * d_out for d, d_out in backbone.shapes)  # none is kept as factors
     metric = sum(d * d for d, _ in backbone.shapes) if hparams.preserve != "none" else 0
     weights = sum(module.weight.nbytes for module in backbone.modules.values())
-    return item * (n * rows + max(systems) + shifts + metric) + weights
+    return n * captured + item * (n * rows + max(systems) + shifts + metric) + weights
 
 
 def _system(n: int, d: int, d_out: int) -> int:

@@ -50,7 +50,9 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
     """
     keys, grads = moving_rows(captured)
     if hparams.ridge is not None and not network.has_statistics:
-        in_metric = [h if w is None else h @ w for h, w in zip(keys, roots, strict=True)]
+        in_metric = [
+            h if w is None else h.to(w.dtype) @ w for h, w in zip(keys, roots, strict=True)
+        ]
         network.calibrate_ridge(in_metric, hparams.ridge)
     network.update_normalizers(keys, grads)
     if not network.has_eta:
@@ -159,7 +161,7 @@ def solve(
         zip(backbone.modules, captured.keys, residuals, strict=True)
     ):
         try:
-            ridge = Ridge(keys, mus[l], roots[l])
+            ridge = Ridge(keys.to(backbone.edit_dtype), mus[l], roots[l])
             if in_force:
                 pulled = in_force.mus[l] / mus[l] * ridge.anchored(in_force.shifts[l])
                 solved = {"shift": ridge.shift(r) - pulled}

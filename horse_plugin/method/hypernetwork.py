@@ -198,7 +198,7 @@ class HyperNetwork(nn.Module):
     def forward(self, l: int, keys, grads) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (H̃_l, ∇G̃_l), n×d and n×d', from (H_l, ∇G_l)."""
         group, module = self.group_of(l)
-        return group(keys, grads, module)
+        return group(keys.to(self.log_eta.dtype), grads.to(self.log_eta.dtype), module)
 
     def residuals(
         self,
@@ -257,7 +257,8 @@ class HyperNetwork(nn.Module):
 
     def _residual(self, l: int, keys, grads, in_loss: bool) -> torch.Tensor:
         constant = self.coefficient == "none" or (in_loss and self.coefficient == "edit_only")
-        eta, (pseudo_keys, pseudo_grads) = self.log_eta[l].exp(), self(l, keys, grads)
+        keys, eta = keys.to(self.log_eta.dtype), self.log_eta[l].exp()
+        pseudo_keys, pseudo_grads = self(l, keys, grads)
         r = -eta * pseudo_grads if constant else residual(keys, pseudo_keys, pseudo_grads, eta)
         return capped(r, self.largest[l]) if self.has_cap else r
 
@@ -306,6 +307,7 @@ class HyperNetwork(nn.Module):
         Args:
             keys: H_1 … H_T, n×d each.
         """
+        keys = (h.to(self.lamda.dtype) for h in keys)
         squares = [h.shape[1] * mean_of_rows(h.square()).median() for h in keys]
         squares = torch.stack(squares).to(self.lamda)
         self.lamda.copy_(torch.where(squares > 0, (share * squares).log(), 0))
