@@ -65,6 +65,7 @@ class Sums:
         for gram, right, h, r in zip(
             self.grams, self.rights, captured.keys, residuals, strict=True
         ):
+            h = h.to(r.dtype)
             gram += h.T @ h
             right += h.T @ r
         left = ~captured.holds

@@ -58,15 +58,15 @@ class InForce:
         for shift, h, mu, root in zip(shifts, captured.keys, mus.double(), roots, strict=True):
             rows = captured.in_force.to(h.device)
             keys, d = h[rows].double(), shift.double()
-            target = torch.zeros(len(h), d.shape[1], dtype=h.dtype, device=h.device)
+            target = torch.zeros(len(h), d.shape[1], dtype=shift.dtype, device=h.device)
             ridge = Ridge(keys, SMALLEST * mu, None if root is None else root.double())
-            target[rows] = (keys @ (d + ridge.anchored(d) / SMALLEST)).to(h.dtype)
+            target[rows] = (keys @ (d + ridge.anchored(d) / SMALLEST)).to(shift.dtype)
             asked.append(target)
         return cls(list(shifts), mus, asked)
 
     def residuals(self, captured: Capture) -> list[torch.Tensor]:
         """Return T − HD of each edit module at the rows of edits in force, n×d'; others are 0."""
         return [
-            (target - h @ d).masked_fill(~captured.in_force.to(h.device)[:, None], 0)
+            (target - h.to(d.dtype) @ d).masked_fill(~captured.in_force.to(h.device)[:, None], 0)
             for target, h, d in zip(self.asked, captured.keys, self.shifts, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""What an edit takes beside the model, estimated before the work."""
+"""What an edit or a training step takes beside the model, estimated before the work."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,49 +15,108 @@ GB = 1e9
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
-def check_memory(backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHyperParams):
-    """Refuse an edit that would take more memory than is allowed, or than is free.
+def check_memory(
+    backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHyperParams, training: bool = False
+):
+    """Refuse an edit or a training step that would take more memory than is allowed, or is free.
 
     Args:
         hparams: ``edit_memory_gb`` is the most that it may take; None is what is free.
+        training: whether it is a training step.
 
     Raises:
         HorseError: it would take more; the message says how much.
     """
-    needed, limit = needed_bytes(backbone, prompts, hparams), hparams.edit_memory_gb
+    needed, limit = needed_bytes(backbone, prompts, hparams, training), hparams.edit_memory_gb
     allowed = free_bytes(backbone.edit_device) if limit is None else limit * GB
     if allowed is None or needed <= allowed:
         return
     of = "are free" if limit is None else "are allowed (edit_memory_gb)"
+    advice = "Train on fewer facts in a step (edits_per_step)" if training else "Edit fewer facts"
     raise HorseError(
         f"edit_memory_gb: {len(prompts):,} prompts take about {needed / GB:.1f} GB beside the "
-        f"model, and {allowed / GB:.1f} GB {of}. Edit fewer facts at once."
+        f"model, and {allowed / GB:.1f} GB {of}. {advice}{'' if training else ' at once'}."
     )
 
 
-def needed_bytes(backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHyperParams) -> float:
-    """Return the bytes that an edit of these prompts takes beside the model, about.
+def needed_bytes(
+    backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHyperParams, training: bool = False
+) -> float:
+    """Return the bytes that an edit or a training step takes beside the model, about.
+
+    Args:
+        prompts: those that it captures.
+    """
+    local = [prompts[i] for i in distributed.local_indices(prompts)]
+    n = sum(len(p.keys_at) for p in local)
+    if training:
+        return training_bytes(backbone, n, hparams)
+    return edit_bytes(backbone, n, hparams, sum(len(p.keys_at) for p in local if p.in_force))
+
+
+def edit_bytes(backbone: Backbone, n: int, hparams: HORSEHyperParams, below: int = 0) -> float:
+    """Return the bytes that an edit of n answer tokens takes beside the model, about.
 
     Counted are keys and gradients (Sec. 2.1), residuals (Eq. 4), the metric, the largest system of
-    Eq. 2, the shifts, and the weights as they were. An edit on top of others also takes their
-    shifts and what they ask for, and solves in float64 for that. A pass of the model, which
-    ``batch_tokens`` bounds, is left out.
+    Eq. 2 or a pass of the network if that is larger, the shifts, and the weights as they were. An
+    edit on top of others also takes their shifts and what they ask for, and solves in float64 for
+    that. A pass of the model, which ``batch_tokens`` bounds, is left out.
+
+    Args:
+        below: how many of the tokens are of edits in force.
     """
-    local = distributed.local_indices(prompts)
-    n = sum(len(prompts[i].keys_at) for i in local)
-    below = sum(len(prompts[i].keys_at) for i in local if prompts[i].in_force)
-    item = torch.finfo(backbone.edit_dtype).bits // 8
+    item, shapes = torch.finfo(backbone.edit_dtype).bits // 8, backbone.shapes
     captures = 1 if hparams.edit_sweeps == 1 else 2  # the earlier one, while the next is made
-    rows = sum(captures * (d + d_out + 1) + captures * d_out for d, d_out in backbone.shapes)
-    systems = [_system(n, *shape) for shape in backbone.shapes]
-    shifts = sum(min(n * (d + d_out), d * d_out) for d, d_out in backbone.shapes)
+    rows = captures * (_captured(backbone) + item * sum(1 + d_out for _, d_out in shapes))
+    systems = [_system(n, *shape) for shape in shapes]
+    shifts = sum(min(n * (d + d_out), d * d_out) for d, d_out in shapes)
     if below:
-        rows += sum(2 * d_out for _, d_out in backbone.shapes)
-        systems += [2 * _system(below, *shape) for shape in backbone.shapes]
-        shifts = sum(2 * d * d_out for d, d_out in backbone.shapes)  # none is kept as factors
-    metric = sum(d * d for d, _ in backbone.shapes) if hparams.preserve != "none" else 0
-    weights = sum(module.weight.nbytes for module in backbone.modules.values())
-    return item * (n * rows + max(systems) + shifts + metric) + weights
+        rows += item * sum(2 * d_out for _, d_out in shapes)
+        systems += [2 * _system(below, *shape) for shape in shapes]
+        shifts = sum(2 * d * d_out for d, d_out in shapes)  # none is kept as factors
+    metric = sum(d * d for d, _ in shapes) if hparams.preserve != "none" else 0
+    numbers = max(*systems, _chunk(backbone, n, hparams)) + shifts + metric
+    return n * rows + item * numbers + _weights(backbone)
+
+
+def training_bytes(backbone: Backbone, n: int, hparams: HORSEHyperParams) -> float:
+    """Return the bytes that a training step on n answer tokens takes beside the model, about.
+
+    Counted are keys and gradients of all sweeps, residuals before and after the spread with their
+    gradients, all systems of Eq. 2 with the shifts and the gradients at the weights, the network's
+    graph of one chunk, the network with its optimiser, the metric, and the weights as they were.
+    """
+    item, shapes = torch.finfo(backbone.edit_dtype).bits // 8, backbone.shapes
+    sweeps, widths = hparams.train_sweeps or hparams.edit_sweeps, sum(d_out for _, d_out in shapes)
+    rows = sweeps * (_captured(backbone) + item * 5 * widths) + item * 2 * widths
+    has_metric = hparams.preserve != "none"
+    metric = sum(d * d for d, _ in shapes) if has_metric else 0
+    copies = has_metric + (backbone.model.dtype != backbone.edit_dtype)  # H', and H in float32
+    systems = sum(min(n, d) ** 2 + copies * n * d for d, _ in shapes)
+    systems += max(_system(n, *shape) for shape in shapes)
+    shifts = sum(2 * d * d_out for d, d_out in shapes)
+    chunk = _chunk(backbone, n, hparams) * (1 + hparams.n_blocks)
+    network = sum(
+        hparams.n_blocks * sum(shape) * (2 * hparams.rank + 1 + 2 * shapes.count(shape))
+        for shape in set(shapes)
+    )
+    numbers = systems + shifts + metric + chunk + 4 * network
+    return n * rows + item * numbers + 2 * _weights(backbone)
+
+
+def _captured(backbone: Backbone) -> int:
+    """Return the bytes of the keys and gradients of one answer token."""
+    modules = zip(backbone.modules.values(), backbone.shapes, strict=True)
+    return sum((d + d_out) * module.weight.element_size() for module, (d, d_out) in modules)
+
+
+def _weights(backbone: Backbone) -> int:
+    return sum(module.weight.nbytes for module in backbone.modules.values())
+
+
+def _chunk(backbone: Backbone, n: int, hparams: HORSEHyperParams) -> int:
+    """Return how many numbers the hypernetwork takes for each of its blocks in one pass."""
+    return 5 * min(n, hparams.editor_batch_size) * max(sum(shape) for shape in backbone.shapes)
 
 
 def _system(n: int, d: int, d_out: int) -> int:

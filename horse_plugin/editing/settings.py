@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from horse_plugin.assets import DEFAULT_MODEL
-from horse_plugin.editing.solve import new_network
+from horse_plugin.editing.memory import edit_bytes, training_bytes
 from horse_plugin.hparams import HORSEHyperParams, find_yaml, read_keys
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.fingerprint import describe
@@ -46,7 +46,9 @@ def yaml_for(model: str) -> str:
     hparams = HORSEHyperParams.from_dict(keys)
     backbone = Backbone.load(hparams)
     keys |= {"inner_params": list(backbone.modules), "dtype": None}
-    weights, edit, training = (f"{n / 2**30:.2f} GB" for n in _memory(backbone, hparams))
+    weights = sum(p.nbytes for p in backbone.model.parameters())
+    beside = edit_bytes(backbone, 1000, hparams), training_bytes(backbone, 1000, hparams)
+    weights, edit, training = (f"{n / 2**30:.2f} GB" for n in (weights, *beside))
     dtype = str(backbone.model.dtype).removeprefix("torch.")
     chats = "has a" if backbone.tokenizer.chat_template else "has no"
     return f"""\
@@ -54,21 +56,6 @@ def yaml_for(model: str) -> str:
 # The settings are those that were chosen for {DEFAULT_MODEL}; horse_plugin/hparams.py explains
 # every key. dtype: null is what a machine multiplies fastest, {dtype} on the one that wrote this.
 # The tokenizer {chats} chat template, which `chat_template: true` asks in.
-# Memory: {weights} for the weights. An edit takes {edit} more and a training {training} more, and
-# either takes up to trunk_cache_gb, and about {_per_fact(backbone)} MB for 1,000 answer tokens.
+# Memory: {weights} for the weights. An edit of 1,000 answer tokens takes about {edit} more and a
+# training step on as many {training}; either also keeps trunk states, up to trunk_cache_gb.
 {yaml.safe_dump(keys, sort_keys=False)}"""
-
-
-def _memory(backbone: Backbone, hparams: HORSEHyperParams) -> tuple[int, int, int]:
-    """Return the bytes of the weights, and what an edit and a training step keep beside them."""
-    weights = sum(p.nbytes for p in backbone.model.parameters())
-    widest = max(d for d, _ in backbone.shapes)
-    # The original weights and the metric's roots stay; the metric is made in float64.
-    metric = sum(4 * d * (d + d_out) for d, d_out in backbone.shapes) + 3 * 8 * widest**2
-    network = sum(p.nbytes for p in new_network(backbone, hparams).parameters())
-    return weights, metric + network, metric + 4 * network  # with gradients and two moments
-
-
-def _per_fact(backbone: Backbone) -> int:
-    """Return the MB of keys, gradients and residuals, before and after the spread, of 1,000."""
-    return round(sum(4 * 1000 * (d + 3 * d_out) for d, d_out in backbone.shapes) / 2**20)

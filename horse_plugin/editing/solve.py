@@ -48,11 +48,11 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
     Args:
         roots: W with W Wᵀ = C̄⁻¹ for each edit module, or None for C̄ = I.
     """
-    keys, grads = captured.keys, captured.grads
-    if captured.still.any():
-        keys, grads = ([x[~captured.still.to(x.device)] for x in xs] for xs in (keys, grads))
+    keys, grads = moving_rows(captured)
     if hparams.ridge is not None and not network.has_statistics:
-        in_metric = [h if w is None else h @ w for h, w in zip(keys, roots, strict=True)]
+        in_metric = [
+            h if w is None else h.to(w.dtype) @ w for h, w in zip(keys, roots, strict=True)
+        ]
         network.calibrate_ridge(in_metric, hparams.ridge)
     network.update_normalizers(keys, grads)
     if not network.has_eta:
@@ -67,8 +67,16 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
         network.calibrate_cap(captured.value_norms, hparams.residual_cap)
 
 
+def moving_rows(captured: Capture) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the keys and gradients of a capture without its ``still`` rows."""
+    keys, grads = captured.keys, captured.grads
+    if captured.still.any():
+        keys, grads = ([x[~captured.still.to(x.device)] for x in xs] for xs in (keys, grads))
+    return keys, grads
+
+
 def residuals_of(
-    network: HyperNetwork, captured: Capture, hparams: HORSEHyperParams, in_loss: bool = False
+    network: HyperNetwork, captured: Capture, hparams: HORSEHyperParams, raw=None
 ) -> list[torch.Tensor]:
     """Return R'_1 … R'_T, n×d' each (Eq. 4, then Eq. 5 or 6), as long as their tokens ask for.
 
@@ -77,12 +85,13 @@ def residuals_of(
     0, and have no part in Eq. 6.
 
     Args:
-        in_loss: as in :meth:`HyperNetwork.residuals`.
+        raw: R_1 … R_T of :func:`moving_rows` before the spread, if they are known.
     """
-    keys, grads, moving = captured.keys, captured.grads, ~captured.still
-    if captured.still.any():
-        keys, grads = ([x[moving.to(x.device)] for x in xs] for xs in (keys, grads))
-    residuals = network.residuals(keys, grads, hparams.editor_batch_size, in_loss)
+    (keys, grads), moving = moving_rows(captured), ~captured.still
+    if raw is None:
+        residuals = network.residuals(keys, grads, hparams.editor_batch_size)
+    else:
+        residuals = network.spread_out(raw, keys, grads)
     if hparams.full_loss is not None:
         share = (captured.losses[moving, None] / hparams.full_loss).clamp(max=1)
         residuals = [r * share.to(r) for r in residuals]
@@ -152,7 +161,7 @@ def solve(
         zip(backbone.modules, captured.keys, residuals, strict=True)
     ):
         try:
-            ridge = Ridge(keys, mus[l], roots[l])
+            ridge = Ridge(keys.to(backbone.edit_dtype), mus[l], roots[l])
             if in_force:
                 pulled = in_force.mus[l] / mus[l] * ridge.anchored(in_force.shifts[l])
                 solved = {"shift": ridge.shift(r) - pulled}

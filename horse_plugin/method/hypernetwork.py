@@ -198,7 +198,7 @@ class HyperNetwork(nn.Module):
     def forward(self, l: int, keys, grads) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (H̃_l, ∇G̃_l), n×d and n×d', from (H_l, ∇G_l)."""
         group, module = self.group_of(l)
-        return group(keys, grads, module)
+        return group(keys.to(self.log_eta.dtype), grads.to(self.log_eta.dtype), module)
 
     def residuals(
         self,
@@ -216,21 +216,49 @@ class HyperNetwork(nn.Module):
             in_loss: whether to compute the residuals of the second term of Eq. 7, which differ
                 from those of the edit where ``coefficient`` says so.
         """
-        constant = self.coefficient == "none" or (in_loss and self.coefficient == "edit_only")
-        raw = [
-            torch.cat(
-                [self._residual(l, h, g, constant) for h, g in _chunks(keys[l], grads[l], rows)]
-            )
-            for l in range(len(self.shapes))
-        ]
-        return self.spread_out(raw, keys, grads)
+        return self.spread_out(self.raw_residuals(keys, grads, rows, in_loss), keys, grads)
+
+    def raw_residuals(
+        self, keys, grads, rows: int | None = None, in_loss: bool = False
+    ) -> list[torch.Tensor]:
+        """Return R_1 … R_T of Eq. 4, before the spread; its arguments are :meth:`residuals`'."""
+        found = []
+        for l in range(len(self.shapes)):
+            chunks = _chunks(keys[l], grads[l], rows)
+            found.append(torch.cat([self._residual(l, h, g, in_loss) for h, g in chunks]))
+        return found
+
+    def backward(
+        self,
+        raw_grads: list[torch.Tensor],
+        keys: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        rows: int | None = None,
+        in_loss: bool = False,
+    ):
+        """Carry ∂L/∂R_1 … ∂L/∂R_T, before the spread, into the gradients of the parameters.
+
+        Each chunk of each module runs through the network again, so that the graph of one is in
+        memory at a time.
+
+        Args:
+            raw_grads: ∂L/∂R_l, n×d' each.
+            keys, grads, rows, in_loss: as in :meth:`residuals`.
+        """
+        for l in reversed(range(len(self.shapes))):  # in the order of a graph of all
+            chunks = list(_chunks(keys[l], grads[l], rows))
+            of_chunks = raw_grads[l].split([len(h) for h, _ in chunks])
+            for (h, g), r in reversed(list(zip(chunks, of_chunks, strict=True))):
+                self._residual(l, h, g, in_loss).backward(r)
 
     def spread_out(self, raw, keys, grads) -> list[torch.Tensor]:
         """Return R'_1 … R'_T from R_1 … R_T by the network's spread."""
         return SPREADS[self.spread](raw, keys, grads, self.spread_strength)
 
-    def _residual(self, l: int, keys, grads, constant: bool) -> torch.Tensor:
-        eta, (pseudo_keys, pseudo_grads) = self.log_eta[l].exp(), self(l, keys, grads)
+    def _residual(self, l: int, keys, grads, in_loss: bool) -> torch.Tensor:
+        constant = self.coefficient == "none" or (in_loss and self.coefficient == "edit_only")
+        keys, eta = keys.to(self.log_eta.dtype), self.log_eta[l].exp()
+        pseudo_keys, pseudo_grads = self(l, keys, grads)
         r = -eta * pseudo_grads if constant else residual(keys, pseudo_keys, pseudo_grads, eta)
         return capped(r, self.largest[l]) if self.has_cap else r
 
@@ -279,6 +307,7 @@ class HyperNetwork(nn.Module):
         Args:
             keys: H_1 … H_T, n×d each.
         """
+        keys = (h.to(self.lamda.dtype) for h in keys)
         squares = [h.shape[1] * mean_of_rows(h.square()).median() for h in keys]
         squares = torch.stack(squares).to(self.lamda)
         self.lamda.copy_(torch.where(squares > 0, (share * squares).log(), 0))

@@ -56,7 +56,7 @@ def released(residuals: Tensors, keys: Tensors, grads: Tensors, strength) -> Ten
     It takes the component along the raw gradient ∇G_{l−1} of the nearest layer below out of R_l.
     """
     return [
-        project_out(r, below[-1], strength) if (below := _of_same_width(grads[:l], r)) else r
+        project_out(r, below[-1].to(r), strength) if (below := _of_same_width(grads[:l], r)) else r
         for l, r in enumerate(residuals)
     ]
 

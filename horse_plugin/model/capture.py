@@ -42,7 +42,8 @@ class Notes:
 class Capture(Notes):
     """What the hypernetwork reads of an edit; lists run over the edit modules, lowest first.
 
-    Keys, gradients and norms are in ``Backbone.edit_dtype``. Rows are in the order of the prompts,
+    Keys and gradients have their module's own dtype, of which no bit is lost; all else is in
+    ``Backbone.edit_dtype``. Rows are in the order of the prompts,
     the tokens of one answer in sequence; of several processes each holds the rows of the prompts
     that it runs.
 
@@ -101,8 +102,8 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
     holds = torch.ones_like(still)
     where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
     captured = {
-        name: _ModuleRows(len(record_of_row), *shape, where)
-        for name, shape in zip(backbone.modules, backbone.shapes, strict=True)
+        name: _ModuleRows(len(record_of_row), *shape, module.weight.dtype, where)
+        for (name, module), shape in zip(backbone.modules.items(), backbone.shapes, strict=True)
     }
     if earlier:
         followed, allowed = earlier.followed
@@ -201,8 +202,9 @@ def _note_what_follows(logits, of_prompt, end, followed, allowed):
 class _ModuleRows:
     """The rows of one edit module, filled batch by batch."""
 
-    def __init__(self, n: int, d: int, d_out: int, where: dict):
-        self.keys, self.grads = torch.empty(n, d, **where), torch.zeros(n, d_out, **where)
+    def __init__(self, n: int, d: int, d_out: int, dtype: torch.dtype, where: dict):
+        own = where | {"dtype": dtype}
+        self.keys, self.grads = torch.empty(n, d, **own), torch.zeros(n, d_out, **own)
         self.norms = torch.empty(n, **where)
 
     def hook(self, positions: torch.Tensor, at: torch.Tensor, backward: bool):

@@ -11,7 +11,7 @@ import torch
 
 from horse_plugin import distributed
 from horse_plugin.data.prompts import Batch, PreparedEdits, Prompt, batches
-from horse_plugin.editing.solve import residuals_of
+from horse_plugin.editing.solve import moving_rows, residuals_of
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
@@ -100,21 +100,29 @@ class Objective:
         """
         keys, lamdas = captures[-1].keys, network.lamda.detach()
         terms = zip(keys, lamdas, self.roots, strict=True)
-        ridges = [Ridge(h, lamda.exp(), root) for h, lamda, root in terms]
+        ridges = [Ridge(h.to(lamda.dtype), lamda.exp(), root) for h, lamda, root in terms]
         with torch.no_grad():
             shifts = [ridge.shift(r) for ridge, r in zip(ridges, residuals, strict=True)]  # Eq. 2
         with self.backbone.weights.shifted(dict(zip(self.backbone.modules, shifts, strict=True))):
             losses, weight_grads = self.weight_gradients()
-        # Made only now, so that their graph takes no memory while the model's own does.
-        swept = [residuals_of(network, c, self.hparams, in_loss=True) for c in captures]
+        # From the losses to the residuals, and on through the network chunk by chunk: its graph of
+        # all rows of all modules would be larger than everything else.
+        rows = self.hparams.editor_batch_size
+        parts = [(*moving_rows(c), rows, True) for c in captures]
+        with torch.no_grad():
+            raw = [[r.requires_grad_() for r in network.raw_residuals(*part)] for part in parts]
+        pairs = zip(captures, raw, strict=True)
+        swept = [residuals_of(network, c, self.hparams, r) for c, r in pairs]
         residuals = [sum(of_module) for of_module in zip(*swept, strict=True)]
         lamdas = network.lamda / distributed.world_size()  # of which each rank adds its part
         terms = zip(ridges, weight_grads, residuals, shifts, lamdas, strict=True)
-        surrogate = torch.zeros(())
+        surrogate = 0
         for ridge, g, r, shift, lamda in terms:
             residual_grad, lamda_grad = ridge.gradients(g, shift)
-            surrogate = surrogate + (residual_grad * r).sum() + lamda_grad * lamda
+            surrogate = surrogate + ((residual_grad * r).sum() + lamda_grad * lamda)
         surrogate.backward()
+        for part, of_modules in zip(parts[::-1], raw[::-1], strict=True):
+            network.backward([r.grad for r in of_modules], *part)
         for p in network.parameters():
             if p.grad is not None:
                 p.grad = distributed.sum_over_ranks(p.grad)

@@ -239,7 +239,7 @@ class HORSETrainer:
         edits = self.backbone.prepare(records, TRAINED_ON)
         edits.check()
         prompts = edits.to_capture(self.hparams.keep_next)
-        check_memory(self.backbone, prompts, self.hparams)
+        check_memory(self.backbone, prompts, self.hparams, training=True)
         captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps

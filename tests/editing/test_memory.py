@@ -3,23 +3,29 @@
 import pytest
 import torch
 
-from horse_plugin import HorseEditor, HorseError
+from horse_plugin import HorseEditor, HorseError, HORSETrainer
 from horse_plugin.editing import editor as editing
 from horse_plugin.editing import memory
 from horse_plugin.editing.in_force import InForce
+from horse_plugin.model.backbone import Backbone
 from tests import tiny
+from tests.peak import Peak
 
 
 def editor(**changes):
     return HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams(**changes))
 
 
-def test_an_edit_that_would_take_too_much_memory_is_refused_before_the_work(monkeypatch):
+def test_an_edit_that_would_take_too_much_memory_is_refused_before_the_work(monkeypatch, tmp_path):
     e = editor(edit_memory_gb=1e-6)
     before = e.backbone.weights.digests()
     monkeypatch.setattr(editing, "capture", None)  # the work
     with pytest.raises(HorseError, match=r"edit_memory_gb: 6 prompts take about .* are allowed"):
         e.edit(tiny.records())
+    hparams = tiny.hparams(edit_memory_gb=1e-6)
+    trainer = HORSETrainer(hparams, *[tiny.records()] * 2, tmp_path, e.backbone, progress=False)
+    with pytest.raises(HorseError, match=r"are allowed .* Train on fewer facts in a step"):
+        trainer.train_step(tiny.records())
     free = editor()
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     with pytest.raises(HorseError, match=r"beside the model, and 0\.0 GB are free\. Edit fewer"):
@@ -61,6 +67,24 @@ def test_the_estimate_covers_what_an_edit_on_top_of_others_keeps(n, monkeypatch)
     tensors = [*captured.keys, *captured.grads, *residuals, *asked, *shifts, *weights]
     kept = sum(t.nbytes for t in tensors)
     assert kept < needed[1] < 4 * kept
+
+
+@pytest.mark.parametrize("rows", [32, 8192])
+@pytest.mark.parametrize("changes", [{}, {"edit_sweeps": 2}, {"token": "subject"}])
+def test_the_estimate_covers_a_training_step_and_is_near_it(tmp_path, rows, changes):
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(1, 7)]
+    hparams = tiny.hparams(
+        edits_per_step=200, editor_batch_size=rows, batch_tokens=64, inner_params=names, **changes
+    )
+    backbone = Backbone.of(tiny.model(), tiny.bpe_tokenizer(), hparams)
+    records = tiny.records(206)
+    data = records[:200], records[200:]
+    trainer = HORSETrainer(hparams, *data, tmp_path, backbone, progress=False)
+    batch = trainer.batch(0)
+    needed = memory.needed_bytes(backbone, batch.to_capture(False), hparams, training=True)
+    with Peak() as peak:
+        trainer.train_step(batch)
+    assert 0.6 * peak.most < needed < 2 * peak.most
 
 
 def test_what_is_free_is_asked_of_the_system():

@@ -155,6 +155,44 @@ def test_residuals_do_not_depend_on_the_chunking():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("spread", ["orthogonal", "uniform"])
+def test_the_gradient_comes_chunk_by_chunk_and_is_that_of_the_whole(spread):
+    keys, grads = ([torch.tensor(x) for x in a] for a in arrays(5, (3, 20, 6), (3, 20, 3)))
+    torch.manual_seed(0)
+    net = HyperNetwork([(6, 3)] * 3, rank=2, n_blocks=2, spread=spread).double()
+    net.update_normalizers(keys, grads)
+    net.calibrate_eta(keys, grads, [1.0] * 3, 0.1)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    sizes = []
+
+    def found(backward):
+        net.zero_grad()
+        sizes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    def note(x):
+        sizes.append(x.numel())
+        return x
+
+    def loss(residuals):
+        return sum((r**3).sum() for r in residuals)
+
+    def in_chunks():
+        raw = [r.detach().requires_grad_() for r in net.raw_residuals(keys, grads)]
+        loss(net.spread_out(raw, keys, grads)).backward()
+        sizes.clear()
+        net.backward([r.grad for r in raw], keys, grads, rows=4)
+
+    want = found(lambda: loss(net.residuals(keys, grads)).backward())
+    assert max(sizes) == 20 * 9  # all rows, as wide as keys and gradients
+    for one, two in zip(found(in_chunks), want, strict=True):
+        torch.testing.assert_close(one, two)
+    assert max(sizes) == 4 * 9
+
+
 def test_the_normaliser_takes_in_chunks_as_it_does_the_whole(monkeypatch):
     keys, grads = (torch.tensor(a, dtype=torch.float32) for a in arrays(1, (40, 6), (40, 3)))
     whole, chunked = (HyperNetwork([(6, 3)], 2, 1) for _ in range(2))

@@ -244,6 +244,21 @@ def test_a_device_that_is_not_there_is_named(device):
             resolve_device(device)
 
 
+def test_keys_and_gradients_stay_in_the_dtype_of_their_module():
+    """Half the memory, and the same bits as in float32."""
+    hparams, edits = tiny.hparams(strength=5.0), []
+    for own in (True, False):
+        editor = HorseEditor(tiny.model("llama", torch.bfloat16), tiny.bpe_tokenizer(), hparams)
+        captured = editor.capture(tiny.records())
+        assert {t.dtype for t in captured.keys + captured.grads} == {torch.bfloat16}
+        if not own:
+            captured.keys = [h.float() for h in captured.keys]
+            captured.grads = [g.float() for g in captured.grads]
+        edits.append(editor.edit(tiny.records(), captured=captured).tensors)
+    for name, tensor in edits[0].items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, edits[1][name])
+
+
 def test_keys_are_read_where_the_subject_ends():
     """With ``token: subject`` the first answer token is predicted from the subject's last one."""
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), MIDDLE, token="subject")
