@@ -588,11 +588,16 @@ def general(
         Path | None, typer.Option(help="Folder of <task>.jsonl; none: tasks from the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task, at most.", min=1)] = None,
+    include: Annotated[
+        Path | None, typer.Option(help="Folder of the harness's YAMLs: tasks of your own.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A text, for drift and perplexity.")] = None,
 ):
     """General ability before and after an edit, as the paper's Table 3."""
     from horse_plugin.cli import show
     from horse_plugin.evaluation import general as general_ability
     from horse_plugin.evaluation import results
+    from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
     from horse_plugin.model.backbone import Backbone
     from horse_plugin.storage.files import locked_folder, write
 
@@ -600,17 +605,26 @@ def general(
         raise UsageError("general: give --delta for an edit, or --model for an edited model.")
     with locked_folder(out):
         editor, deltas = _editor(_hparams(hparams), delta)
-        before = general_ability.measure(editor.backbone, _names(tasks), data, limit)
+        asked = {"tasks": _names(tasks), "data": data, "limit": limit, "include": include}
+        ordinary = text and OrdinaryText(editor.backbone, heldout_pieces(text))
+        before = general_ability.measure(editor.backbone, **asked)
         editor.apply_chain(deltas)
         edited = editor.backbone
         if model:
             edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
-        after = general_ability.measure(edited, _names(tasks), data, limit)
+        after = general_ability.measure(edited, **asked)
+        for when, found in (("before", before), ("after", after)):
+            found.save(out, when)
         rows = general_ability.rows(before, after)
+        if ordinary:
+            costs = ordinary.before, ordinary.measure(edited)
+            rows += general_ability.rows_of_text(text.stem, *costs)
         results.save(out / "results.json", rows)
         table = general_ability.table(rows)
         write(out / "table.md", table.markdown())
     console.print(show.printed(table))
+    for note in table.notes:
+        console.print(note, soft_wrap=True)
 
 
 @app.command()
