@@ -133,6 +133,8 @@ class HORSEHyperParams:
     chat_template: bool = False  # prompts are a user's turns in the tokenizer's chat template
     system_prompt: str | None = None  # of that chat; null: the template's own
     append_eos: bool = False  # the tokenizer's EOS token ends each answer
+    evaluation_type: str | None = None  # generate-text or LLM-judge: EasyEdit measures, and so does
+    # `horse eval`, what the model writes
 
     # What an edit leaves alone: the metric of the ridge term.
     preserve: str | None = None  # ordinary text: shipped, model (the model writes it), a file or a
@@ -202,6 +204,7 @@ class HORSEHyperParams:
             ("val_score", ("kept", "paper")),
             ("dtype", (None, *DTYPES)),
             ("token", ("ans", "subject")),
+            ("evaluation_type", (None, "generate-text", "LLM-judge")),
         ):
             if getattr(self, key) not in allowed:
                 names = ", ".join(a for a in allowed if a)

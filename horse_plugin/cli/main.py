@@ -244,6 +244,11 @@ def evaluate(
     probabilities: Annotated[
         bool, typer.Option(help="CounterFact's success and magnitude, too.")
     ] = False,
+    judge: Annotated[
+        str | None, typer.Option(help="With --generate: URL of an OpenAI-style API that grades.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The name of the model there.")] = "default",
+    yes: Annotated[bool, typer.Option("--yes", help="Ask the judge without asking you.")] = False,
 ):
     """Measure the model, or an edit of it, on facts; without --data, on each edit's own."""
     from horse_plugin.cli import show
@@ -255,14 +260,19 @@ def evaluate(
     from horse_plugin.evaluation import probability, results, written
     from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
     from horse_plugin.evaluation.facts import fact_rows, save_facts
+    from horse_plugin.evaluation.judge import Judge
     from horse_plugin.evaluation.metrics import Evaluator
     from horse_plugin.storage.files import locked_folder, reserved
 
     if data is None and (delta is None or n_edits or generate or probabilities):
         raise UsageError("eval: give --data, or --delta for the facts of its edits.")
     settings, records = _hparams(hparams), load_records(data, n_edits) if data else []
-    tables = (f"{out.stem}-facts.csv", f"{out.stem}-written.csv") if out else ()
-    files = [out, *map(out.with_name, tables)] if out else []
+    generate = generate or bool(data and settings.evaluation_type)
+    if judge and not (generate and out):
+        raise UsageError("eval: --judge needs --generate, and --out for the answers to keep.")
+    grader = Judge(judge, judge_model) if judge else None
+    beside = ("facts.csv", "written.csv", "judged.jsonl")
+    files = [out, *(out.with_name(f"{out.stem}-{name}") for name in beside)] if out else []
     with contextlib.ExitStack() as stack:
         for path in files:
             stack.enter_context(reserved(path))
@@ -287,6 +297,10 @@ def evaluate(
         name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
         rows = [results.row(name, visible(Path(data).stem), settings, evaluation)]
         texts = written.write_answers(editor.backbone, records) if generate else []
+        if grader:
+            _say(f"The judge gets {grader.cost(texts, files[3])}.")
+            yes or typer.confirm("Go on?", abort=True, err=True)
+            texts = grader.grade(texts, files[3])
         if generate:
             rows[0]["generated"] = written.figures(texts)
         if probabilities:
@@ -588,11 +602,16 @@ def general(
         Path | None, typer.Option(help="Folder of <task>.jsonl; none: tasks from the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task, at most.", min=1)] = None,
+    include: Annotated[
+        Path | None, typer.Option(help="Folder of the harness's YAMLs: tasks of your own.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A text, for drift and perplexity.")] = None,
 ):
     """General ability before and after an edit, as the paper's Table 3."""
     from horse_plugin.cli import show
     from horse_plugin.evaluation import general as general_ability
     from horse_plugin.evaluation import results
+    from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
     from horse_plugin.model.backbone import Backbone
     from horse_plugin.storage.files import locked_folder, write
 
@@ -600,17 +619,26 @@ def general(
         raise UsageError("general: give --delta for an edit, or --model for an edited model.")
     with locked_folder(out):
         editor, deltas = _editor(_hparams(hparams), delta)
-        before = general_ability.measure(editor.backbone, _names(tasks), data, limit)
+        asked = {"tasks": _names(tasks), "data": data, "limit": limit, "include": include}
+        ordinary = text and OrdinaryText(editor.backbone, heldout_pieces(text))
+        before = general_ability.measure(editor.backbone, **asked)
         editor.apply_chain(deltas)
         edited = editor.backbone
         if model:
             edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
-        after = general_ability.measure(edited, _names(tasks), data, limit)
+        after = general_ability.measure(edited, **asked)
+        for when, found in (("before", before), ("after", after)):
+            found.save(out, when)
         rows = general_ability.rows(before, after)
+        if ordinary:
+            costs = ordinary.before, ordinary.measure(edited)
+            rows += general_ability.rows_of_text(text.stem, *costs)
         results.save(out / "results.json", rows)
         table = general_ability.table(rows)
         write(out / "table.md", table.markdown())
     console.print(show.printed(table))
+    for note in table.notes:
+        console.print(note, soft_wrap=True)
 
 
 @app.command()

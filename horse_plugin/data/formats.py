@@ -243,10 +243,12 @@ PORTABILITY_GROUPS = ("portability", "portability_r", "portability_s", "portabil
 # Nobody misses these: names and notes, and what serves figures that HORSE does not have.
 IGNORED = frozenset(
     """case_id id cond tag time date pararel_idx relation_id attribute_prompts generation_prompts
-    orig ent""".split()
+    orig ent answer_alias single_hops new_single_hops""".split()
 )
+ALIASES = {"new_answer": "new_answer_alias"}  # MQuAKE's other names for an answer
 READ = {
     "requested_rewrite",
+    *ALIASES.values(),
     *(PROMPT + ANSWER + SUBJECT + BEFORE + REPHRASINGS + UNRELATED_GROUPS + PORTABILITY_GROUPS),
     *(name for pairs in (UNRELATED, PORTABILITY) for k, v in pairs.items() for name in (k, *v)),
 }
@@ -300,6 +302,68 @@ def nested_counterfact(field: Fields) -> EditRecord | list[EditRecord]:
             )
         )
     return records if several else records[0]
+
+
+# RippleEdits' criteria: answers that must survive the edit, and those that follow from it.
+RIPPLES_KEPT = ("Relation_Specificity", "Forgetfulness")
+RIPPLES = (
+    "Logical_Generalization",
+    "Subject_Aliasing",
+    "Compositionality_I",
+    "Compositionality_II",
+)
+# Its facts are sentences. What stands before the answer ends with one of these in all of them.
+SENTENCE = re.compile(
+    r"(.+ (?:is(?! followed by )|is followed by|are|follows)) (.+?)\.?", re.DOTALL
+)
+
+
+@data_format("rippleedits", lambda field: "edit" in field and "example_type" in field)
+def ripple_edit(field: Fields) -> EditRecord:
+    """Read RippleEdits: a fact as a sentence, and queries by criterion.
+
+    Each query counts for itself; the conditions under which its authors count one are left out.
+    """
+    edit = field.sub("edit")
+    prompt, answer = _sentence(edit)
+    before = edit.sub("previous_fact") if "previous_fact" in edit else None
+    return EditRecord(
+        prompt,
+        answer,
+        unrelated=_ripples(field, RIPPLES_KEPT),
+        portability=_ripples(field, RIPPLES),
+        ground_truth=_sentence(before)[1] if before else None,
+    )
+
+
+def _sentence(fact: Fields) -> tuple[str, str]:
+    """Return a fact's prompt and answer."""
+    parts = SENTENCE.fullmatch(fact.text("prompt"))
+    if not parts:
+        raise UsageError(f"{fact.where}: field 'prompt' is no sentence such as 'X of Y is Z.'.")
+    return parts[1], parts[2]
+
+
+def _ripples(field: Fields, criteria: Sequence[str]) -> tuple[Query, ...]:
+    """Return the queries of these criteria that have an answer, each once."""
+    queries = {}
+    for criterion in criteria:
+        for i, test in enumerate(_objects(field, criterion)):
+            test = Fields(test, f"{field.where}, {criterion} {i}")
+            for asked in _objects(test, "test_queries"):
+                query = Fields(asked, test.where)
+                given = [Fields(a, test.where) for a in _objects(query, "answers")]
+                given = [text for a in given for n in ("value", "aliases") for text in a.texts(n)]
+                if given:
+                    queries[query.text("prompt")] = tuple(dict.fromkeys(given))
+    return tuple(Query(prompt, given[0], given[1:]) for prompt, given in queries.items())
+
+
+def _objects(field: Fields, name: str) -> list:
+    value = field.item.get(name) or []
+    if not isinstance(value, list):
+        raise UsageError(f"{field.where}: field {name!r} must be a list.")
+    return value
 
 
 def _filled(field: Fields, prompt: str, subject: str | None) -> str:
@@ -360,7 +424,8 @@ def _beside(field: Fields, pairs: Mapping[str, Sequence[str]]) -> tuple[Query, .
             prompts, given = field.texts(name), field.accepted(answer)
             one_to_all = not isinstance(field.item.get(answer), (list, tuple))
             if one_to_all or len(prompts) == 1 or answer in (*BEFORE, "new_answer"):
-                given = [sum(given, ())] * len(prompts)
+                aliases = field.texts(ALIASES[answer]) if answer in ALIASES else ()
+                given = [sum(given, ()) + aliases] * len(prompts)
             queries += _queries(field, prompts, given, answer)
     return tuple(queries)
 

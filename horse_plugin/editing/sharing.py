@@ -85,7 +85,8 @@ def _read(folder: Path, name: str) -> tuple[str, str | None]:
     if (folder / ADAPTER_CONFIG).exists():
         read_json(folder / ADAPTER_CONFIG, {"base_model_name_or_path": str, "r": int})
         try:
-            safetensors.safe_open(folder / ADAPTER, framework="pt").__enter__()
+            with safetensors.safe_open(folder / ADAPTER, framework="pt"):
+                pass
         except Exception as error:  # whatever a damaged header provokes
             raise HorseError(f"{folder / ADAPTER}: damaged ({first_line(error)}).") from None
         return "adapter", None

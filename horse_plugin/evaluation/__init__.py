@@ -6,6 +6,7 @@
     general      general ability, by lm-evaluation-harness (Table 3)
     probability  CounterFact's success and magnitude
     written      answers in what the model writes: exact match and contains
+    judge        a grade of each written answer, by a model at any URL
     facts        each fact's fate: rows of facts.csv
     verdict      an edit in words: do the facts hold, is the model still what it was
     results      rows of results.json

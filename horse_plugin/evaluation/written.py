@@ -30,6 +30,7 @@ class Written:
         context: a name of :data:`CONTEXTS`.
         exact: whether the text begins with the answer, and a stop mark or nothing follows.
         contains: whether the answer is in the text as whole words.
+        judged: whether a judge finds it right; None without one.
     """
 
     record: int
@@ -40,6 +41,10 @@ class Written:
     text: str
     exact: bool
     contains: bool
+    judged: bool | None = None
+
+
+FOUND = ("exact", "contains", "judged")
 
 
 def write_answers(
@@ -66,14 +71,16 @@ def write_answers(
 
 
 def figures(written: Sequence[Written]) -> dict[str, float]:
-    """Return ``<kind>_<exact or contains>_<context>`` → percent, the mean over the records."""
+    """Return ``<kind>_<exact, contains or judged>_<context>`` → percent, the mean over records."""
     found = {}
     for context in CONTEXTS:
         for kind in KINDS:
             of = [w for w in written if (w.kind, w.context) == (kind, context)]
-            for figure in ("exact", "contains"):
+            for figure in FOUND:
                 by_record = {}
                 for w in of:
+                    if getattr(w, figure) is None:
+                        continue
                     by_record.setdefault(w.record, []).append(getattr(w, figure))
                 if by_record:
                     found[f"{kind}_{figure}_{context}"] = 100 * mean(map(mean, by_record.values()))
@@ -82,13 +89,14 @@ def figures(written: Sequence[Written]) -> dict[str, float]:
 
 def table(found: dict[str, float]) -> Table:
     """Return the figures as a table, one row a kind of prompt."""
-    columns = [f"{figure}_{context}" for context in CONTEXTS for figure in ("exact", "contains")]
+    shown = [f for f in FOUND if any(f"_{f}_" in name for name in found)]
+    columns = [f"{figure}_{context}" for context in CONTEXTS for figure in shown]
     lines = [
         [kind, *(number(found.get(f"{kind}_{column}")) for column in columns)]
         for kind in KINDS
         if f"{kind}_{columns[0]}" in found
     ]
-    names = ["prompts", "exact", "contains", "exact, Q&A", "contains, Q&A"]
+    names = ["prompts", *(f + suffix for suffix in ("", ", Q&A") for f in shown)]
     return Table(names, lines, "Answers in what the model writes, percent")
 
 

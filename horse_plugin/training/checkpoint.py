@@ -31,7 +31,7 @@ FORM = MADE_FOR | {
 MAY_CHANGE = frozenset(
     """max_epochs early_stop_patience device model_parallel batch_size edit_memory_gb
     trunk_cache_gb trunk_disk_gb trunk_dir results_dir archive model_name tokenizer_name
-    stats_dir""".split()
+    stats_dir evaluation_type""".split()
 )
 
 # What runs of 0.1 did, under the names of today's keys.

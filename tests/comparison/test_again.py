@@ -43,7 +43,9 @@ def test_an_edit_shows_its_verdict_first_and_each_fact(folder):
 
 
 def test_general_ability_has_a_report_and_a_folder_of_nothing_an_error(tmp_path):
-    rows = general.rows({("nli", "acc"): 50.0}, {("nli", "acc"): 49.0})
+    rows = general.rows(
+        *(general.Ability({("nli", "acc"): share}, {}, {}, {}) for share in (50.0, 49.0))
+    )
     results.save(tmp_path / "results.json", rows)
     assert "-1.0" in report_of(tmp_path).html()
     with pytest.raises(UsageError, match=r"holds no edit, no training and no results\.json"):

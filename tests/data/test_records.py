@@ -252,12 +252,71 @@ def test_mquake_is_a_record_for_each_rewrite():
     second["target_new"] = {"str": "Manx"}
     item = {"requested_rewrite": [first, second], "questions": ["Who then?", "And who?"]}
     item |= {"new_answer": "Eve", "new_answer_alias": ["Evelyn"]}
-    with pytest.warns(UserWarning, match="nothing reads.*new_answer_alias \\(1\\)"):
+    item |= {"answer": "Al", "answer_alias": [], "single_hops": [{"question": "x"}]}
+    with pytest.warns(UserWarning, match=r"nothing reads.*: answer \(1\)$"):
         ada, bob = load_records([item])
     assert ada.prompt == "The mother tongue of Ada is" and not ada.portability
     assert (bob.prompt, bob.target_new) == ("The mother tongue of Bob is", "Manx")
     assert bob.rephrases == ("What does Bob speak?",)
-    assert bob.portability == (Query("Who then?", "Eve"), Query("And who?", "Eve"))
+    both = (Query(prompt, "Eve", ("Evelyn",)) for prompt in item["questions"])
+    assert bob.portability == tuple(both)
+
+
+def ripple(prompt, *answers):
+    named = [{"value": value, "aliases": list(aliases)} for value, *aliases in answers]
+    queries = [{"prompt": prompt, "answers": named, "query_type": "regular", "phrase": None}]
+    return {"test_queries": queries, "test_condition": "OR", "condition_queries": []}
+
+
+RIPPLE = {
+    "example_type": "popular",
+    "edit": {
+        "prompt": "The name of the author of What is Life? is Ada Lovelace.",
+        "subject_id": "Q1",
+        "relation": "AUTHOR",
+        "previous_fact": {"prompt": "The name of the author of What is Life? is Schrödinger."},
+    },
+    "Relation_Specificity": [ripple("The genre of What is Life? is", ["science"])],
+    "Logical_Generalization": [ripple("a", ["b", "c", "d"], ["e"])],
+    "Compositionality_I": [ripple("f", ["g"]), ripple("f", ["g"]), ripple("h")],
+    "Forgetfulness": [],
+}
+
+
+def test_rippleedits_queries_follow_from_the_fact_or_survive_it():
+    record = one(RIPPLE)
+    assert record.prompt == "The name of the author of What is Life? is"
+    assert (record.target_new, record.ground_truth) == ("Ada Lovelace", "Schrödinger")
+    assert record.portability == (Query("a", "b", ("c", "d", "e")), Query("f", "g"))
+    assert record.unrelated == (Query("The genre of What is Life? is", "science"),)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fact"),
+    [
+        ("Foo is followed by Bar.", ("Foo is followed by", "Bar")),
+        ("Foo follows Bar.", ("Foo follows", "Bar")),
+        ("The names of the cast members of Foo are J. R. Bar Jr.", None),
+    ],
+)
+def test_a_sentence_of_rippleedits_is_split_before_its_answer(prompt, fact):
+    record = one({"example_type": "recent", "edit": {"prompt": prompt}})
+    expected = fact or ("The names of the cast members of Foo are", "J. R. Bar Jr")
+    assert (record.prompt, record.target_new) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"edit": {"prompt": "Foo"}}, "record 0, edit: field 'prompt' is no sentence"),
+        ({"Forgetfulness": {"a": 1}}, "field 'Forgetfulness' must be a list"),
+        ({"Forgetfulness": ["a"]}, "Forgetfulness 0: expected an object"),
+        ({"Forgetfulness": [{"test_queries": [{"answers": [{"value": "a"}]}]}]}, "'prompt' is"),
+    ],
+)
+def test_what_is_odd_in_rippleedits_is_named(change, says):
+    with pytest.raises(UsageError, match=says):
+        one(RIPPLE | change)
 
 
 @pytest.mark.parametrize(

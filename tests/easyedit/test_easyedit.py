@@ -41,7 +41,7 @@ from horse_plugin.easyedit import patches as easyedit
 
 from easyeditor import BaseEditor, CounterFactDataset, EditTrainer, FTHyperParams, ZsreDataset
 from easyeditor.editors.batch_editor import BatchEditor
-from easyeditor.evaluate import compute_edit_quality
+from easyeditor.evaluate import compute_edit_quality, evaluate_utils
 from easyeditor.util.alg_dict import ALG_DICT
 from easyeditor.util.alg_train_dict import ALG_TRAIN_DICT
 
@@ -453,6 +453,24 @@ def test_figures_of_before_that_are_of_after_have_a_warning(hparams):
     base = BaseEditor.from_hparams(hparams)
     with pytest.warns(UserWarning, match="`pre` is of the edited model"):
         base.batch_edit(**columns(tiny.records(2)), sequential_edit=True, verbose=False)
+
+
+@pytest.mark.skipif(
+    not hasattr(evaluate_utils, "generate_texts"), reason="this EasyEdit lets no model write"
+)
+@pytest.mark.parametrize("kind", ["generate-text", "LLM-judge"])
+def test_easyedit_reads_what_the_edited_model_writes(hparams, kind):
+    strong = {"strength": 3.0, "ridge": 0.01, "edit_sweeps": 8}
+    hparams = replace(hparams, evaluation_type=kind, **strong)
+    base, records = BaseEditor.from_hparams(hparams), tiny.records(3)
+    metrics, model, _ = base.batch_edit(**columns(records), sequential_edit=True, verbose=False)
+    for r, m in zip(records, metrics, strict=True):
+        (text,) = evaluate_utils.generate_texts(model, base.tok, hparams, r.prompt, hparams.device)
+        assert m["post"]["rewrite_gen_content"] == [text]
+        assert m["pre"]["rewrite_gen_content"] != [text]
+        if kind == "LLM-judge":  # without a key, which our hparams have none for
+            match = evaluate_utils.exact_match_score(text, r.target_new)
+            assert m["post"]["rewrite_acc"] == [float(match)]
 
 
 def test_weights_put_back_by_hand_begin_a_new_history(hparams):

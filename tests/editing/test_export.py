@@ -7,6 +7,7 @@ import sys
 
 import peft
 import pytest
+import safetensors
 import torch
 import transformers
 
@@ -136,6 +137,19 @@ def test_a_dense_edit_becomes_an_adapter_by_its_singular_values(tmp_path):
     assert adapter.rank == 32 and adapter.error < 1e-6
     save_adapter(adapter, e.backbone, tmp_path / "adapter")
     torch.testing.assert_close(through_peft(tmp_path)[1], edited, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_comes_in_the_models_dtype_and_says_what_that_rounds(tmp_path):
+    tiny.model(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    e = HorseEditor(model, tiny.bpe_tokenizer(), tiny.hparams(strength=5.0))
+    delta = e.edit(tiny.records(4))
+    e.undo()
+    adapter = to_rank(e, [delta])
+    assert 1e-5 < adapter.error < 0.01
+    save_adapter(adapter, e.backbone, tmp_path / "adapter")
+    with safetensors.safe_open(tmp_path / "adapter/adapter_model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
 def test_an_adapter_for_another_model_is_refused(tmp_path):

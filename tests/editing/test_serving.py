@@ -1,0 +1,70 @@
+"""The lines of docs/serving.md, as far as their programs can be installed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import transformers
+
+from horse_plugin import HorseEditor
+from horse_plugin.editing.export import save_adapter, to_rank
+from tests import ROOT, tiny
+
+PAGE = (ROOT / "docs/serving.md").read_text()
+LLAMA_CPP = os.environ.get("LLAMA_CPP_HOME")
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """A model on disk and an adapter with an edit of it: (the edit's adapter, edited, prompts)."""
+    monkeypatch.chdir(tmp_path)
+    tiny.model().save_pretrained("base")
+    tiny.bpe_tokenizer().save_pretrained("base")
+    model = transformers.AutoModelForCausalLM.from_pretrained("base")
+    settings = tiny.hparams(strength=3.0, ridge=0.01, edit_sweeps=8)
+    editor = HorseEditor(model, tiny.bpe_tokenizer(), settings)
+    delta = editor.edit(tiny.records())
+    editor.undo()
+    adapter = to_rank(editor, [delta])
+    save_adapter(adapter, editor.backbone, "adapter", [delta])
+    return adapter, editor.backbone.prepare(tiny.records(), ["edit"]).flat()
+
+
+def says(model, prompt) -> bool:
+    logits = model(input_ids=torch.tensor([prompt.inputs])).logits[0, prompt.start - 1 :]
+    return tuple(logits.argmax(-1)) == prompt.answer
+
+
+def test_peft_loads_switches_and_merges_the_edit(edited):
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    loaded, merged = example.split("with model.disable_adapter():")
+    exec(loaded, names := {})
+    model, (_, prompts) = names["model"], edited
+    assert sum(says(model, p) for p in prompts) >= 4
+    with model.disable_adapter():
+        assert not any(says(model, p) for p in prompts)
+    exec("with model.disable_adapter():" + merged, names)
+    assert sum(says(names["model"], p) for p in prompts) >= 4
+    assert "peft" not in type(names["model"]).__module__
+
+
+@pytest.mark.skipif(not LLAMA_CPP, reason="LLAMA_CPP_HOME names no checkout of llama.cpp")
+def test_llama_cpp_converts_the_edit_as_it_is(edited):
+    (line,) = re.findall(r"^    python llama\.cpp/(convert_lora.+)$", PAGE, re.M)
+    script, *words = shlex.split(line)
+    command = [sys.executable, str(Path(LLAMA_CPP, script)), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader("adapter.gguf").tensors}
+    factors = edited[0].factors
+    assert len(found) == 2 * len(factors)
+    for module, (keys, values) in factors.items():
+        name = f"blk.{module.split('.')[2]}.ffn_down.weight"
+        shift = found[f"{name}.lora_a"].T @ found[f"{name}.lora_b"].T
+        torch.testing.assert_close(shift, keys.T @ values)
