@@ -214,7 +214,7 @@ def edit(
         dataset = visible(Path(data).stem)
         options = dataset, name, strict, heldout, max_rise
         delta, rows = checked_edit(editor, records, *options, unfinished=folder)
-        delta.about["command"] = shlex.join(["horse", *sys.argv[1:]])
+        delta.about["command"] = _command()
         if not is_main_process():
             return
         if chain:
@@ -529,6 +529,7 @@ def compare(
         quick,
         check,
         batch,
+        _command(),
     )
     _compared(out, rows)
 
@@ -556,6 +557,7 @@ def ablate(
         _numbers("seeds", seeds, least=0),
         archive and str(archive),
         _names(rows),
+        _command(),
     )
     _compared(out, measured)
 
@@ -606,7 +608,7 @@ def general(
         if model:
             edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
         after = general_ability.measure(edited, _names(tasks), data, limit)
-        rows = general_ability.rows(before, after)
+        rows = [r | {"command": _command()} for r in general_ability.rows(before, after)]
         results.save(out / "results.json", rows)
         table = general_ability.table(rows)
         write(out / "table.md", table.markdown())
@@ -623,7 +625,7 @@ def demo(
     from horse_plugin.comparison.demo import run_demo
 
     settings = _hparams(hparams) if hparams else None
-    outcome = run_demo(out, settings)
+    outcome = run_demo(out, settings, command=_command())
     console.print(show.figures(outcome.rows))
     console.print(show.examples(outcome.examples))
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
@@ -694,6 +696,11 @@ def _hparams(name: str, **overrides) -> "HORSEHyperParams":
 
     settings = HORSEHyperParams.from_hparams(name)
     return replace(settings, **{k: v for k, v in overrides.items() if v is not None})
+
+
+def _command() -> str:
+    """Return the command line that is running, for the reports."""
+    return shlex.join(["horse", *sys.argv[1:]])
 
 
 def _names(text: str) -> list[str]:

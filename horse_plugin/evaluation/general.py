@@ -13,7 +13,7 @@ from horse_plugin.errors import HorseError, UsageError, reason
 from horse_plugin.evaluation.tables import Table, number
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import quiet_transformers
-from horse_plugin.storage.schema import finite
+from horse_plugin.storage.schema import Maybe, finite
 
 YES_NO = ["yes", "no"]
 LETTERS = "ABCDEFGHIJ"
@@ -91,7 +91,14 @@ def measure(
     }
 
 
-ROW = {"task": str, "metric": str, "before": finite, "after": finite, "difference": finite}
+ROW = {
+    "command": Maybe(str),
+    "task": str,
+    "metric": str,
+    "before": finite,
+    "after": finite,
+    "difference": finite,
+}
 
 
 def rows(before: dict, after: dict) -> list[dict]:
