@@ -59,7 +59,8 @@ def comparison_report(rows: list[dict]) -> "Report":
     """
     from horse_plugin.evaluation import charts, report
 
-    made = report.Report(_title(rows), versions=rows[-1].get("versions") or {})
+    commands, versions = report.commands_of(rows), rows[-1].get("versions") or {}
+    made = report.Report(_title(rows), commands=commands, versions=versions)
     said = [table for page in tables.pages(rows) for table in tables.verdicts(rows, page)]
     if said:
         made.sections.append(report.Section("What each comes to", tables=said))
@@ -67,7 +68,8 @@ def comparison_report(rows: list[dict]) -> "Report":
     for page, *found in _tables(rows):
         held = held_and_drift(tables.of_page(rows, page))
         drawn = [charts.held_over_drift({dataset: points}) for dataset, points in held.items()]
-        drawn += [charts.retention(of) for of in tables.retention(rows, page).values()]
+        for of in tables.retention(rows, page).values():
+            drawn += [charts.retention(of, [name]) for name in charts.RETENTION]
         for dataset, of in tables.means(rows, page).items():
             if of:
                 perplexities = tables.perplexities(rows, page, dataset)

@@ -250,7 +250,7 @@ def _first(row: dict) -> float | None:
 
 def perplexities(rows: list[dict], page: Page, dataset: str) -> dict[str, float]:
     """Return method → perplexity, of those that were measured, in the order of the rows."""
-    done = [r for r in of_page(rows, page) if r["dataset"] == dataset]
+    done = [r for r in of_page(rows, page) if r["dataset"] == dataset and not r.get("reason")]
     found = {m: _mean(done, m, dataset, "perplexity") for m in _values(done, "method")}
     return {m: value.mean for m, value in found.items() if value}
 
