@@ -214,7 +214,7 @@ def edit(
         dataset = visible(Path(data).stem)
         options = dataset, name, strict, heldout, max_rise
         delta, rows = checked_edit(editor, records, *options, unfinished=folder)
-        delta.about["command"] = shlex.join(["horse", *sys.argv[1:]])
+        delta.about["command"] = _command()
         if not is_main_process():
             return
         if chain:
@@ -543,6 +543,7 @@ def compare(
         quick,
         check,
         batch,
+        _command(),
     )
     _compared(out, rows)
 
@@ -570,6 +571,7 @@ def ablate(
         _numbers("seeds", seeds, least=0),
         archive and str(archive),
         _names(rows),
+        _command(),
     )
     _compared(out, measured)
 
@@ -633,6 +635,7 @@ def general(
         if ordinary:
             costs = ordinary.before, ordinary.measure(edited)
             rows += general_ability.rows_of_text(text.stem, *costs)
+        rows = [row | {"command": _command()} for row in rows]
         results.save(out / "results.json", rows)
         table = general_ability.table(rows)
         write(out / "table.md", table.markdown())
@@ -651,7 +654,7 @@ def demo(
     from horse_plugin.comparison.demo import run_demo
 
     settings = _hparams(hparams) if hparams else None
-    outcome = run_demo(out, settings)
+    outcome = run_demo(out, settings, command=_command())
     console.print(show.figures(outcome.rows))
     console.print(show.examples(outcome.examples))
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
@@ -722,6 +725,11 @@ def _hparams(name: str, **overrides) -> "HORSEHyperParams":
 
     settings = HORSEHyperParams.from_hparams(name)
     return replace(settings, **{k: v for k, v in overrides.items() if v is not None})
+
+
+def _command() -> str:
+    """Return the command line that is running, for the reports."""
+    return shlex.join(["horse", *sys.argv[1:]])
 
 
 def _names(text: str) -> list[str]:

@@ -40,22 +40,25 @@ class Outcome:
     examples: Sequence[Example]
 
 
-def run_demo(out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS) -> Outcome:
+def run_demo(
+    out, hparams: HORSEHyperParams | None = None, n_edits: int = N_EDITS, command: str | None = None
+) -> Outcome:
     """Train on the shipped facts, and edit ``n_edits`` others at once.
 
     It leaves ``archive/``, ``edit/``, ``stats/``, ``results.json`` and ``report.html`` in ``out``.
 
     Args:
         hparams: the settings; None is the default model's, with a short training.
+        command: the command line that asks for it, for the report.
     """
     out = Path(out)
     hparams = hparams or replace(default_hparams(), **BRIEF)
     hparams = replace(hparams, archive=None, stats_dir=str(out / "stats"))
     with locked_folder(out):
-        return _run_demo(out, hparams, n_edits)
+        return _run_demo(out, hparams, n_edits, command)
 
 
-def _run_demo(out: Path, hparams: HORSEHyperParams, n_edits: int) -> Outcome:
+def _run_demo(out: Path, hparams: HORSEHyperParams, n_edits: int, command) -> Outcome:
     from horse_plugin.comparison.again import report_of  # loads matplotlib
 
     backbone = Backbone.load(hparams)
@@ -84,7 +87,7 @@ def _run_demo(out: Path, hparams: HORSEHyperParams, n_edits: int) -> Outcome:
     delta, evaluation = edit_and_measure("HORSE, trained", trained)
     delta.facts = fact_rows(edits, backbone.tokenizer, evaluator.before, evaluation)
     shutil.rmtree(out / "edit", ignore_errors=True)  # of an earlier demo
-    delta.about["figures"] = figures_of(evaluator.before, evaluation)
+    delta.about |= {"figures": figures_of(evaluator.before, evaluation), "command": command}
     delta.save(out / "edit")
     results.save(out / "results.json", rows)
     write(out / "report.html", report_of(out).html())

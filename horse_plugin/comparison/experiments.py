@@ -31,6 +31,7 @@ def compare(
     quick: bool = False,
     check: int = 0,
     batch: int | None = None,
+    command: str | None = None,
 ) -> list[dict]:
     """Measure methods side by side, and write tables and a report.
 
@@ -51,6 +52,7 @@ def compare(
         check: on how many records of each cell EasyEdit's own metrics are computed too.
         batch: how many facts to edit at once, one batch on top of those before it. Then it is
             measured, too, what each new batch leaves of the earlier ones. None is all at once.
+        command: the command line that asks for it, for the report.
 
     Returns:
         The rows, as in ``results.json``.
@@ -71,6 +73,7 @@ def compare(
         corpus,
         check,
         batch,
+        command,
     )
     return _measured(plan)
 
@@ -91,11 +94,12 @@ def ablate(
     seeds: Sequence[int] = (0,),
     archive: str | None = None,
     rows: Sequence[str] = (),
+    command: str | None = None,
 ) -> list[dict]:
     """Measure HORSE with one part taken out or changed at a time (Table 2).
 
     Args:
-        out, datasets, n_edits, seeds: as in :func:`compare`.
+        out, datasets, n_edits, seeds, command: as in :func:`compare`.
         hparams: the YAML, or the name of a shipped one; None is the default model's.
         archive: the folder of a trained archive for the full method, instead of training one.
         rows: names from :data:`horse_plugin.comparison.methods.ABLATIONS`; none is all.
@@ -115,6 +119,7 @@ def ablate(
         yaml.parent.parent,
         Path(out),
         seeds,
+        command=command,
     )
     return _measured(plan)
 

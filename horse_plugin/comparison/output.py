@@ -59,7 +59,8 @@ def comparison_report(rows: list[dict]) -> "Report":
     """
     from horse_plugin.evaluation import charts, report
 
-    made = report.Report(_title(rows), versions=rows[-1].get("versions") or {})
+    commands, versions = report.commands_of(rows), rows[-1].get("versions") or {}
+    made = report.Report(_title(rows), commands=commands, versions=versions)
     said = [table for page in tables.pages(rows) for table in tables.verdicts(rows, page)]
     if said:
         made.sections.append(report.Section("What each comes to", tables=said))

@@ -38,6 +38,7 @@ class Plan:
             preserves.
         check: on how many records EasyEdit's own metrics are computed as well.
         batch: how many records are edited at once, one batch after the other; None is all.
+        command: the command line that asks for it, if one does.
     """
 
     methods: dict[str, Method]
@@ -50,6 +51,7 @@ class Plan:
     corpus: str = "shipped"
     check: int = 0
     batch: int | None = None
+    command: str | None = None
 
     def __post_init__(self):
         for data in self.datasets:

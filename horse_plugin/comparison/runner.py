@@ -25,7 +25,7 @@ RESULTS = "results.json"
 NUMBER, TEXT = Maybe((int, float)), Maybe(str)
 ROW = {"method": str, "dataset": str, "model": str, "n_edits": count, "seed": int}
 ROW |= dict.fromkeys((*ALL_FIGURES, "edit_seconds", "train_seconds", "peak_memory_mb"), NUMBER)
-ROW |= dict.fromkeys(("reason", "budget", "settings"), TEXT)
+ROW |= dict.fromkeys(("reason", "budget", "settings", "command"), TEXT)
 ROW |= {"check": Maybe({"records": count, "ours": {str: NUMBER}, "easyedit": {str: NUMBER}})}
 ROW |= {"versions": Maybe({str: str}), "batch": Maybe(count)}
 AFTER_BATCH = {"efficacy": [(int, float)], "drift": (int, float), "perplexity": (int, float)}
@@ -119,7 +119,8 @@ class _MeasuredModel:
             row = self._failed(name, task, error)
         if weights_digest(self.backbone) != self.digest:
             raise HorseError(f"{name}: the model's weights are not what they were before it ran.")
-        return row | {"settings": settings} | ({"batch": task.batch} if task.batch else {})
+        row |= {"settings": settings, "command": self.plan.command}
+        return row | ({"batch": task.batch} if task.batch else {})
 
     def _row(self, name: str, task: Task, states: Iterator[Edited], tell) -> dict:
         """Measure the model after each batch that is edited, and all of it after the last."""

@@ -200,6 +200,7 @@ def _chance(output: dict, task: str) -> float | None:
 
 
 ROW = {"task": str, "metric": str, "before": finite, "after": finite, "difference": finite}
+ROW |= {"command": Maybe(str)}
 ROW |= dict.fromkeys(("stderr_before", "stderr_after", "chance"), Maybe(finite))
 IN_PERCENT = "General ability, percent; drift in nats a token and perplexity as they are"
 

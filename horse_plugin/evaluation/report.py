@@ -47,7 +47,7 @@ class Report:
     Attributes:
         meta: one line on the model and the data.
         facts: rows of :func:`horse_plugin.evaluation.facts.fact_rows`, or of ``facts.csv``.
-        command: the command line that repeats it.
+        commands: the command lines that repeat it.
         versions: package → version.
     """
 
@@ -56,7 +56,7 @@ class Report:
     verdict: Verdict | None = None
     sections: list[Section] = field(default_factory=list)
     facts: Sequence[Mapping] = ()
-    command: str | None = None
+    commands: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def html(self) -> str:
@@ -88,6 +88,11 @@ def _percent(value) -> str:
     return "" if value in (None, "") else number(float(value), 0)
 
 
+def commands_of(rows: list[dict]) -> list[str]:
+    """Return the command lines that rows of ``results.json`` are of, each once."""
+    return list(dict.fromkeys(r["command"] for r in rows if r.get("command")))
+
+
 def held_and_cost(rows: list[dict]) -> Section:
     """Return what some models hold and what it costs, as a section.
 
@@ -116,7 +121,7 @@ def of_edit(about: Mapping, n_facts: int, verdict: Verdict | None, facts=()) -> 
         f"archive: {hp.get('archive') or 'untrained'}.",
         verdict,
         facts=facts,
-        command=about.get("command"),
+        commands=[about["command"]] if about.get("command") else [],
         versions=about["versions"],
     )
     if not measured:

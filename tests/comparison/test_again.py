@@ -46,8 +46,9 @@ def test_general_ability_has_a_report_and_a_folder_of_nothing_an_error(tmp_path)
     rows = general.rows(
         *(general.Ability({("nli", "acc"): share}, {}, {}, {}) for share in (50.0, 49.0))
     )
-    results.save(tmp_path / "results.json", rows)
-    assert "-1.0" in report_of(tmp_path).html()
+    results.save(tmp_path / "results.json", [row | {"command": "horse general"} for row in rows])
+    page = report_of(tmp_path).html()
+    assert "-1.0" in page and "<code>horse general</code>" in page
     with pytest.raises(UsageError, match=r"holds no edit, no training and no results\.json"):
         report_of(tmp_path / "none")
     (tmp_path / "results.json").write_text('{"a": 1}')

@@ -76,13 +76,13 @@ def test_the_embedded_facts_are_split_by_subject():
 def test_the_demo_from_end_to_end(tmp_path):
     """Few steps and few facts: the real command has more of both."""
     hparams = settings(edits_per_step=20, max_iters=2, val_interval=2, val_edits=50, rank=16)
-    outcome = run_demo(tmp_path / "demo", hparams, n_edits=20)
+    outcome = run_demo(tmp_path / "demo", hparams, n_edits=20, command="horse demo --out d")
     assert [r["method"] for r in outcome.rows] == ["unedited", "HORSE, untrained", "HORSE, trained"]
     assert len(outcome.examples) == 10
     made = sorted(p.name for p in (tmp_path / "demo").iterdir())
     assert made == ["archive", "edit", "report.html", "results.json", "stats"]
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("<svg") == 4
-    assert "of 20 facts hold" in page and "Each fact" in page
+    assert "of 20 facts hold" in page and "Each fact" in page and "horse demo --out d" in page
     assert report_of(tmp_path / "demo").html() == page  # drawn again
     assert not re.search(r'(src|href)="http', page)  # nothing is fetched
