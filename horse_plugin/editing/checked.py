@@ -9,11 +9,11 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
-from horse_plugin.evaluation.drift import heldout_pieces
+from horse_plugin.evaluation.drift import Pieces, heldout_pieces
 from horse_plugin.evaluation.facts import fact_rows
+from horse_plugin.evaluation.generation import LENGTH, N_OF_KIND
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator
 from horse_plugin.evaluation.verdict import BAD, judge
-from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.guard import guarded
 
 
@@ -66,7 +66,7 @@ def checked_edit(
     conflicts = report(find_conflicts(edits, backbone.tokenizer.unk_token_id, earlier))
     edits.check()
 
-    with backbone.one_job("edit", _work(edits, hp)):
+    with backbone.one_job("edit", _tokens(editor, edits, pieces)):
         backbone.cache_trunk_states(edits.flat())
         # A capture predicts the edit prompts' answers on its way.
         captured = None if editor.takes_blocks(edits) else editor.capture(edits)
@@ -79,6 +79,8 @@ def checked_edit(
 
         delta = editor.edit(edits, name, captured, unfinished)
         del captured  # gigabytes, for a large edit of a large model
+        if backbone.job:
+            backbone.job.finish("capture", "check")  # the facts may hold before the last sweep
 
         after = evaluator.evaluate()
     rise = 100 * (after.cost.perplexity / now.perplexity - 1)
@@ -120,7 +122,17 @@ def figures_of(before: Evaluation, after: Evaluation) -> dict:
     return figures | {"verdict": judge(figures).to_dict()}
 
 
-def _work(edits: PreparedEdits, hp: HORSEHyperParams) -> int:
-    """Return an estimate of the tokens that an edit with its figures takes through the model."""
+def _tokens(editor: HorseEditor, edits: PreparedEdits, pieces: Pieces) -> dict[str, int]:
+    """Return step → an estimate of the tokens that an edit with its figures takes there."""
+    hp, tokenizer = editor.hparams, editor.backbone.tokenizer
     read, every = (sum(len(p.ids) for p in of) for of in (edits.to_capture(), edits.flat()))
-    return 3 * every + 3 * read * (1 + hp.edit_sweeps)
+    held_out = sum(len(tokenizer(text)["input_ids"]) for _, text in pieces)
+    return {
+        "trunk": every + held_out,
+        "capture": read * (hp.edit_sweeps + 1) // 2,
+        "check": read * (hp.edit_sweeps - 1) // 2,  # a sweep checks first what may hold by now
+        "statistics": editor.unread(),
+        "ordinary text": 2 * held_out,
+        "evaluate": 2 * every,
+        "writing": 2 * LENGTH * sum(N_OF_KIND.values()),
+    }

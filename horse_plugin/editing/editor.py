@@ -358,6 +358,18 @@ class HorseEditor:
                 self._roots = self._preserve.roots(self.backbone, self.hparams.stats_dir)
         return self._roots
 
+    @guarded
+    def unread(self) -> int:
+        """Return how many tokens of text :attr:`roots` would read first; of known moments none."""
+        hp = self.hparams
+        if self._roots is not None or hp.preserve == "none":
+            return 0
+        if self._preserve is None and hp.preserve == "model":  # which writes its text first
+            return hp.preserve_tokens
+        with self._unedited():
+            self._preserve = self._preserve or Preserve.of(self.backbone, hp)
+            return self._preserve.unread(self.backbone, hp.stats_dir)
+
     @contextlib.contextmanager
     def _unedited(self) -> Iterator[None]:
         """Put the original weights into the model for the length of a ``with``."""

@@ -87,7 +87,9 @@ class OrdinaryText:
         dtype = self.backbone.edit_dtype
         totals = torch.zeros(len(self.kinds), 3, dtype=torch.float64)  # drift, nats, tokens
         with raise_on_all_ranks():
-            for batch, inputs in zip(self._batches, self._head_inputs, strict=True):
+            pairs = zip(self._batches, self._head_inputs, strict=True)
+            items = [(pair, pair[0].ids.numel()) for pair in pairs]
+            for batch, inputs in self.backbone.step("ordinary text", items):
                 before = self.backbone.read_out(batch, inputs).to(dtype).log_softmax(-1)
                 now, drift = before, torch.zeros(len(before)).to(before)
                 if edited:

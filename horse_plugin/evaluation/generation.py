@@ -41,20 +41,20 @@ def continuations(
     written, by_length = {}, {}
     for row in dict.fromkeys(prompts):
         by_length.setdefault(len(row), []).append(row)
-    for rows in by_length.values():
-        for i in range(0, len(rows), ROWS):
-            batch = torch.tensor(rows[i : i + ROWS], device=backbone.device)
-            with quiet_transformers():
-                made = backbone.model.generate(
-                    batch,
-                    attention_mask=torch.ones_like(batch),
-                    max_new_tokens=n_tokens,
-                    do_sample=False,
-                    streamer=streamer,
-                    pad_token_id=backbone.tokenizer.eos_token_id,
-                )
-            for row, new in zip(rows[i : i + ROWS], made[:, batch.shape[1] :], strict=True):
-                written[row] = tuple(new.tolist())
+    parts = [of[i : i + ROWS] for of in by_length.values() for i in range(0, len(of), ROWS)]
+    for rows in backbone.step("writing", [(rows, n_tokens) for rows in parts]):
+        batch = torch.tensor(rows, device=backbone.device)
+        with quiet_transformers():
+            made = backbone.model.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                max_new_tokens=n_tokens,
+                do_sample=False,
+                streamer=streamer,
+                pad_token_id=backbone.tokenizer.eos_token_id,
+            )
+        for row, new in zip(rows, made[:, batch.shape[1] :], strict=True):
+            written[row] = tuple(new.tolist())
     return [written[prompt] for prompt in prompts]
 
 

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +37,11 @@ from horse_plugin.model.modules import (
 from horse_plugin.model.trunk_cache import TrunkCache
 from horse_plugin.model.weights import EditWeights
 from horse_plugin.progress import Job
+
+T = TypeVar("T")
+# The time of a token in a step, over that of one that runs through the model with others. A token
+# is written in a pass of its own; a capture runs there and back.
+WORK = {"capture": 3, "writing": 30}
 
 # oneDNN keeps what it compiled for the last 1,024 shapes of products. Batches have shapes of their
 # own, so that this grows to gigabytes; a few are as quick.
@@ -278,25 +284,29 @@ class Backbone:
         made = list(batches(prompts, self.batch_tokens, self.device))
         show = self.progress if progress is None else progress
         if show and self.job:
-            work = 3 if task == "capture" else 1  # for each token; a capture runs there and back
-            return self.job.watch(task, [(batch, work * batch.ids.numel()) for batch in made])
+            return self.step(task, [(batch, batch.ids.numel()) for batch in made])
         hidden = None if show else True  # None: where nobody watches, as in a log file
         return tqdm(made, desc=task, unit="batch", leave=False, disable=hidden)
 
     @contextlib.contextmanager
-    def one_job(self, name: str, work: float) -> Iterator[None]:
+    def one_job(self, name: str, tokens: dict[str, int]) -> Iterator[None]:
         """Show the passes in a ``with`` as steps of one job, where their bars would be shown.
 
         Args:
-            work: an estimate of the tokens that run through the model in all of them, but for the
-                statistics, which may be there already.
+            tokens: step → an estimate of the tokens that it takes through the model.
         """
-        planned = ("trunk", "capture", "evaluate")
-        with Job(name, work, planned) if self.progress else contextlib.nullcontext() as self.job:
+        work = {step: n * WORK.get(step, 1) for step, n in tokens.items()}
+        with Job(name, work) if self.progress else contextlib.nullcontext() as self.job:
             try:
                 yield
             finally:
                 self.job = None
+
+    def step(self, name: str, items: Sequence[tuple[T, int]]) -> Iterable[T]:
+        """Yield items that are given with their tokens, as a step of the job, if there is one."""
+        if self.job is None:
+            return [item for item, _ in items]
+        return self.job.watch(name, [(item, n * WORK.get(name, 1)) for item, n in items])
 
     @guarded
     def logits(self, batch: Batch) -> torch.Tensor:

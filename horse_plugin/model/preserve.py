@@ -7,6 +7,7 @@ ids; the moments are computed from them once for each model, and kept in files.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -113,6 +114,14 @@ class Preserve:
             raise HorseError(f"{path}: damaged: the preserved text is not what it says.") from None
         return made
 
+    def unread(self, backbone: Backbone, folder) -> int:
+        """Return the number of tokens whose moments :meth:`roots` would not find in the folder."""
+        tokens = 0
+        for prompts in filter(None, (self.text, self.unrelated)):
+            if not all(file.is_file() for file in _files(backbone, prompts, folder).values()):
+                tokens += sum(len(p.ids) for p in prompts)
+        return tokens
+
     def roots(self, backbone: Backbone, folder) -> list[torch.Tensor]:
         """Return W with W Wᵀ = C̄⁻¹ for each edit module, d×d, on the edit device.
 
@@ -174,13 +183,7 @@ def moments_of(backbone: Backbone, prompts: Sequence[Prompt], folder) -> Moments
 
     The files' name holds a digest of the model, its edit modules' weights, and the prompts.
     """
-    about = [
-        backbone.fingerprint(),
-        backbone.weights.digests(),
-        [[p.ids, p.start] for p in prompts],
-    ]
-    data = f"horse-{json_digest(about)}"
-    files = {m: moments_file(folder, backbone, m, data, len(prompts)) for m in backbone.modules}
+    files = _files(backbone, prompts, folder)
     missing = torch.tensor(float(not all(file.is_file() for file in files.values())))
     if not distributed.sum_over_ranks(missing):  # the same for all processes, who sum together
         return {name: load_moments(file) for name, file in files.items()}
@@ -189,3 +192,14 @@ def moments_of(backbone: Backbone, prompts: Sequence[Prompt], folder) -> Moments
         for name, (total, count) in moments.items():
             save_moments(files[name], total, count, len(prompts))
     return moments
+
+
+def _files(backbone: Backbone, prompts: Sequence[Prompt], folder) -> dict[str, Path]:
+    """Return module → the file of its moment over these prompts."""
+    about = [
+        backbone.fingerprint(),
+        backbone.weights.digests(),
+        [[p.ids, p.start] for p in prompts],
+    ]
+    data = f"horse-{json_digest(about)}"
+    return {m: moments_file(folder, backbone, m, data, len(prompts)) for m in backbone.modules}
