@@ -62,17 +62,19 @@ def test_the_command_and_an_edit_run_from_the_wheel(installed):
     assert "of 6 facts hold" in (installed / "edit/report.html").read_text()
 
 
-def test_the_wheel_holds_facts_text_yamls_and_types(installed):
+def test_the_wheel_holds_facts_text_yamls_the_archive_and_types(installed):
     code = """
         from importlib.resources import files
         from horse_plugin import FACTS, HORSEHyperParams, default_hparams, load_records
-        from horse_plugin.assets import CALIBRATION, HELDOUT
+        from horse_plugin.assets import CALIBRATION, HELDOUT, TRAINED
         print(len(load_records(FACTS / "edit.json")), default_hparams().model_name)
         print(HORSEHyperParams.from_hparams("hparams/HORSE/llama2-7b").model_name)
         print(files("horse_plugin").joinpath("py.typed").is_file())
         print(CALIBRATION.is_file(), HELDOUT.is_file())
+        from horse_plugin.editing.archive import read_network
+        print(read_network("shipped")[2]["step"], (TRAINED / "LICENCE.txt").is_file())
     """
     python = installed / "env/bin/python"
     said = run(python, "-c", "\n".join(line.strip() for line in code.splitlines()), cwd=installed)
     model = HORSEHyperParams.from_hparams("llama2-7b").model_name
-    assert said.split() == ["500", "llama-smollm2-135m", model, "True", "True", "True"]
+    assert said.split() == ["500", "llama-smollm2-135m", model, *["True"] * 3, "40", "True"]
