@@ -50,6 +50,7 @@ def before_and_after(rows: list[dict]) -> Figure:
         axes.set_xticks(range(len(names)), names, fontsize=8)
         _open(axes)
     panels[0].set(ylabel="percent", ylim=(0, 108))
+    panels[1].yaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.legend(*panels[0].get_legend_handles_labels(), **BELOW, ncols=3)
     return figure
 
