@@ -68,7 +68,8 @@ def comparison_report(rows: list[dict]) -> "Report":
     for page, *found in _tables(rows):
         held = held_and_drift(tables.of_page(rows, page))
         drawn = [charts.held_over_drift({dataset: points}) for dataset, points in held.items()]
-        drawn += [charts.retention(of) for of in tables.retention(rows, page).values()]
+        for of in tables.retention(rows, page).values():
+            drawn += [charts.retention(of, [name]) for name in charts.RETENTION]
         for dataset, of in tables.means(rows, page).items():
             if of:
                 perplexities = tables.perplexities(rows, page, dataset)

@@ -112,29 +112,35 @@ def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Fig
     return figure
 
 
-def retention(curves: dict[str, dict[str, Sequence[float]]]) -> Figure:
+RETENTION = {  # what is drawn of batches → title, and what the axes say
+    "by age": ("what is left of each batch", "batch, oldest first", "efficacy, percent"),
+    "so far": ("all batches so far", "batches", "efficacy, percent"),
+    "drift": ("ordinary text", "batches", "drift, nats a token"),
+}
+
+
+def retention(
+    curves: dict[str, dict[str, Sequence[float]]], names: Sequence[str] = tuple(RETENTION)
+) -> Figure:
     """Draw batches that were edited one after the other: what is left of them, and the drift.
 
     Args:
         curves: method → ``by age``, ``so far`` and ``drift``, one value a batch.
+        names: which of the three to draw, side by side.
     """
-    panels = {
-        "by age": ("what is left of each batch", "batch, oldest first", "efficacy, percent"),
-        "so far": ("all batches so far", "batches", "efficacy, percent"),
-        "drift": ("ordinary text", "batches", "drift, nats a token"),
-    }
-    figure = Figure(figsize=(11.4, 3.4), layout="constrained")
-    for axes, (name, texts) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    figure = Figure(figsize=(3.4 * len(names) + 1.2, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
         axes.set_prop_cycle(color=COLORS)
         for method, of in curves.items():
             style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
             axes.plot(range(1, len(of[name]) + 1), of[name], label=_label(method), **style)
-        axes.set(**dict(zip(("title", "xlabel", "ylabel"), texts, strict=True)))
+        axes.set(**dict(zip(("title", "xlabel", "ylabel"), RETENTION[name], strict=True)))
         axes.set_ylim(0, None if name == "drift" else 103)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _open(axes)
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, **BELOW, ncols=6)
+    figure.legend(*handles, **BELOW, ncols=2 * len(names))
     return figure
 
 
