@@ -39,9 +39,9 @@ from horse_plugin.model.weights import EditWeights
 from horse_plugin.progress import Job
 
 T = TypeVar("T")
-# The time of a token in a step, over that of one that runs through the model with others. A token
-# is written in a pass of its own; a capture runs there and back.
-WORK = {"capture": 3, "writing": 30}
+# The time of a token in a step, over that of one whose trunk state is kept, as measured on a CPU. A
+# token is written in a pass of its own, and of ordinary text every token goes through the head.
+WORK = {"trunk": 2.5, "capture": 3, "statistics": 3.5, "ordinary text": 3, "writing": 100}
 
 # oneDNN keeps what it compiled for the last 1,024 shapes of products. Batches have shapes of their
 # own, so that this grows to gigabytes; a few are as quick.
