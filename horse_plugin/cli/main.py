@@ -635,7 +635,7 @@ def general(
         if ordinary:
             costs = ordinary.before, ordinary.measure(edited)
             rows += general_ability.rows_of_text(text.stem, *costs)
-        rows = [r | {"command": _command()} for r in rows]
+        rows = [row | {"command": _command()} for row in rows]
         results.save(out / "results.json", rows)
         table = general_ability.table(rows)
         write(out / "table.md", table.markdown())
