@@ -654,6 +654,7 @@ def demo(
     outcome = run_demo(out, settings)
     console.print(show.figures(outcome.rows))
     console.print(show.examples(outcome.examples))
+    console.print(outcome.training)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
