@@ -23,7 +23,9 @@ from horse_plugin.storage.files import locked_folder, write
 from horse_plugin.training.trainer import HORSETrainer
 
 N_EDITS = 200
-SECONDS, FEWEST = 90.0, 5  # of a short training, and the steps that it has on the slowest machine
+# Seconds of a short training, and the steps that it has on the slowest machine. After five steps
+# the edit holds as after twelve (99.5 and 99.0 % of the facts), at less locality (45 and 56 %).
+SECONDS, FEWEST = 90.0, 5
 # A short training, so that the demo takes minutes on slow processors, too. Half of the demo's facts
 # share their subject, and residuals start longer than the YAML's for those that do not.
 BRIEF = {
