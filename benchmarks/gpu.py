@@ -1,11 +1,14 @@
-"""Our edits beside benchmarks/reference.py on a GPU, on a model of Llama-2-7B's shape.
+"""Our engine beside benchmarks/reference.py on a GPU, on a model of Llama-2-7B's shape.
 
-    python -m benchmarks.gpu --data FACTS.json --out gpu.json
+    python -m benchmarks.gpu --data FACTS.json --tokenizer FOLDER --out gpu.json
 
-One call: random bf16 weights made on the device, 100 and 8,000 edits, ours and the reference in
-turns, in one process; seconds, peak memory, every stage beside its floor. It writes JSON after each
-step, so that little is lost if it is cut short, and prints Markdown for benchmarks/results.md.
-Without a GPU it says so and is done. `--device cpu --config FOLDER` runs it on anything.
+One call on a machine that has torch and transformers and nothing of ours: random bf16 weights made
+on the device; edits of 100, 500, 1,000 and 8,000 facts and training steps on 500 and 1,000, ours
+and the reference in turns, in one process; seconds, memory over the weights, every stage of an edit
+beside its floor. Weights are put back after the clock; trunk states of training steps are kept from
+the first turn on. JSON is written after every turn, so that little is lost if it is cut short, and
+Markdown for benchmarks/results.md is printed. Without a GPU it says so and is done.
+`--device cpu --config FOLDER` runs it on anything.
 
 The vocabulary is the tokenizer's if that is larger than the config's. Products in float32 are that
 (no TF32) unless torch is told otherwise; the JSON says which.
@@ -23,13 +26,17 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks import reference as plain
 from benchmarks.engine import Pair, seconds
 from horse_plugin import EditRecord, HORSEHyperParams, load_records
 from horse_plugin.assets import FACTS, hparams_folder
-from horse_plugin.comparison.bench import bench
-from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory
+from horse_plugin.comparison.bench import bench, device_name, matrix_rate
+from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, versions
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import random_model
+
+MEMORY = "/dev/shm"
+PRECISIONS = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def enough(records: list[EditRecord], n: int) -> list[EditRecord]:
@@ -38,51 +45,102 @@ def enough(records: list[EditRecord], n: int) -> list[EditRecord]:
     return (records + [next(more) for _ in range(n - len(records))])[:n]
 
 
-def turns(pair: Pair, times: int, until: float) -> list[dict]:
-    """Seconds and peak memory in MB of ours and of the reference, turn by turn, at least one."""
-    found = []
-    while len(found) < times and not (found and time.perf_counter() > until):
-        turn = {}
-        for name, run in (("ours", pair.edit), ("reference", pair.edit_reference)):
-            reset_peak_memory()
-            turn[name] = {"seconds": seconds(run), "peak_memory_mb": peak_memory_mb()}
-        found.append(turn)
+def timed(run) -> dict[str, float]:
+    """Seconds, and peak memory in MB over what was there before."""
+    reset_peak_memory()
+    before = peak_memory_mb()
+    found = seconds(run)
+    return {"seconds": found, "peak_memory_mb": peak_memory_mb() - before}
+
+
+def turn(ours, reference) -> dict[str, dict]:
+    """Ours and the reference, one after the other; the reference's files are in its figures, too.
+
+    They lie in memory where the system has a folder for that.
+    """
+    spent = []
+
+    def counted(use):
+        def file(*args):
+            start = time.perf_counter()
+            found = use(*args)
+            spent.append(time.perf_counter() - start)
+            return found
+
+        return file
+
+    names = ("save_file", "load_file")
+    uses, folder = [getattr(plain, name) for name in names], tempfile.tempdir
+    found = {"ours": timed(ours)}
+    try:
+        tempfile.tempdir = MEMORY if Path(MEMORY).is_dir() else folder
+        for name, use in zip(names, uses, strict=True):
+            setattr(plain, name, counted(use))
+        found["reference"] = timed(reference)
+    finally:
+        tempfile.tempdir = folder
+        for name, use in zip(names, uses, strict=True):
+            setattr(plain, name, use)
+    found["reference"]["file_seconds"] = sum(spent)
+    return found
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """Operations a second of square products, in each precision that the hardware has for them."""
+    found = {str(d).removeprefix("torch."): matrix_rate(d, device) for d in PRECISIONS}
+    if device.type == "cuda":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        found["tf32"] = matrix_rate(torch.float32, device)
+        torch.set_float32_matmul_precision(before)
     return found
 
 
 def markdown(found: dict) -> str:
     """The tables for benchmarks/results.md."""
-    about = found["edits"][0]["bench"]
+    about = found["about"]
     lines = [
         f"{about['device']}, {found['model']} with random weights in {about['dtype']}, "
-        f"{found['model_mb']:.0f} MB of weights, torch {about['versions']['torch']}; medians",
+        f"{found['model_mb']:.0f} MB of weights, torch {about['versions']['torch']}; medians; "
+        "peak memory is over the weights",
         "",
-        "| edits | turns | ours s | reference s | ratio | floor s | times the floor "
-        "| ours peak MB | reference peak MB |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| work | facts | turns | ours s | reference s | of it files s | ratio | floor s "
+        "| floor s, TF32 | ours peak MB | reference peak MB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for e in found["edits"]:
-        figures = [
-            statistics.median(t[who][what] for t in e["turns"])
-            for what in ("seconds", "peak_memory_mb")
-            for who in ("ours", "reference")
-        ]
-        ours, reference, *peaks = figures
-        floor = sum(s["floor_seconds"] or 0 for s in e["bench"]["stages"])
-        ratio = statistics.median(
-            t["reference"]["seconds"] / t["ours"]["seconds"] for t in e["turns"]
-        )
-        cells = [f"{e['bench']['n_edits']:,}", str(len(e["turns"])), f"{ours:.3f}"]
-        cells += [f"{reference:.3f}", f"{ratio:.1f}", f"{floor:.3f}", f"{ours / floor:.1f}"]
-        lines.append(f"| {' | '.join(cells + [f'{p:.0f}' for p in peaks])} |")
-    for e in found["edits"]:
-        lines += ["", f"| {e['bench']['n_edits']:,} edits | seconds | floor | peak MB |"]
+    for w in found["work"]:
+
+        def median(who, what, turns=w["turns"]):
+            return statistics.median(t[who][what] for t in turns)
+
+        ratios = (t["reference"]["seconds"] / t["ours"]["seconds"] for t in w["turns"])
+        floors = [f"{f:.3f}" for f in _floors(w.get("bench"), found["rates"])] or ["", ""]
+        seconds_of = median("ours", "seconds"), median("reference", "seconds")
+        cells = [w["work"], f"{w['facts']:,}", str(len(w["turns"]))]
+        cells += [f"{s:.3f}" for s in (*seconds_of, median("reference", "file_seconds"))]
+        cells += [f"{statistics.median(ratios):.1f}", *floors]
+        cells += [f"{median(who, 'peak_memory_mb'):.0f}" for who in ("ours", "reference")]
+        lines.append(f"| {' | '.join(cells)} |")
+    for w in found["work"]:
+        if "bench" not in w:
+            continue
+        lines += ["", f"| {w['facts']:,} edits | seconds | floor | peak MB |"]
         lines.append("|---|--:|--:|--:|")
-        for s in e["bench"]["stages"]:
+        for s in w["bench"]["stages"]:
             floor = "" if s["floor_seconds"] is None else f"{s['floor_seconds']:.4f}"
             cells = s["name"], f"{s['seconds']:.4f}", floor, f"{s['peak_memory_mb']:.0f}"
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _floors(measured: dict | None, rates: dict[str, float]) -> list[float]:
+    """The floor of an edit, and that with products of the network and the solve in TF32."""
+    if measured is None:
+        return []
+    floors = {s["name"]: s["floor_seconds"] or 0 for s in measured["stages"]}
+    faster = 1 - rates["float32"] / rates.get("tf32", rates["float32"])
+    saved = faster * (floors["network"] + floors["solve"])
+    return [sum(floors.values()), sum(floors.values()) - saved]
 
 
 def main():
@@ -91,7 +149,8 @@ def main():
     parser.add_argument("--config", help="folder or JSON of another model's config")
     parser.add_argument("--tokenizer", help="its folder; the default model's by default")
     parser.add_argument("--data", default=str(FACTS / "train.json"))
-    parser.add_argument("--n-edits", type=int, nargs="+", default=[100, 8000])
+    parser.add_argument("--n-edits", type=int, nargs="+", default=[100, 500, 1000, 8000])
+    parser.add_argument("--n-train", type=int, nargs="*", default=[500, 1000])
     parser.add_argument("--times", type=int, default=3, help="turns, at most")
     parser.add_argument("--minutes", type=float, default=7.0, help="no new turn after so long")
     parser.add_argument("--out", default="gpu.json")
@@ -112,22 +171,49 @@ def main():
             transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)
         model, tokenizer = random_model(args.config or folder, hparams)
     records = load_records(args.data)
+    device = next(model.parameters()).device
     found = {
         "model": Path(name).name,
         "model_mb": sum(p.nbytes for p in model.parameters()) / 2**20,
         "float32_products": torch.get_float32_matmul_precision(),
-        "edits": [],
+        "rates": rates(device),
+        "about": {
+            "device": device_name(device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "versions": versions(),
+        },
+        "work": [],
     }
-    for n in args.n_edits:
-        some = enough(records, n)
-        pair = Pair(replace(hparams), some, Backbone.of(model, tokenizer, hparams))
-        few = Pair(replace(hparams), some[:32], pair.backbone)
-        few.edit(), few.edit_reference()  # the libraries' own first-time work
-        edits = {"turns": turns(pair, args.times, until)}
-        # Training and evaluation belong to the first; thousands in one step are not trained on.
-        edits["bench"] = bench(pair.backbone, pair.hparams, some, others=n <= 500)
-        found["edits"].append(edits)
+
+    def save():
         Path(args.out).write_text(json.dumps(found, indent=1))
+
+    def pair_of(n: int) -> Pair:
+        return Pair(replace(hparams), enough(records, n), Backbone.of(model, tokenizer, hparams))
+
+    def measure(work: str, n: int, ours, reference) -> dict:
+        found["work"].append({"work": work, "facts": n, "turns": []})
+        turns = found["work"][-1]["turns"]
+        while len(turns) < args.times and not (turns and time.perf_counter() > until):
+            turns.append(turn(ours, reference))
+            save()
+        return found["work"][-1]
+
+    save()
+    few = pair_of(32)
+    for run in (few.edit, few.edit_reference, few.train, few.train_reference):
+        seconds(run)  # the libraries' own first-time work
+    jobs = [("edit", n) for n in args.n_edits] + [("training step", n) for n in args.n_train]
+    for work, n in sorted(jobs, key=lambda job: job[1]):
+        if time.perf_counter() > until:
+            break
+        pair = pair_of(n)
+        if work == "edit":
+            done = measure(work, n, pair.edit, pair.edit_reference)
+            done["bench"] = bench(pair.backbone, pair.hparams, pair.records, others=False)
+        else:
+            measure(work, n, pair.train, pair.train_reference)
+        save()
     print(markdown(found))
 
 

@@ -657,6 +657,7 @@ def demo(
     outcome = run_demo(out, settings, command=_command())
     console.print(show.figures(outcome.rows))
     console.print(show.examples(outcome.examples))
+    console.print(outcome.training)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
@@ -779,6 +780,8 @@ def _say(message: str, file=None):
 
 def run():
     """Entry point: exit code 0 done, 1 failed, 2 bad usage; one line on an error."""
+    # Before torch loads. Threads that spin while they wait crawl beside another busy process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug, errors = "--debug" in sys.argv[1:], sys.stderr
     if debug:  # anywhere on the line, not only before the command
         sys.argv = [a for a in sys.argv if a != "--debug"]

@@ -117,7 +117,7 @@ def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) 
         "n_edits": len(records),
         "n_tokens": sum(len(p.inputs) for p in prompts),
         "n_answer_tokens": len(captured.record_of_row),
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "rates": rates,
         "stages": [asdict(s) for s in stages],
@@ -223,9 +223,10 @@ def _floors(backbone: Backbone, network, prompts, rates: dict) -> dict[str, floa
     }
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the processor's with the number of its threads."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

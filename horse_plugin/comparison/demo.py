@@ -1,6 +1,8 @@
 """The demo on real facts and a real model: train, edit 200 facts, measure, report."""
 
+import math
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,9 @@ from horse_plugin.storage.files import locked_folder, write
 from horse_plugin.training.trainer import HORSETrainer
 
 N_EDITS = 200
+# Seconds of a short training, and the steps that it has on the slowest machine. After five steps
+# the edit holds as after twelve (99.5 and 99.0 % of the facts), at less locality (45 and 56 %).
+SECONDS, FEWEST = 90.0, 5
 # A short training, so that the demo takes minutes on slow processors, too. Half of the demo's facts
 # share their subject, and residuals start longer than the YAML's for those that do not.
 BRIEF = {
@@ -34,10 +39,11 @@ BRIEF = {
 
 @dataclass
 class Outcome:
-    """What the demo found: rows of ``results.json``, and what the model writes."""
+    """What the demo found: rows of ``results.json``, what the model writes, how it was trained."""
 
     rows: list[dict]
     examples: Sequence[Example]
+    training: str
 
 
 def run_demo(
@@ -48,17 +54,20 @@ def run_demo(
     It leaves ``archive/``, ``edit/``, ``stats/``, ``results.json`` and ``report.html`` in ``out``.
 
     Args:
-        hparams: the settings; None is the default model's, with a short training.
+        hparams: the settings; None is the default model's, with a training that is shorter on a
+            slow machine.
         command: the command line that asks for it, for the report.
     """
-    out = Path(out)
+    out, seconds = Path(out), math.inf if hparams else SECONDS
     hparams = hparams or replace(default_hparams(), **BRIEF)
     hparams = replace(hparams, archive=None, stats_dir=str(out / "stats"))
     with locked_folder(out):
-        return _run_demo(out, hparams, n_edits, command)
+        return _run_demo(out, hparams, n_edits, seconds, command)
 
 
-def _run_demo(out: Path, hparams: HORSEHyperParams, n_edits: int, command) -> Outcome:
+def _run_demo(
+    out: Path, hparams: HORSEHyperParams, n_edits: int, seconds: float, command: str | None
+) -> Outcome:
     from horse_plugin.comparison.again import report_of  # loads matplotlib
 
     backbone = Backbone.load(hparams)
@@ -82,6 +91,7 @@ def _run_demo(out: Path, hparams: HORSEHyperParams, n_edits: int, command) -> Ou
 
     train, val = FACTS / "train.json", FACTS / "val.json"
     trainer = HORSETrainer(hparams, train, val, out=out / "archive", backbone=backbone)
+    training = shorten(trainer, seconds)
     hparams = replace(hparams, archive=str(trainer.run()))
     trained = HorseEditor.from_backbone(backbone, hparams)
     delta, evaluation = edit_and_measure("HORSE, trained", trained)
@@ -91,4 +101,26 @@ def _run_demo(out: Path, hparams: HORSEHyperParams, n_edits: int, command) -> Ou
     delta.save(out / "edit")
     results.save(out / "results.json", rows)
     write(out / "report.html", report_of(out).html())
-    return Outcome(rows, evaluation.examples)
+    return Outcome(rows, evaluation.examples, " ".join(training))
+
+
+def shorten(trainer: HORSETrainer, seconds: float) -> list[str]:
+    """Let the first step of a training set how many follow, so that it takes about so long.
+
+    Returns:
+        A list which that step adds a sentence to.
+    """
+    train_step, said = trainer.train_step, []
+
+    def timed(edits):
+        start = time.perf_counter()
+        losses = train_step(edits)
+        if trainer.step == 0:
+            took, most = time.perf_counter() - start, trainer.n_steps
+            n = min(most, max(FEWEST, int(seconds / took)))
+            trainer.hparams = replace(trainer.hparams, max_iters=n)
+            said.append(f"Trained for {n} of at most {most} steps; the first took {took:.1f} s.")
+        return losses
+
+    trainer.train_step = timed
+    return said

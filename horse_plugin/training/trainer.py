@@ -199,8 +199,8 @@ class HORSETrainer:
         return Forecast(steps, validations, seconds, step, peak_memory_mb() + kept / 2**20)
 
     def _run(self):
+        evaluators = list(self._evaluators())  # whose trunk states are read the most often
         self._cache_trunk_states()
-        evaluators = list(self._evaluators())
         bar = tqdm(
             total=self.n_steps,
             initial=self.step,

@@ -1,14 +1,16 @@
 """The scripts in benchmarks/ run from end to end, small and on the CPU; what they time is ours."""
 
 import json
+import subprocess
 import sys
+import textwrap
 from argparse import Namespace
 
 import pytest
 import torch
 
 from benchmarks import gpu, scaling
-from tests import tiny
+from tests import ROOT, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -46,14 +48,35 @@ def call(script, folder, options: str) -> dict:
 
 
 def test_the_gpu_script_runs_on_anything(folder, capsys):
-    found = call(gpu, folder, "--times 2 --n-edits 40 60")
-    assert [e["bench"]["n_edits"] for e in found["edits"]] == [40, 60]
-    for e in found["edits"]:
-        assert len(e["turns"]) == 2
-        for turn in e["turns"]:
+    found = call(gpu, folder, "--times 2 --n-edits 40 60 --n-train 50")
+    done = [(w["work"], w["facts"]) for w in found["work"]]
+    assert done == [("edit", 40), ("training step", 50), ("edit", 60)]
+    for w in found["work"]:
+        assert len(w["turns"]) == 2
+        for turn in w["turns"]:
             assert all(turn[who]["seconds"] > 0 for who in ("ours", "reference"))
+            assert 0 < turn["reference"]["file_seconds"] < turn["reference"]["seconds"]
     said = capsys.readouterr().out
-    assert "| 40 | 2 |" in said and "| 60 | 2 |" in said and "| capture |" in said
+    assert "| edit | 40 | 2 |" in said and "| training step | 50 | 2 |" in said
+    assert "| capture |" in said
+
+
+def test_the_gpu_script_needs_torch_and_transformers_alone(folder, tmp_path):
+    """Nothing of ours is installed there; what transformers brings with it is."""
+    code = """
+        import importlib.metadata, runpy, sys
+        for name in {missing}:
+            sys.modules[name] = None
+        sys.argv = ["gpu.py", *"{options}".split()]
+        runpy.run_module("benchmarks.gpu", run_name="__main__")
+    """
+    missing = "accelerate datasets gguf jinja2 matplotlib peft easyeditor lm_eval".split()
+    options = f"--device cpu --config {folder} --tokenizer {folder} --data {folder}/facts.json "
+    options += f"--times 1 --n-edits 40 --n-train --out {tmp_path}/gpu.json"
+    code = textwrap.dedent(code).format(missing=missing, options=options)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((tmp_path / "gpu.json").read_text())["work"]
 
 
 def test_facts_that_are_asked_for_again_are_other_prompts():
@@ -64,17 +87,9 @@ def test_facts_that_are_asked_for_again_are_other_prompts():
     assert gpu.enough(records, 3) == records[:3]
 
 
-@pytest.mark.parametrize("minutes", [-1, 60])
-def test_turns_end_with_the_time_but_not_before_the_first(minutes):
-    class Nothing:
-        def edit(self):
-            pass
-
-        edit_reference = edit
-
-    assert len(gpu.turns(Nothing(), 3, 60 * minutes + gpu.time.perf_counter())) == max(
-        1, 3 * (minutes > 0)
-    )
+def test_what_begins_after_the_time_is_left_out_and_turns_end_with_it(folder):
+    found = call(gpu, folder, "--times 3 --n-edits 40 --n-train --minutes -1")
+    assert not found["work"]
 
 
 def test_the_scaling_script_measures_fits_and_extrapolates(folder, capsys, monkeypatch):

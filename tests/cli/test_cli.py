@@ -378,6 +378,15 @@ def test_init_writes_a_yaml_and_facts_that_edit_as_they_stand(folder, horse):
     assert (folder / "begin2" / "facts.json").read_text() != "[]"
 
 
+def test_threads_wait_without_spinning_unless_told_otherwise(horse, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    horse("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    horse("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_help_version_and_completion_load_no_torch(folder):
     code = """
         import os, sys

@@ -2,16 +2,18 @@
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, load_records
+from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, load_records
 from horse_plugin.assets import FACTS
+from horse_plugin.comparison import demo
 from horse_plugin.comparison.again import report_of
 from horse_plugin.comparison.demo import run_demo
 from horse_plugin.model.backbone import Backbone
-from tests import SHARED_DATA
+from tests import SHARED_DATA, tiny
 
 pytestmark = pytest.mark.real_model
 
@@ -86,3 +88,18 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert "of 20 facts hold" in page and "Each fact" in page and "horse demo --out d" in page
     assert report_of(tmp_path / "demo").html() == page  # drawn again
     assert not re.search(r'(src|href)="http', page)  # nothing is fetched
+
+
+@pytest.mark.parametrize(("took", "steps"), [(0.1, 12), (15.0, 6), (300.0, 5)])
+def test_a_slow_first_step_shortens_the_training(tmp_path, monkeypatch, took, steps):
+    hparams = tiny.hparams(edits_per_step=3, max_epochs=4, val_interval=12)
+    tiny_backbone = Backbone.of(tiny.model(), tiny.bpe_tokenizer(), hparams)
+    data = tiny.records(9), tiny.records(3)
+    t = HORSETrainer(hparams, *data, tmp_path, tiny_backbone, progress=False)
+    clock = iter([0.0, took])
+    fake = SimpleNamespace(perf_counter=lambda: next(clock, took))
+    monkeypatch.setattr(demo, "time", fake)
+    said = demo.shorten(t, demo.SECONDS)
+    t.run()
+    assert t.step == t.best["step"] == steps  # validated at its end
+    assert said == [f"Trained for {steps} of at most 12 steps; the first took {took} s."]

@@ -84,7 +84,7 @@ def test_the_estimate_covers_a_training_step_and_is_near_it(tmp_path, rows, chan
     needed = memory.needed_bytes(backbone, batch.to_capture(False), hparams, training=True)
     with Peak() as peak:
         trainer.train_step(batch)
-    assert 0.6 * peak.most < needed < 2 * peak.most
+    assert peak.most < needed < 2 * peak.most
 
 
 def test_what_is_free_is_asked_of_the_system():

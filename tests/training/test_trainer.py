@@ -63,6 +63,17 @@ def test_the_same_seed_gives_the_same_archive_bit_for_bit(tmp_path):
     assert any(not torch.equal(a[k], c[k]) for k in a)
 
 
+def test_where_trunk_states_find_no_room_validation_keeps_its_own(tmp_path):
+    """It reads each of them twice at every validation, and a step once an epoch."""
+    t = trainer(tmp_path, max_iters=1)
+    validation, cache = [p for e in t._evaluators() for p in e.edits.flat()], t.backbone.trunk_cache
+    cache._limits["memory"] -= cache._room["memory"]  # it fits, with the text beside it
+    cache._forget()
+    t.run()
+    assert not cache.missing([p.inputs for p in validation])
+    assert cache.missing([p.inputs for p in t._to_cache()])
+
+
 def test_the_order_of_the_records_depends_on_seed_and_epoch(tmp_path):
     one, two = trainer(tmp_path), trainer(tmp_path, seed=1)
     assert one.batch(0) == trainer(tmp_path).batch(0)
