@@ -14,9 +14,11 @@ import torch._dynamo  # which every optimiser loads, slowly, on its first step
 
 from horse_plugin import HorseEditor, HORSETrainer
 from horse_plugin.cli import main as cli
+from horse_plugin.editing import blocks as module
 from horse_plugin.editing.chain import Chain
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.files import locked_folder, reserved
+from horse_plugin.storage.tensors import save_tensors
 from tests import tiny
 
 SETTINGS = {
@@ -70,6 +72,17 @@ def chain(folder, n: int, die_at: int | None = None, ready=None):
             time.sleep(600)  # until killed, with the folder held
         for _ in range(n):
             chain.add(editor.edit(tiny.records(2), chain.new_name()))
+
+
+def blocks(folder, die_at: int | None = None):
+    """Make an edit in blocks whose files are all saved as soon as they can be."""
+    module.SECONDS = 0.0
+    settings = tiny.hparams(edit_sweeps=2, edit_block=3)
+    editor = HorseEditor(MODEL, TOKENIZER, settings)
+    _die(die_at, None)
+    with locked_folder(folder):
+        delta = editor.edit(tiny.records(6), "a", unfinished=folder)
+        save_tensors(folder / "made.safetensors", delta.tensors, {})
 
 
 def command(folder, line: str, die_at: int | None = None):

@@ -117,6 +117,21 @@ def test_a_chain_whose_process_is_killed_holds_whole_edits_only(tmp_path, at):
     assert [d.name for d in read_edits(tmp_path)] == [*names, f"{len(names) + 1:03d}"]
 
 
+# Two blocks in two sweeps, each followed by the sums: four calls a file.
+@pytest.mark.parametrize("at", [*range(1, 33, 5), 35])
+def test_an_edit_in_blocks_that_is_killed_goes_on_to_the_same_bits(tmp_path, at):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for folder, die_at, ends in ((whole, None, 0), (again, at, -signal.SIGKILL), (again, None, 0)):
+        folder.mkdir(exist_ok=True)
+        process = processes.start(processes.blocks, folder, die_at)
+        process.join()
+        assert process.exitcode == ends
+    made = [load_tensors(folder / "made.safetensors")[0] for folder in (whole, again)]
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert [p.name for p in again.iterdir() if p.name != ".lock"] == ["made.safetensors"]
+
+
 def test_of_two_processes_one_wins_and_the_other_says_so(tmp_path):
     ready = processes.multiprocessing.get_context("forkserver").Event()
     first = processes.start(processes.chain, tmp_path, 1, None, ready)
