@@ -117,7 +117,7 @@ def shorten(trainer: HORSETrainer, seconds: float) -> list[str]:
         losses = train_step(edits)
         if trainer.step == 0:
             took, most = time.perf_counter() - start, trainer.n_steps
-            n = min(most, max(FEWEST, int(seconds / took)))
+            n = int(min(most, max(FEWEST, seconds / took)))
             trainer.hparams = replace(trainer.hparams, max_iters=n)
             said.append(f"Trained for {n} of at most {most} steps; the first took {took:.1f} s.")
         return losses
