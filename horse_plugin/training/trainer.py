@@ -400,9 +400,9 @@ class HORSETrainer:
         self._save(ARCHIVE, network_tensors(self.network), self.preserve)
 
     def _save_checkpoint(self):
-        self._save(checkpoint.CHECKPOINT, checkpoint.tensors_of(self.network, self.optimizer))
-        if is_main_process():
+        if is_main_process():  # first: a run that is killed after its last checkpoint adds nothing
             save_history(self.out, self.history)
+        self._save(checkpoint.CHECKPOINT, checkpoint.tensors_of(self.network, self.optimizer))
 
     def _save(self, name: str, tensors: dict[str, torch.Tensor], preserve: Preserve | None = None):
         if not is_main_process():
