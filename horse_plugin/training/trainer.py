@@ -199,6 +199,8 @@ class HORSETrainer:
         return Forecast(steps, validations, seconds, step, peak_memory_mb() + kept / 2**20)
 
     def _run(self):
+        if self.history and is_main_process():  # a kill may have come between checkpoint and CSV
+            save_history(self.out, self.history)
         evaluators = list(self._evaluators())  # whose trunk states are read the most often
         self._cache_trunk_states()
         bar = tqdm(
@@ -400,9 +402,9 @@ class HORSETrainer:
         self._save(ARCHIVE, network_tensors(self.network), self.preserve)
 
     def _save_checkpoint(self):
-        if is_main_process():  # first: a run that is killed after its last checkpoint adds nothing
-            save_history(self.out, self.history)
         self._save(checkpoint.CHECKPOINT, checkpoint.tensors_of(self.network, self.optimizer))
+        if is_main_process():
+            save_history(self.out, self.history)
 
     def _save(self, name: str, tensors: dict[str, torch.Tensor], preserve: Preserve | None = None):
         if not is_main_process():
