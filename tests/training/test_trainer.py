@@ -12,6 +12,7 @@ from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.tensors import load_tensors
 from horse_plugin.training.checkpoint import CHECKPOINT
+from horse_plugin.training.history import HISTORY
 from horse_plugin.training.objective import TRAINED_ON
 from horse_plugin.training.trainer import one_prompt_a_kind
 from tests import tiny
@@ -79,6 +80,15 @@ def test_the_order_of_the_records_depends_on_seed_and_epoch(tmp_path):
     assert one.batch(0) == trainer(tmp_path).batch(0)
     assert one.batch(0) != two.batch(0)
     assert one.batch(0) != one.batch(one.steps_per_epoch)
+
+
+def test_a_finished_run_that_is_resumed_completes_its_csv(tmp_path):
+    """As after a kill between the last checkpoint and the file."""
+    trainer(tmp_path, max_iters=2).run()
+    whole = (tmp_path / HISTORY).read_text()
+    (tmp_path / HISTORY).write_text(whole[:40])
+    trainer(tmp_path, max_iters=2, resume=True).run()
+    assert (tmp_path / HISTORY).read_text() == whole
 
 
 @pytest.mark.slow
