@@ -226,7 +226,7 @@ def _floors(backbone: Backbone, network, prompts, rates: dict) -> dict[str, floa
 def device_name(device: torch.device) -> str:
     """Return the name of a GPU, or the processor's with the number of its threads."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
