@@ -23,7 +23,7 @@ from tqdm import tqdm
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.solve import Roots, edit_mus, edit_residuals
-from horse_plugin.editing.sweeps import is_over
+from horse_plugin.editing.sweeps import counts_of, is_over
 from horse_plugin.errors import HorseError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
@@ -44,7 +44,7 @@ class Sums:
     Attributes:
         grams: HᵀH of each edit module, d×d, in float64.
         rights: HᵀR of each edit module, d×d', in float64.
-        counts: how many rows do not hold, how many there are, and the nats that the former lack.
+        counts: as :func:`horse_plugin.editing.sweeps.counts_of` has them.
     """
 
     grams: list[torch.Tensor]
@@ -68,8 +68,7 @@ class Sums:
             h = h.to(r.dtype)
             gram += h.T @ h
             right += h.T @ r
-        left = ~captured.holds
-        self.counts += torch.tensor([left.sum(), len(left), captured.losses[left].sum()])
+        self.counts += counts_of(captured)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {f"gram.{l}": t for l, t in enumerate(self.grams)}

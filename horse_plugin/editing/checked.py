@@ -69,7 +69,7 @@ def checked_edit(
     with backbone.one_job("edit", _tokens(editor, edits, pieces)):
         backbone.cache_trunk_states(edits.flat())
         # A capture predicts the edit prompts' answers on its way.
-        captured = None if editor.takes_blocks(edits) else editor.capture(edits)
+        captured = editor.capture_at_once(edits)
         known = captured.predicted if captured else None
         text = editor.ordinary_text(pieces)
         now = text.measure() if earlier else text.before

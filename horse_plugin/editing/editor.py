@@ -161,14 +161,21 @@ class HorseEditor:
         Raises:
             HorseError: the edit would take more memory than ``edit_memory_gb``, or than is free.
         """
-        edits = self.backbone.prepare(records, kinds=["edit"])
-        edits.check()
-        prompts = self._to_capture(edits)
+        return self._read(self._to_capture(self.backbone.prepare(records, kinds=["edit"])))
+
+    @guarded
+    def capture_at_once(self, records) -> Capture | None:
+        """Return :meth:`capture`'s, or None if an edit of these records is one in blocks."""
+        prompts = self._to_capture(self.backbone.prepare(records, kinds=["edit"]))
+        return self._read(prompts) if len(prompts) <= self.hparams.edit_block else None
+
+    def _read(self, prompts: Sequence[Prompt]) -> Capture:
         check_memory(self.backbone, prompts, self.hparams)
         return capture(self.backbone, prompts)
 
     def _to_capture(self, edits: PreparedEdits) -> list[Prompt]:
         """Return the prompts that an edit of these records reads."""
+        edits.check()
         in_force = {r.prompt: r for delta in self._state.edits for r in delta.records}
         for record in edits.records:  # an edit of the same prompt takes its place
             in_force.pop(record.prompt, None)
@@ -176,10 +183,6 @@ class HorseEditor:
             earlier = self.backbone.prepare(list(in_force.values()), ["edit"], warn=False)
             edits = self.backbone.place_keys(edits.on_top_of(earlier))
         return edits.to_capture(self.hparams.keep_next)
-
-    def takes_blocks(self, edits: PreparedEdits) -> bool:
-        """Return whether an edit is larger than ``edit_block``."""
-        return len(self._to_capture(edits)) > self.hparams.edit_block
 
     @guarded
     def edit(
@@ -216,10 +219,11 @@ class HorseEditor:
         start = time.perf_counter() - (captured.seconds if captured else 0.0)
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
-        if captured is None and self.takes_blocks(edits):
-            network, in_force, solve_at = self._sweep_blocks(edits, unfinished)
+        prompts = captured.prompts if captured else self._to_capture(edits)
+        if captured is None and len(prompts) > hp.edit_block:
+            network, in_force, solve_at = self._sweep_blocks(prompts, weights, unfinished)
         else:
-            captured = captured or self.capture(edits)
+            captured = captured or self._read(prompts)
             if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
                 raise UsageError("captured: belongs to other records than those to edit.")
             network, in_force, solve_at = self._sweep(captured)
@@ -265,18 +269,21 @@ class HorseEditor:
         return network, in_force, solve_at
 
     def _sweep_blocks(
-        self, edits: PreparedEdits, folder: Path | None
+        self, prompts: Sequence[Prompt], weights: dict[str, str], folder: Path | None
     ) -> tuple[HyperNetwork, None, SolveAt]:
-        """Do what :meth:`_sweep` does, block by block."""
+        """Do what :meth:`_sweep` does, block by block.
+
+        Args:
+            weights: their digests.
+        """
         if distributed.world_size() > 1:
             raise UsageError("edit_block: several processes edit at once; raise it.")
-        edits.check()
-        backbone, hp, prompts = self.backbone, self.hparams, self._to_capture(edits)
+        backbone, hp = self.backbone, self.hparams
         block = prompts[: hp.edit_block]
         check_memory(backbone, block, hp)
         network = self.network or self.untrained_network(capture(backbone, block))
         about = [[[p.ids, p.start, p.subject, p.still, p.in_force] for p in prompts], hp.to_dict()]
-        about += [backbone.weights.digests(), tensors_digest(network.state_dict(), {})]
+        about += [weights, tensors_digest(network.state_dict(), {})]
         with contextlib.ExitStack() as stack:
             folder = folder or stack.enter_context(tempfile.TemporaryDirectory())
             mine = stack.enter_context(files_of(Path(folder), json_digest(about)))

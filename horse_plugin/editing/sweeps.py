@@ -57,11 +57,7 @@ def sweeps(
             with backbone.weights.shifted(EditDelta(tensors, []).shifts):
                 captured = capture(backbone, captured.prompts, captured)
             captured = replace(captured, still=captured.still | captured.holds)
-            left = ~captured.holds
-            of_ranks = torch.stack(
-                [left.sum(), torch.tensor(len(left)), captured.losses[left].sum()]
-            )
-            counts, before = sum_over_ranks(of_ranks).tolist(), lacking
+            counts, before = sum_over_ranks(counts_of(captured)).tolist(), lacking
             if is_over(counts, before):
                 return
             lacking = counts[-1]
@@ -70,11 +66,17 @@ def sweeps(
             yield captured, total
 
 
+def counts_of(captured: Capture) -> torch.Tensor:
+    """Return how many rows do not hold, how many there are, and the nats that the former lack."""
+    left = ~captured.holds
+    return torch.stack([left.sum(), torch.tensor(len(left)), captured.losses[left].sum()])
+
+
 def is_over(counts: Sequence[float], before: float) -> bool:
     """Return whether all answers hold, or few are left and a sweep gained little on them.
 
     Args:
-        counts: how many rows do not hold, how many there are, and the nats that the former lack.
+        counts: as :func:`counts_of` has them.
         before: the nats that were lacking a sweep ago.
     """
     n_left, n_rows, lacking = counts
