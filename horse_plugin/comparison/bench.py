@@ -7,7 +7,6 @@ its bytes over the measured bandwidth; attention, norms and padding are left out
 import collections
 import platform
 import tempfile
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.solve import solve
 from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.evaluation.metrics import Evaluator
-from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, versions
+from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, timed, versions
 from horse_plugin.method.residual import residual
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
@@ -54,7 +53,7 @@ def bench(backbone: Backbone, hparams, records: Sequence[EditRecord], others: bo
 
 
 def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) -> dict:
-    device, clock = backbone.edit_device, _Clock({p.device for p in backbone.model.parameters()})
+    device, clock = backbone.edit_device, _Clock(backbone.devices)
     rates = {
         "model_flops": matrix_rate(backbone.model.dtype, device),
         "solver_flops": matrix_rate(backbone.edit_dtype, device),
@@ -161,16 +160,6 @@ class _Clock:
         seconds, result = timed(run, *self.devices)
         self.stages.append(Stage(name, seconds, peak_memory_mb()))
         return result
-
-
-def timed(run, *devices: torch.device) -> tuple[float, object]:
-    """Return the seconds until all devices have done a function's work, and its result."""
-    start = time.perf_counter()
-    result = run()
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, width: int | None = None) -> float:

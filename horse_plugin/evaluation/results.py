@@ -3,8 +3,11 @@
 import contextlib
 import platform
 import sys
+import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +18,8 @@ try:
     import resource
 except ImportError:  # Windows has none
     resource = None
+
+T = TypeVar("T")
 
 
 def row(method: str, dataset: str, hparams, evaluation: Evaluation, edit_seconds=None) -> dict:
@@ -77,3 +82,13 @@ def reset_peak_memory():
         torch.cuda.reset_peak_memory_stats(gpu)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def timed(run: Callable[[], T], *devices: torch.device) -> tuple[float, T]:
+    """Return the seconds until all devices have done a function's work, and its result."""
+    start = time.perf_counter()
+    result = run()
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result

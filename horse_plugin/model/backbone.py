@@ -214,6 +214,11 @@ class Backbone:
         return cls(model, tokenizer, **settings, seam=seam, progress=progress)
 
     @property
+    def devices(self) -> set[torch.device]:
+        """The devices that hold the model's weights."""
+        return {p.device for p in self.model.parameters()}
+
+    @property
     def shapes(self) -> list[tuple[int, int]]:
         """(d, d') of each edit module: the widths of its input and of its output."""
         return [shape_of(m) for m in self.modules.values()]

@@ -10,12 +10,10 @@ import contextlib
 import functools
 import signal
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -33,7 +31,7 @@ from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator, mean
-from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, versions
+from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, timed, versions
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
@@ -46,8 +44,6 @@ from horse_plugin.training import checkpoint
 from horse_plugin.training.history import flat, save_history
 from horse_plugin.training.logs import Log
 from horse_plugin.training.objective import TRAINED_ON, Objective
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -181,15 +177,18 @@ class HORSETrainer:
         """
         steps, every = self.n_steps - self.step, self.hparams.val_interval
         validations = -(-self.n_steps // every) - self.step // every
+        devices = self.backbone.devices
         with self.backbone.trunk_cache.for_a_while():
             batch = self.batch(self.step)
             reset_peak_memory()
             some = list(dict.fromkeys(batch.flat(*TRAINED_ON)))
-            trunk, _ = _timed(lambda: self.backbone.cache_trunk_states(some, progress=False))
-            metric, _ = _timed(lambda: self.roots)
-            step, _ = _timed(lambda: self.train_step(batch))
-            before, evaluator = _timed(lambda: next(self._evaluators()))
-            after, _ = _timed(lambda: self._measure_edit(evaluator))
+            trunk, _ = timed(
+                lambda: self.backbone.cache_trunk_states(some, progress=False), *devices
+            )
+            metric, _ = timed(lambda: self.roots, *devices)
+            step, _ = timed(lambda: self.train_step(batch), *devices)
+            before, evaluator = timed(lambda: next(self._evaluators()), *devices)
+            after, _ = timed(lambda: self._measure_edit(evaluator), *devices)
         of_step, of_run = (sum(len(p.inputs) for p in of) for of in (some, self._to_cache()))
         n_edits = len(self._val_chunks)
         once = trunk * of_run / of_step + metric + n_edits * before
@@ -445,9 +444,3 @@ def one_prompt_a_kind(edits: PreparedEdits, epoch: int) -> PreparedEdits:
             for kind, groups in edits.prompts.items()
         },
     )
-
-
-def _timed(work: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result

@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from horse_plugin.cli.main import app
-from horse_plugin.comparison.bench import bench, timed, weight_counts
-from horse_plugin.evaluation.results import peak_memory_mb
+from horse_plugin.comparison.bench import bench, device_name, weight_counts
+from horse_plugin.evaluation.results import peak_memory_mb, timed
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
 
@@ -47,6 +47,8 @@ def test_memory_and_time_are_of_all_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     devices = [torch.device("cuda", 0), torch.device("cpu"), torch.device("cuda", 1)]
     assert timed(lambda: 7, *devices)[1] == 7 and waited == devices[::2]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"GPU {gpu.index}")
+    assert device_name(devices[2]) == "GPU 1"
 
 
 def test_floors_count_the_operations():
