@@ -37,6 +37,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {by_lower[near[0]]}?" if near else ""
 
 
+def not_installed(what: str, error: ImportError, extra: str) -> UsageError:
+    """Return the error to raise where one of our extras is not installed."""
+    return UsageError(f"{what}: {error}: install it with `pip install 'horse-plugin[{extra}]'`.")
+
+
 def visible(text) -> str:
     """Return text of a file as a person may see it: nothing hides, and nothing steers a terminal.
 

@@ -7,7 +7,7 @@ from horse_plugin.editing.chain import Chain
 from horse_plugin.editing.checked import checked_edit
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.errors import HorseError, UsageError, visible
+from horse_plugin.errors import HorseError, UsageError, not_installed, visible
 from horse_plugin.evaluation.verdict import judge
 
 FIELDS = {  # of a fact, what the page calls each, and an example
@@ -87,9 +87,7 @@ def page_of(session: Session, title: str):
     try:
         import gradio as gr
     except ImportError as error:
-        raise UsageError(
-            f"play: {error}: install it with `pip install 'horse-plugin[play]'`."
-        ) from None
+        raise not_installed("play", error, "play") from None
 
     def edits():
         labels = [(label, name) for name, label in session.labels().items()]

@@ -90,8 +90,8 @@ def _run_demo(
     untrained.undo()
 
     train, val = FACTS / "train.json", FACTS / "val.json"
-    trainer = HORSETrainer(hparams, train, val, out=out / "archive", backbone=backbone)
-    training = shorten(trainer, seconds)
+    trainer = BriefTrainer(hparams, train, val, out=out / "archive", backbone=backbone)
+    trainer.seconds = seconds
     hparams = replace(hparams, archive=str(trainer.run()))
     trained = HorseEditor.from_backbone(backbone, hparams)
     delta, evaluation = edit_and_measure("HORSE, trained", trained)
@@ -101,26 +101,25 @@ def _run_demo(
     delta.save(out / "edit")
     results.save(out / "results.json", rows)
     write(out / "report.html", report_of(out).html())
-    return Outcome(rows, evaluation.examples, " ".join(training))
+    return Outcome(rows, evaluation.examples, trainer.said)
 
 
-def shorten(trainer: HORSETrainer, seconds: float) -> list[str]:
-    """Let the first step of a training set how many follow, so that it takes about so long.
+class BriefTrainer(HORSETrainer):
+    """A training whose first step sets how many follow, so that it takes about so long.
 
-    Returns:
-        A list which that step adds a sentence to.
+    Attributes:
+        seconds: how long all steps may take.
+        said: after the first step, a sentence on how many there are.
     """
-    train_step, said = trainer.train_step, []
 
-    def timed(edits):
+    seconds, said = math.inf, ""
+
+    def train_step(self, records) -> dict[str, float | None]:
         start = time.perf_counter()
-        losses = train_step(edits)
-        if trainer.step == 0:
-            took, most = time.perf_counter() - start, trainer.n_steps
-            n = int(min(most, max(FEWEST, seconds / took)))
-            trainer.hparams = replace(trainer.hparams, max_iters=n)
-            said.append(f"Trained for {n} of at most {most} steps; the first took {took:.1f} s.")
+        losses = super().train_step(records)
+        if self.step == 0:
+            took, most = time.perf_counter() - start, self.n_steps
+            n = int(min(most, max(FEWEST, self.seconds / took)))
+            self.hparams = replace(self.hparams, max_iters=n)
+            self.said = f"Trained for {n} of at most {most} steps; the first took {took:.1f} s."
         return losses
-
-    trainer.train_step = timed
-    return said

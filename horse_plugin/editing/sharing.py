@@ -112,11 +112,15 @@ def said(delta: EditDelta) -> str:
     return f"- {delta.name}: {len(delta.records):,} facts. {verdict}"
 
 
-def _card_of_archive(about: dict, name: str) -> str:
+def _head(about: dict, tag: str, title: str) -> list[str]:
+    """Return the head and the title of a card; the title says {} for the base model."""
     base = portable(str(about["hparams"].get("model_name") or about["model"]["name"]))
+    return [front(base, "horse-plugin", tag), f"# {title.format(base)}"]
+
+
+def _card_of_archive(about: dict, name: str) -> str:
     lines = [
-        front(base, "horse-plugin", "horse-archive"),
-        f"# Editing {base} with HORSE",
+        *_head(about, "horse-archive", "Editing {} with HORSE"),
         "A trained hypernetwork for horse-plugin. It makes edits of facts, and holds none itself.",
         f"    horse edit --archive {name} --data facts.json --out edit",
     ]
@@ -130,11 +134,8 @@ def _card_of_archive(about: dict, name: str) -> str:
 def _card_of_edits(deltas: Sequence[EditDelta], name: str) -> str:
     if not deltas:
         raise UsageError(f"{name}: no edit is in force.")
-    about = deltas[0].about
-    base = portable(str(about["hparams"].get("model_name") or about["model"]["name"]))
     lines = [
-        front(base, "horse-plugin", "horse-edit"),
-        f"# Facts edited in {base}",
+        *_head(deltas[0].about, "horse-edit", "Facts edited in {}"),
         "Made with horse-plugin, which puts them into the model and takes them out, to the bit:",
         f'    horse ask "…" --delta {name}',
         "\n".join(map(said, deltas)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from horse_plugin.data.sources import read_items
-from horse_plugin.errors import HorseError, UsageError, reason
+from horse_plugin.errors import HorseError, UsageError, not_installed, reason
 from horse_plugin.evaluation.drift import Cost
 from horse_plugin.evaluation.metrics import mean
 from horse_plugin.evaluation.tables import Table, number
@@ -160,9 +160,7 @@ def measure(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UsageError(
-            f"general: {error}: install it with `pip install 'horse-plugin[general]'`."
-        ) from None
+        raise not_installed("general", error, "general") from None
     try:
         with quiet_transformers(), _quiet(), backbone.held():
             # reading all of its own tasks takes seconds

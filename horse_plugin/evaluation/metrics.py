@@ -9,7 +9,7 @@ token of it, so ``written`` and ``rephrase_written`` are the shares of prompts w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -162,14 +162,13 @@ class Evaluator:
             backbone: as in :meth:`evaluate`.
         """
         of_records = [self.edits.of("edit", i) for i in range(n)]
-        prompts = [q for of in of_records for p in of for q in (p, *p.accepted)]
+        prompts = _with_accepted(p for of in of_records for p in of)
         with (backbone or self.backbone).held():
             predicted = predict(backbone or self.backbone, prompts)
         return [mean(_share_right(predicted, p) for p in of) for of in of_records]
 
     def _prompts(self) -> list[Prompt]:
-        """Return all prompts, each also with the other answers that it accepts."""
-        return [q for p in self.edits.flat() for q in (p, *p.accepted)]
+        return _with_accepted(self.edits.flat())
 
     def _evaluation(self, predicted: dict[Prompt, torch.Tensor], cost: Cost | None) -> Evaluation:
         def share(figure: str, prompt: Prompt) -> float:
@@ -191,13 +190,18 @@ class Evaluator:
         )
 
 
+def _with_accepted(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Return the prompts, each also with the other answers that it accepts."""
+    return [q for p in prompts for q in (p, *p.accepted)]
+
+
 def _share_with(right: torch.Tensor, predicted: dict[Prompt, torch.Tensor], prompt: Prompt):
     return (predicted[prompt] == right).double().mean().item()
 
 
 def _share_right(predicted: dict[Prompt, torch.Tensor], prompt: Prompt) -> float:
     """Return the share of right tokens, by whichever accepted answer it is the largest."""
-    accepted = (prompt, *prompt.accepted)
+    accepted = _with_accepted([prompt])
     return max(_share_with(torch.tensor(p.answer), predicted, p) for p in accepted)
 
 

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, not_installed
 
 Log = Callable[[dict[str, float]], None]
 
@@ -36,9 +36,7 @@ def ready_log(name: str, folder, settings: dict | None = None) -> Iterator[Log]:
     try:
         library = importlib.import_module(LOGS[name])
     except ImportError as error:
-        raise UsageError(
-            f"log: {error}: install it with `pip install 'horse-plugin[{name}]'`."
-        ) from None
+        raise not_installed("log", error, name) from None
     if name == "tensorboard":
         with library.SummaryWriter(str(Path(folder).expanduser())) as writer:
             yield lambda figures: _scalars(writer, figures)

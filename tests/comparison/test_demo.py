@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, load_records
+from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, load_records
 from horse_plugin.assets import FACTS
 from horse_plugin.comparison import demo
 from horse_plugin.comparison.again import report_of
@@ -95,11 +95,11 @@ def test_a_slow_first_step_shortens_the_training(tmp_path, monkeypatch, took, st
     hparams = tiny.hparams(edits_per_step=3, max_epochs=4, val_interval=12)
     tiny_backbone = Backbone.of(tiny.model(), tiny.bpe_tokenizer(), hparams)
     data = tiny.records(9), tiny.records(3)
-    t = HORSETrainer(hparams, *data, tmp_path, tiny_backbone, progress=False)
+    t = demo.BriefTrainer(hparams, *data, tmp_path, tiny_backbone, progress=False)
+    t.seconds = demo.SECONDS
     clock = iter([0.0, took])
     fake = SimpleNamespace(perf_counter=lambda: next(clock, took))
     monkeypatch.setattr(demo, "time", fake)
-    said = demo.shorten(t, demo.SECONDS)
     t.run()
     assert t.step == t.best["step"] == steps  # validated at its end
-    assert said == [f"Trained for {steps} of at most 12 steps; the first took {took} s."]
+    assert [t.said] == [f"Trained for {steps} of at most 12 steps; the first took {took} s."]
