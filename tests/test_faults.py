@@ -33,11 +33,14 @@ from horse_plugin import (
 )
 from horse_plugin.cli import show
 from horse_plugin.cli.console import PlainConsole
+from horse_plugin.comparison.again import report_of
 from horse_plugin.editing.archive import ARCHIVE, load_network, read_network
 from horse_plugin.editing.chain import Chain, read_edits
+from horse_plugin.editing.delta import FORM
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import load_model, random_model
 from horse_plugin.storage.files import locked_folder, to_json
+from horse_plugin.storage.schema import Maybe
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 from horse_plugin.training.checkpoint import CHECKPOINT
 from horse_plugin.training.history import HISTORY
@@ -351,6 +354,20 @@ def test_500_forged_archives_and_500_forged_edits_with_the_right_checksum(saved,
                 e.undo()
     finally:
         path.write_bytes(whole)
+
+
+def test_what_an_edit_may_lack_may_be_null_too(saved):
+    path = next(p for p in saved if p.name == "delta.safetensors")
+    whole = path.read_bytes()
+    tensors, about = load_tensors(path)
+    for name in (name for name, form in FORM.items() if isinstance(form, Maybe)):
+        try:
+            save_tensors(path, tensors, about | {name: None})
+            for part in show.edit(EditDelta.load(path.parent)):
+                CONSOLE.print(part)
+            assert "facts edited" in report_of(path.parent).html()
+        finally:
+            path.write_bytes(whole)
 
 
 def test_no_foreign_code_is_loaded():

@@ -131,13 +131,13 @@ def edit(
                 lines.append([name.replace("_", " "), *(figure(name, value) for value in both)])
         caption = "Figures: percent; drift in nats a token, perplexity, fluency in bits"
         tables.append(printed(Table(["", "before", "after"], lines, caption)))
-        conflicts = measured.get("conflicts", {}).items()
+        conflicts = (measured.get("conflicts") or {}).items()
         facts += [(kind.replace("_", " "), f"{n:,}") for kind, n in conflicts]
     layers = []
     for module in delta.modules:
         keys = delta.tensors.get(f"{module}.keys")
         form = "whole" if keys is None else f"rank {len(keys)}"
-        moved = about.get("moved", {}).get(module, float("nan"))
+        moved = (about.get("moved") or {}).get(module, float("nan"))
         layers.append([module, form, f"{moved:.2e}"])
     layers = Table(["module", "form", "moved, ‖ΔW‖/‖W‖"], layers, "Weights")
     records = [[r.prompt, r.target_new] for r in delta.records[first : first + n_records]]

@@ -136,7 +136,7 @@ def of_edit(about: Mapping, n_facts: int, verdict: Verdict | None, facts=()) -> 
         report.sections.append(Section(heading, tables=[kinds_table(kinds)]))
     if written := measured.get("examples"):
         report.sections.append(written_section([Example(**example) for example in written]))
-    lines = [[name, f"{share:.2e}"] for name, share in about.get("moved", {}).items()]
+    lines = [[name, f"{share:.2e}"] for name, share in (about.get("moved") or {}).items()]
     moved = Table(["module", "‖ΔW‖/‖W‖"], lines)
     report.sections.append(Section("How far the weights moved", tables=[moved]))
     return report
