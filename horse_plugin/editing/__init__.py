@@ -4,6 +4,7 @@
     in_force    what edits under a new one write, and how it stays written
     sweeps      residuals gathered in several captures of an edit
     blocks      an edit in blocks: sums instead of rows, and files to go on from
+    crowding    whether the modules can hold so many facts
     memory      what an edit takes beside the model, estimated before the work
     editor      HorseEditor: edit a model, undo, apply
     delta       EditDelta: one edit as an object that can be saved, loaded and applied

@@ -21,13 +21,14 @@ import torch
 from tqdm import tqdm
 
 from horse_plugin.data.prompts import Prompt
+from horse_plugin.editing.crowding import warn_if_crowded
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.solve import Roots, edit_mus, edit_residuals
 from horse_plugin.editing.sweeps import counts_of, is_over
 from horse_plugin.errors import HorseError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
-from horse_plugin.method.ridge import shift_of_sums
+from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, Notes, capture
 from horse_plugin.storage.tensors import load_tensors, save_tensors
@@ -99,12 +100,17 @@ def solve_sums(
     """
     tensors, mus = {}, edit_mus(network, hparams)
     for l, name in enumerate(backbone.modules):
-        try:
-            shift = shift_of_sums(sums.grams[l], sums.rights[l], mus[l], roots[l])
-        except HorseError as error:
-            raise HorseError(f"{name}: {error}") from None
+        shift = _ridge_of(l, backbone, sums, mus, roots).shift_of(sums.rights[l])
         tensors[f"{name}.shift"] = shift.to(backbone.edit_dtype)
     return tensors
+
+
+def _ridge_of(l: int, backbone: Backbone, sums: Sums, mus: torch.Tensor, roots: Roots) -> Ridge:
+    n_rows = int(sums.counts[1])
+    try:
+        return Ridge.of_sum(sums.grams[l], n_rows, mus[l], roots[l])
+    except HorseError as error:
+        raise HorseError(f"{backbone.modules[l]}: {error}") from None
 
 
 @torch.no_grad()
@@ -157,6 +163,9 @@ def sums_of_blocks(
             if made and is_over(sums.counts.tolist(), lacking):
                 break
             made, sums, done = sums, Sums.none(backbone), 0
+            if sweep == 0:
+                mus = edit_mus(network, hparams)
+                warn_if_crowded(_ridge_of(0, backbone, made, mus, roots), hparams)
     return made
 
 

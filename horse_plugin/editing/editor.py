@@ -22,6 +22,7 @@ from horse_plugin.distributed import is_main_process
 from horse_plugin.editing.archive import as_trained, check_made_for, load_network, network_form
 from horse_plugin.editing.blocks import files_of, solve_sums, sums_of_blocks
 from horse_plugin.editing.budget import Budget, smallest_ridge
+from horse_plugin.editing.crowding import warn_if_crowded
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.in_force import InForce
 from horse_plugin.editing.memory import check_memory
@@ -31,6 +32,7 @@ from horse_plugin.editing.solve import (
     edit_mus,
     new_network,
     predicted_cost,
+    ridge_of,
     solve,
 )
 from horse_plugin.editing.sweeps import sweeps
@@ -258,6 +260,8 @@ class HorseEditor:
         network = self.network or self.untrained_network(captured)
         is_on_top = any(p.in_force for p in captured.prompts)
         in_force = self._in_force(network, captured) if is_on_top else None
+        mus = edit_mus(network, self.hparams)
+        warn_if_crowded(ridge_of(0, self.backbone, captured, mus, self.roots), self.hparams)
         parts = self.backbone, network, captured, self.hparams, self.roots, in_force
         ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)  # the last sweep
         parts = self.backbone, network, captured, residuals

@@ -127,6 +127,29 @@ def edit_mus(network: HyperNetwork, hparams: HORSEHyperParams) -> torch.Tensor:
 
 
 @torch.no_grad()
+def ridge_of(
+    l: int, backbone: Backbone, captured: Capture, mus: torch.Tensor, roots: Roots
+) -> Ridge:
+    """Return Eq. 2 of an edit's keys in the l-th edit module.
+
+    Args:
+        mus: as :func:`edit_mus` returns them.
+        roots: as in :func:`calibrate`.
+
+    Raises:
+        HorseError: the system cannot be solved; the message names the module and a record.
+    """
+    keys = captured.keys[l]
+    try:
+        return Ridge(keys.to(backbone.edit_dtype), mus[l], roots[l])
+    except HorseError as error:
+        record = _record_of_largest_row(captured, keys)
+        raise HorseError(
+            f"{backbone.modules[l]}: {error} Record {record} has the largest keys."
+        ) from None
+
+
+@torch.no_grad()
 def solve(
     backbone: Backbone,
     network: HyperNetwork,
@@ -157,19 +180,13 @@ def solve(
         residuals = [r + k for r, k in zip(residuals, kept, strict=True)]
     tensors = {}
     mus = edit_mus(network, hparams)
-    for l, (name, keys, r) in enumerate(
-        zip(backbone.modules, captured.keys, residuals, strict=True)
-    ):
-        try:
-            ridge = Ridge(keys.to(backbone.edit_dtype), mus[l], roots[l])
-            if in_force:
-                pulled = in_force.mus[l] / mus[l] * ridge.anchored(in_force.shifts[l])
-                solved = {"shift": ridge.shift(r) - pulled}
-            else:
-                solved = ridge.smallest_form(r)
-        except HorseError as error:
-            record = _record_of_largest_row(captured, keys)
-            raise HorseError(f"{name}: {error} Record {record} has the largest keys.") from None
+    for l, (name, r) in enumerate(zip(backbone.modules, residuals, strict=True)):
+        ridge = ridge_of(l, backbone, captured, mus, roots)
+        if in_force:
+            pulled = in_force.mus[l] / mus[l] * ridge.anchored(in_force.shifts[l])
+            solved = {"shift": ridge.shift(r) - pulled}
+        else:
+            solved = ridge.smallest_form(r)
         if not all(t.isfinite().all() for t in solved.values()):
             record = _record_of_largest_row(captured, r)
             raise HorseError(

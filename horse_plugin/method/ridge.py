@@ -7,6 +7,7 @@ the dual form with few tokens and in the primal form with many.
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -39,11 +40,26 @@ class Ridge:
     def __init__(self, keys: torch.Tensor, mu, root: torch.Tensor | None = None):
         self.mu = torch.as_tensor(mu, dtype=keys.dtype, device=keys.device)
         self.root = None if root is None else root.to(keys)
-        n, self._local_rows = row_range(len(keys))
-        self.dual = n < keys.shape[1]
+        self.n, self._local_rows = row_range(len(keys))
+        self.dual = self.n < keys.shape[1]
         self.keys = gather_rows(keys) if self.dual else keys  # H
         self._keys = self.keys if root is None else self.keys @ self.root  # H' = HW
-        self._factor = self._cholesky()
+        self._factor = self._cholesky(self._gram)
+
+    @classmethod
+    def of_sum(cls, gram: torch.Tensor, n: int, mu, root: torch.Tensor | None = None) -> "Ridge":
+        """Return the primal of n keys whose sum HᵀH, d×d, is known; it has :meth:`shift_of` and
+        :meth:`crowding` only.
+
+        Args:
+            mu, root: as in :class:`Ridge`.
+        """
+        ridge = cls.__new__(cls)
+        ridge.mu, ridge.root = torch.as_tensor(mu).to(gram), None if root is None else root.to(gram)
+        ridge.n, ridge.dual = n, False
+        gram = gram if root is None else ridge.root.T @ gram @ ridge.root
+        ridge._factor = ridge._cholesky(lambda dtype: gram.to(dtype, copy=True))
+        return ridge
 
     def shift(self, residual: torch.Tensor) -> torch.Tensor:
         """Return ΔW = (HᵀH + μC̄)⁻¹HᵀR, d×d' (Eq. 2).
@@ -53,8 +69,23 @@ class Ridge:
         """
         if self.dual:
             return self._weighted_keys.T @ self._inverse(gather_rows(residual))
-        solution = self._inverse(sum_over_ranks(self._keys.T @ residual))
-        return solution if self.root is None else self.root @ solution
+        return self._out(self._inverse(sum_over_ranks(self._keys.T @ residual)))
+
+    def shift_of(self, right: torch.Tensor) -> torch.Tensor:
+        """Return ΔW, d×d', from the sum HᵀR, d×d'."""
+        return self._out(self._inverse(right if self.root is None else self.root.T @ right))
+
+    def crowding(self) -> tuple[float, float]:
+        """Return the share of its residual that a row moves by itself, and what it would alone.
+
+        Both are means from 0 to 1. The first is the leverage tr H(HᵀH + μC̄)⁻¹Hᵀ/n, which falls as
+        keys crowd in few directions; the second is m/(m + μ), where m is the mean of hC̄⁻¹hᵀ.
+        """
+        eye = torch.eye(len(self._factor), dtype=self._factor.dtype, device=self._factor.device)
+        inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False)
+        share = (len(eye) - self.mu * inverse.square().sum()) / self.n
+        mean = (self._factor.square().sum() - len(eye) * self.mu) / self.n  # of the Gram's diagonal
+        return share.item(), (mean / (mean + self.mu)).item()
 
     def anchored(self, shift: torch.Tensor) -> torch.Tensor:
         """Return μ(HᵀH + μC̄)⁻¹C̄D, d×d': how far the ridge term pulls D back where it may.
@@ -66,8 +97,7 @@ class Ridge:
         """
         if self.dual:
             return shift - self._weighted_keys.T @ self._inverse(self.keys @ shift)
-        solution = self.mu * self._inverse(whitened(shift, self.root))
-        return solution if self.root is None else self.root @ solution
+        return self._out(self.mu * self._inverse(whitened(shift, self.root)))
 
     def smallest_form(self, residual: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ΔW as ``{"shift": ΔW}``, or as factors if they hold fewer numbers.
@@ -106,20 +136,24 @@ class Ridge:
         """HC̄⁻¹ = H'Wᵀ, n×d."""
         return self.keys if self.root is None else self._keys @ self.root.T
 
+    def _out(self, solution: torch.Tensor) -> torch.Tensor:
+        """Return ΔW = W·ΔW' from the solution in the coordinates of the metric."""
+        return solution if self.root is None else self.root @ solution
+
     def _inverse(self, right: torch.Tensor) -> torch.Tensor:
         """Return (Gram + μI)⁻¹ · right, solved in the factor's precision, in that of ``right``."""
         return torch.cholesky_solve(right.to(self._factor.dtype), self._factor).to(right.dtype)
 
-    def _cholesky(self) -> torch.Tensor:
-        """Return the lower Cholesky factor of Gram + μI.
+    def _cholesky(self, gram_in: Callable[[torch.dtype], torch.Tensor]) -> torch.Tensor:
+        """Return the lower Cholesky factor of Gram + μI, from the Gram matrix in a precision.
 
         It is computed in the keys' precision if that will do and float64 is slower; else in
         float64, with a growing jitter if even that fails, and a warning. The squared ratio of the
         factor's diagonal bounds the condition number from below: times the rounding error, it says
         when float32 will not do.
         """
-        if not sum_over_ranks(torch.tensor(float(doubles_are_fast(self.keys.device)))):
-            gram = self._gram(self.keys.dtype)
+        if not sum_over_ranks(torch.tensor(float(doubles_are_fast(self.mu.device)))):
+            gram = gram_in(self.mu.dtype)
             _check_finite(gram)
             gram.diagonal().add_(self.mu)
             factor, failed = torch.linalg.cholesky_ex(gram)
@@ -130,7 +164,7 @@ class Ridge:
                 return factor
             warnings.warn("ridge: ill-conditioned, solved in float64", stacklevel=4)
             del gram, factor, diagonal
-        gram = self._gram(torch.float64)
+        gram = gram_in(torch.float64)
         _check_finite(gram)
         diagonal = gram.diagonal().clone()
         for jitter in (0, 1e-12, 1e-9, 1e-6):
@@ -163,28 +197,3 @@ def _check_finite(gram: torch.Tensor):
 def doubles_are_fast(device: torch.device) -> bool:
     """Return whether a GPU computes in float64 nearly as fast as in float32."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in FAST_DOUBLES
-
-
-def shift_of_sums(
-    gram: torch.Tensor, right: torch.Tensor, mu, root: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return ΔW = (HᵀH + μC̄)⁻¹HᵀR from the sums HᵀH and HᵀR, d×d' (Eq. 2), in their precision.
-
-    Args:
-        gram: HᵀH, d×d.
-        right: HᵀR, d×d'.
-        mu, root: as in :class:`Ridge`.
-
-    Raises:
-        HorseError: the system is not positive definite.
-    """
-    if root is not None:
-        root = root.to(gram)
-        gram, right = root.T @ gram @ root, root.T @ right
-    system = gram.clone()
-    system.diagonal().add_(torch.as_tensor(mu).to(gram))
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:
-        raise HorseError("the ridge system is singular; raise lambda.")
-    solution = torch.cholesky_solve(right, factor)
-    return solution if root is None else root @ solution

@@ -7,7 +7,7 @@ import torch
 
 from horse_plugin import HorseEditor, UsageError
 from horse_plugin.editing import blocks
-from horse_plugin.method.ridge import Ridge, shift_of_sums
+from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
 
@@ -34,9 +34,10 @@ def test_sums_solve_eq_2(n, metric):
     root = torch.randn(12, 12).double().triu() + 3 * torch.eye(12) if metric else None
     mu = torch.tensor(0.7)
     gram, right = keys.T @ keys, keys.T @ residual
-    found = shift_of_sums(gram, right, mu, root)
+    found = Ridge.of_sum(gram, n, mu, root)
     assert torch.equal(gram, keys.T @ keys)  # the next sweep may need it
-    torch.testing.assert_close(found, Ridge(keys, mu, root).shift(residual))
+    torch.testing.assert_close(found.shift_of(right), Ridge(keys, mu, root).shift(residual))
+    assert found.crowding() == pytest.approx(Ridge(keys, mu, root).crowding())
 
 
 def test_blocks_write_what_one_block_writes(network):

@@ -55,6 +55,16 @@ def test_the_metric_is_that_of_the_equations(n):
     close(lamda_grad, -np.exp(0.3) * np.sum((want_metric @ inverse @ g) * shift.numpy()))
 
 
+@pytest.mark.parametrize("n", [4, 30])
+def test_a_row_moves_its_leverage_of_its_residual(n):
+    h, x = arrays(1, (n, 12), (9, 12))
+    metric = oracle.metric(x, 0.05)
+    hat = h @ np.linalg.inv(h.T @ h + 0.7 * metric) @ h.T
+    alone = np.trace(h @ np.linalg.inv(metric) @ h.T) / n
+    ridge = Ridge(torch.tensor(h), 0.7, inverse_root(torch.tensor(metric)))
+    close(ridge.crowding(), (np.trace(hat) / n, alone / (alone + 0.7)))
+
+
 def test_directions_that_ordinary_text_uses_are_spared():
     """Two facts that share a common direction move it less than the paper's ridge does."""
     common, h = torch.eye(8)[0], torch.eye(8)[1:3] + torch.eye(8)[0]

@@ -1,0 +1,32 @@
+"""Whether the edit modules can hold so many facts, said before any weight moves."""
+
+import math
+import warnings
+
+from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.method.ridge import Ridge
+
+CROWDED = 0.7  # what a row moves, over what it would move alone: below, some facts do not hold
+SWEEPS = 5.0  # that nearly all facts took where keys do not crowd
+
+
+def warn_if_crowded(ridge: Ridge, hparams: HORSEHyperParams):
+    """Warn where the sweeps of an edit will not write all of its facts.
+
+    A row of keys that crowd moves less of its residual than it would alone
+    (:meth:`Ridge.crowding`), and takes as many more sweeps.
+
+    Args:
+        ridge: Eq. 2 for the keys of all facts in one edit module.
+    """
+    share, alone = ridge.crowding()
+    n, needed = hparams.edit_sweeps, math.ceil(SWEEPS * alone / share)
+    if share >= CROWDED * alone or n >= needed:
+        return
+    more = f"edit_sweeps: {needed}" if n > 1 else "sweeps (token: subject, edit_sweeps)"
+    warnings.warn(
+        f"{ridge.n:,} answer tokens crowd the edit modules: each moves {share:.0%} of what it asks "
+        f"for, and {alone:.0%} alone. With edit_sweeps: {n} some facts will not hold. Try {more}, "
+        "more modules in inner_params, or fewer facts at once",
+        stacklevel=2,
+    )

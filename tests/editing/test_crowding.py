@@ -1,0 +1,48 @@
+"""The warning that an edit's sweeps will not write all of its facts."""
+
+import re
+import warnings
+
+import pytest
+import torch
+
+from horse_plugin import HorseEditor
+from horse_plugin.editing.crowding import warn_if_crowded
+from horse_plugin.method.ridge import Ridge
+from horse_plugin.model.backbone import Backbone
+from tests import tiny
+
+
+def rows(n, mu=0.5):
+    return Ridge(torch.ones(n, 5), mu)
+
+
+def test_rows_with_one_key_share_what_one_would_move():
+    assert rows(20).crowding() == pytest.approx((100 / 100.5 / 20, 5 / 5.5))
+
+
+def test_the_sweeps_it_asks_for_are_enough():
+    with pytest.warns(UserWarning, match="20 answer tokens crowd .* 5% .* 91% alone") as found:
+        warn_if_crowded(rows(20), tiny.hparams(edit_sweeps=3))
+    needed = int(re.search(r"Try edit_sweeps: (\d+)", str(found[0].message))[1])
+    with pytest.warns(UserWarning, match="crowd"):
+        warn_if_crowded(rows(20), tiny.hparams(edit_sweeps=needed - 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_crowded(rows(20), tiny.hparams(edit_sweeps=needed))
+
+
+def test_a_large_ridge_term_is_not_taken_for_a_crowd():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_crowded(rows(1), tiny.hparams())
+        warn_if_crowded(rows(20, mu=1e4), tiny.hparams())
+
+
+@pytest.mark.parametrize("block", [20, 100])
+def test_an_edit_warns_at_once_and_in_blocks(block):
+    """Before its sweeps, with more facts than the keys have features, and hardly any ridge term."""
+    hparams = tiny.hparams(ridge=1e-4, edit_sweeps=2, edit_block=block)
+    editor = HorseEditor.from_backbone(Backbone(tiny.model(), tiny.bpe_tokenizer()), hparams)
+    with pytest.warns(UserWarning, match="crowd the edit modules"):
+        editor.edit(tiny.records(60))
