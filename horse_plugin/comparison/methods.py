@@ -212,11 +212,20 @@ ABLATIONS: dict[str, Method] = {
 def choose(names: Sequence[str], table: dict[str, Method]) -> dict[str, Method]:
     """Return the named rows of a table of methods, in the table's order, whatever their case.
 
+    Args:
+        names: of rows; one with a comma in it may come in its pieces.
+
     Raises:
         UsageError: the table has no row of some name.
     """
-    known = {name.lower(): name for name in table}
-    if unknown := [n for n in names if n.lower() not in known]:
-        raise UsageError(f"methods: {unknown[0]!r} is not one of {'; '.join(table)}.")
-    wanted = {known[n.lower()] for n in names}
+    known = {tuple(name.lower().split(", ")): name for name in table}
+    left = [piece for name in names for piece in name.split(", ")]
+    wanted = set()
+    while left:
+        fitting = [k for k in known if tuple(p.lower() for p in left[: len(k)]) == k]
+        if not fitting:
+            raise UsageError(f"methods: {left[0]!r} is not one of {'; '.join(table)}.")
+        longest = max(fitting, key=len)
+        wanted.add(known[longest])
+        left = left[len(longest) :]
     return {name: method for name, method in table.items() if name in wanted}

@@ -237,6 +237,10 @@ def test_a_quick_comparison_trains_every_method_as_briefly(tmp_path, monkeypatch
 
 def test_names_of_methods_are_checked():
     assert list(methods.choose(["horse", "FT"], METHODS)) == ["FT", "HORSE"]
+    pieces = ["horse", "untrained", "horse", "ft"]  # as a comma-separated list comes
+    assert list(methods.choose(pieces, METHODS)) == ["FT", "HORSE, untrained", "HORSE"]
+    for name in methods.ABLATIONS:
+        assert list(methods.choose(name.split(", "), methods.ABLATIONS)) == [name]
     with pytest.raises(UsageError, match="'GPT' is not one of unedited; FT"):
         methods.choose(["GPT"], METHODS)
 
