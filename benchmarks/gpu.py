@@ -29,7 +29,7 @@ import transformers
 from benchmarks import reference as plain
 from benchmarks.engine import Pair, seconds
 from horse_plugin import EditRecord, HORSEHyperParams, load_records
-from horse_plugin.assets import FACTS, hparams_folder
+from horse_plugin.assets import FACTS
 from horse_plugin.comparison.bench import bench, device_name, matrix_rate
 from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, versions
 from horse_plugin.model.backbone import Backbone
@@ -160,12 +160,11 @@ def main():
         return
     until = time.perf_counter() + 60 * args.minutes
     name = args.config or "Llama-2-7B's shape"
-    paper = HORSEHyperParams.from_hparams(hparams_folder() / "HORSE/llama2-7b.yaml")
-    hparams = replace(
-        paper, device=args.device, tokenizer_name=args.tokenizer, inner_params=[], lr=None
-    )
-    if args.device == "cpu":
-        hparams.half = None  # many CPUs multiply bf16 a hundred times slower than fp32
+    # The paper's step, with our metric: keys at the answer tokens of the last six blocks, one sweep.
+    hparams = HORSEHyperParams(model_name="random", rank=1920, edits_per_step=1000)
+    hparams = replace(hparams, device=args.device, tokenizer_name=args.tokenizer, batch_tokens=4096)
+    if args.device != "cpu":  # many of which multiply bf16 a hundred times slower than fp32
+        hparams.half = True
     with tempfile.TemporaryDirectory() as folder:
         if not args.config:  # the defaults are that model's
             transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)
