@@ -160,7 +160,7 @@ def main():
         return
     until = time.perf_counter() + 60 * args.minutes
     name = args.config or "Llama-2-7B's shape"
-    # The paper's step, with our metric: keys at the answer tokens of the last six blocks, one sweep.
+    # The paper's step, with our metric: keys at the answer tokens, one sweep.
     hparams = HORSEHyperParams(model_name="random", rank=1920, edits_per_step=1000)
     hparams = replace(hparams, device=args.device, tokenizer_name=args.tokenizer, batch_tokens=4096)
     if args.device != "cpu":  # many of which multiply bf16 a hundred times slower than fp32
