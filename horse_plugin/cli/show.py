@@ -24,7 +24,7 @@ from horse_plugin.evaluation.tables import (
     kinds_table,
     number,
 )
-from horse_plugin.evaluation.verdict import judge
+from horse_plugin.evaluation.verdict import Verdict, judge
 from horse_plugin.model.fingerprint import describe
 from horse_plugin.training.trainer import Forecast
 
@@ -49,11 +49,13 @@ def figures(rows: list[dict]) -> RichTable:
 def verdict(delta: EditDelta) -> list[Text]:
     """Return the verdict on an edit in words and colours, or nothing if it was not measured."""
     measured = delta.about.get("figures")
-    if not measured:
-        return []
-    found = judge(measured)
+    return judged(judge(measured)) if measured else []
+
+
+def judged(found: Verdict) -> list[Text]:
+    """Return a verdict in words and colours."""
     style = {"good": "green", "fair": "yellow", "bad": "bold red"}
-    return [Text(found.sentence, style[found.level]), *map(Text, found.advice)]
+    return [_styled(found.sentence, style[found.level]), *map(Text, found.advice)]
 
 
 def stages(found: dict) -> RichTable:

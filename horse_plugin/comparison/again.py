@@ -42,6 +42,7 @@ def report_of(folder) -> report.Report:
         check_form(path, rows, [general.ROW])
         return report.Report(
             "General ability before and after",
+            verdict=general.verdict(rows),
             commands=report.commands_of(rows),
             sections=[report.Section("Tasks", tables=[general.table(rows)])],
         )

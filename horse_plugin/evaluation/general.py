@@ -6,15 +6,27 @@ these: a question and some answers, of which the model takes the one it finds li
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from horse_plugin.data.sources import read_items
 from horse_plugin.errors import HorseError, UsageError, not_installed, reason
 from horse_plugin.evaluation.drift import Cost
 from horse_plugin.evaluation.metrics import mean
-from horse_plugin.evaluation.tables import Table, number
+from horse_plugin.evaluation.tables import Table, figure, number
+from horse_plugin.evaluation.verdict import (
+    BAD,
+    FAIR,
+    GOOD,
+    HARM,
+    LESS_HARM,
+    Verdict,
+    level_of,
+    rise,
+    worst,
+)
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import quiet_transformers
 from horse_plugin.storage.files import write
@@ -103,15 +115,18 @@ class Ability:
     """What the harness found of one model.
 
     Attributes:
-        figures, stderr: (task, metric) → figure and its standard error, in percent.
+        figures, stderr: (task, metric) → figure and its standard error, in percent; as they are
+            where less is better, as of perplexities.
         chance: task → the accuracy of guessing, in percent, where answers are chosen.
         output: all that the harness gave.
+        less_is_better: the (task, metric) of which less is better.
     """
 
     figures: dict[tuple[str, str], float]
     stderr: dict[tuple[str, str], float]
     chance: dict[str, float]
     output: dict
+    less_is_better: set[tuple[str, str]] = field(default_factory=set)
 
     def save(self, folder, name: str):
         """Write ``<name>.json``, the harness's results, and ``<name>-samples.jsonl``, each answer.
@@ -177,11 +192,16 @@ def measure(
     found = Ability({}, {}, {}, output)
     for name, task in wanted.items():
         task = task if isinstance(task, str) else task["task"]
+        more_is_better = output["higher_is_better"].get(task, {})
         for metric, value in output["results"][task].items():
             metric, is_plain = metric.removesuffix(",none"), metric.endswith(",none")
             if is_plain and isinstance(value, (int, float)):
                 of = found.stderr if metric.endswith("_stderr") else found.figures
-                of[name, metric.removesuffix("_stderr")] = 100 * value
+                metric = metric.removesuffix("_stderr")
+                less = more_is_better.get(metric) is False
+                of[name, metric] = value if less else 100 * value
+                if less:
+                    found.less_is_better.add((name, metric))
         if chance := _chance(output, task):
             found.chance[name] = 100 * chance
     return found
@@ -198,9 +218,11 @@ def _chance(output: dict, task: str) -> float | None:
 
 
 ROW = {"task": str, "metric": str, "before": finite, "after": finite, "difference": finite}
-ROW |= {"command": Maybe(str)}
+ROW |= {"command": Maybe(str), "less_is_better": Maybe(bool)}
 ROW |= dict.fromkeys(("stderr_before", "stderr_after", "chance"), Maybe(finite))
 IN_PERCENT = "General ability, percent; drift in nats a token and perplexity as they are"
+# A loss that is larger than so many standard errors is fair, or bad.
+STDERRS = (1, 2)
 
 
 def rows(before: Ability, after: Ability) -> list[dict]:
@@ -215,6 +237,7 @@ def rows(before: Ability, after: Ability) -> list[dict]:
             "stderr_before": before.stderr.get((task, metric)),
             "stderr_after": after.stderr.get((task, metric)),
             "chance": before.chance.get(task) if metric == "acc" else None,
+            "less_is_better": (task, metric) in before.less_is_better,
         }
         for (task, metric), value in before.figures.items()
     ]
@@ -248,6 +271,51 @@ def table(rows: Iterable[dict]) -> Table:
     notes = [f"At chance before the edit, so that no harm could show: {', '.join(at_chance)}."]
     names = ["task", "metric", "before", "after", "difference"]
     return Table(names, lines, IN_PERCENT, notes=notes if at_chance else [])
+
+
+def verdict(rows: Iterable[dict]) -> Verdict | None:
+    """Return the verdict on what an edit left of the model's general ability.
+
+    A task loses as many standard errors as the worst of its figures. One that was at chance before
+    the edit shows no harm, and does not count. None: no row has a standard error, and none is of a
+    text.
+    """
+    tasks, texts = {}, {}
+    for r in rows:
+        if r.get("stderr_before") is not None:
+            tasks.setdefault(r["task"], []).append(r)
+        elif r["metric"] in ("drift", "perplexity"):
+            texts.setdefault(r["task"], {})[r["metric"]] = r
+    if not tasks and not texts:
+        return None
+    at_chance = [task for task, of in tasks.items() if any(map(_is_at_chance, of))]
+    shown = [max(of, key=_loss) for task, of in tasks.items() if task not in at_chance]
+    lost = [r for r in shown if _loss(r) > STDERRS[0]]
+    levels, parts = [BAD if _loss(r) > STDERRS[1] else FAIR for r in lost], []
+    if shown:
+        each = [f"{r['task']} {number(r['before'])} → {number(r['after'])}" for r in lost]
+        named = f" ({', '.join(each)})" if lost else ""
+        parts.append(f"{len(lost)} of {len(shown)} tasks lost more than a standard error{named}")
+    if at_chance:
+        parts.append(f"no harm could show where guessing is as good: {', '.join(at_chance)}")
+    for name, of in texts.items():
+        drift = of["drift"]["after"]
+        perplexity = [of["perplexity"][when] for when in ("before", "after")]
+        levels += [level_of("drift", drift), level_of("rise", rise(*perplexity) or 0)]
+        change = " → ".join(map(number, perplexity))
+        parts.append(f"on {name}, perplexity {change} and drift {figure('drift', drift)}")
+    level = worst(levels or [GOOD])
+    harm = f"The model is {HARM[level]}" if shown or texts else "These tasks say nothing of harm"
+    said = "; ".join(parts)
+    sentence = f"{said[0].upper()}{said[1:]}. {harm}."
+    return Verdict(None, level, sentence, [LESS_HARM] * (level != GOOD))
+
+
+def _loss(row: dict) -> float:
+    """Return how much worse a figure is after the edit, in standard errors."""
+    loss = row["difference"] if row.get("less_is_better") else -row["difference"]
+    error = max(row["stderr_before"], row.get("stderr_after") or 0)
+    return loss / error if error else math.copysign(math.inf, loss) if loss else 0.0
 
 
 def _digits(row: dict) -> int:

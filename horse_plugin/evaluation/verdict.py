@@ -4,7 +4,7 @@ The limits are ours. They were set beside what edited models write: up to the fi
 nobody would notice the edit in ordinary text, and beyond the second one anybody does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from horse_plugin.evaluation.tables import figure, number
@@ -31,13 +31,13 @@ class Verdict:
     """What an edit came to.
 
     Attributes:
-        facts: the level of what it holds: ``good``, ``fair`` or ``bad``.
+        facts: the level of what it holds: ``good``, ``fair`` or ``bad``; None is of no facts.
         model: the level of what it left of the model.
         sentence: both with their figures, in one sentence.
         advice: what to do where a level is not good.
     """
 
-    facts: str
+    facts: str | None
     model: str
     sentence: str
     advice: list[str]
@@ -45,7 +45,7 @@ class Verdict:
     @property
     def level(self) -> str:
         """The worse one of the two levels."""
-        return max(self.facts, self.model, key=LEVELS.index)
+        return worst([self.facts or GOOD, self.model])
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -64,12 +64,12 @@ def judge(figures: Mapping) -> Verdict:
         "held": after["efficacy"] if after.get("written") is None else after["written"],
         "locality": after.get("locality"),
         "drift": after.get("drift"),
-        "rise": _rise(before.get("perplexity"), after.get("perplexity")),
-        "repetition": -(_rise(before.get("fluency"), after.get("fluency")) or 0),
+        "rise": rise(before.get("perplexity"), after.get("perplexity")),
+        "repetition": -(rise(before.get("fluency"), after.get("fluency")) or 0),
     }
-    levels = {name: _level(name, value) for name, value in measured.items() if value is not None}
+    levels = {name: level_of(name, value) for name, value in measured.items() if value is not None}
     facts = levels.pop("held")
-    model = max(levels.values(), key=LEVELS.index)
+    model = worst(levels.values())
     held, kept = figures.get("held"), figures.get("kept")
     parts = [f"{held[0]:,} of {held[1]:,}" if held else f"{number(measured['held'])} percent"]
     parts[0] += " facts hold" if held else " of the answers hold"
@@ -85,12 +85,18 @@ def judge(figures: Mapping) -> Verdict:
     return Verdict(facts, model, sentence, advice)
 
 
-def _rise(before: float | None, after: float | None) -> float | None:
+def rise(before: float | None, after: float | None) -> float | None:
     """Return how much a figure rose, in percent."""
     return None if None in (before, after) or before == 0 else 100 * (after / before - 1)
 
 
-def _level(name: str, value: float) -> str:
+def worst(levels: Iterable[str]) -> str:
+    """Return the worst of some levels."""
+    return max(levels, key=LEVELS.index)
+
+
+def level_of(name: str, value: float) -> str:
+    """Return the level of a figure of :data:`AT_LEAST` or :data:`AT_MOST`."""
     if name in AT_LEAST:
         within = [value >= limit for limit in AT_LEAST[name]]
     else:

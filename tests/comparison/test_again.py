@@ -43,12 +43,17 @@ def test_an_edit_shows_its_verdict_first_and_each_fact(folder):
 
 
 def test_general_ability_has_a_report_and_a_folder_of_nothing_an_error(tmp_path):
+    errors = {("nli", "acc"): 0.4}
     rows = general.rows(
-        *(general.Ability({("nli", "acc"): share}, {}, {}, {}) for share in (50.0, 49.0))
+        *(general.Ability({("nli", "acc"): share}, errors, {}, {}) for share in (50.0, 49.0))
     )
     results.save(tmp_path / "results.json", [row | {"command": "horse general"} for row in rows])
     page = report_of(tmp_path).html()
     assert "-1.0" in page and "<code>horse general</code>" in page
+    verdict = (
+        "1 of 1 tasks lost more than a standard error (nli 50.0 → 49.0). The model is damaged."
+    )
+    assert page.index(verdict) < page.index("<h2>")
     with pytest.raises(UsageError, match=r"holds no edit, no training and no results\.json"):
         report_of(tmp_path / "none")
     (tmp_path / "results.json").write_text('{"a": 1}')

@@ -9,6 +9,7 @@ import torch
 
 from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, load_records
 from horse_plugin.assets import FACTS
+from horse_plugin.assets.default_model import default_model
 from horse_plugin.comparison import demo
 from horse_plugin.comparison.again import report_of
 from horse_plugin.comparison.demo import run_demo
@@ -33,6 +34,12 @@ def test_the_default_model_is_plain_and_untied(backbone):
     assert model.config.model_type == "llama"
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
     assert list(backbone.modules) == [f"model.layers.{i}.mlp.down_proj" for i in range(24, 30)]
+
+
+def test_a_default_model_is_made_without_a_word_in_a_log(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HORSE_CACHE", str(tmp_path))
+    assert (default_model() / "config.json").is_file()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_knows_facts(backbone):

@@ -12,8 +12,10 @@ import pytest
 import torch
 import transformers
 
-from horse_plugin import HorseEditor
+from horse_plugin import HorseEditor, default_hparams
+from horse_plugin.assets.default_model import resolve
 from horse_plugin.editing.export import save_adapter, to_rank
+from horse_plugin.editing.settings import EXAMPLE_FACTS
 from tests import ROOT, tiny
 
 PAGE = (ROOT / "docs/serving.md").read_text()
@@ -42,7 +44,7 @@ def says(model, prompt) -> bool:
 
 
 def test_peft_loads_switches_and_merges_the_edit(edited):
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    example, _ = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     loaded, merged = example.split("with model.disable_adapter():")
     exec(loaded, names := {})
     model, (_, prompts) = names["model"], edited
@@ -54,13 +56,23 @@ def test_peft_loads_switches_and_merges_the_edit(edited):
     assert "peft" not in type(names["model"]).__module__
 
 
-@pytest.mark.skipif(not LLAMA_CPP, reason="LLAMA_CPP_HOME names no checkout of llama.cpp")
-def test_llama_cpp_converts_the_edit_as_it_is(edited):
-    (line,) = re.findall(r"^    python llama\.cpp/(convert_lora.+)$", PAGE, re.M)
+needs_llama_cpp = pytest.mark.skipif(
+    not LLAMA_CPP, reason="LLAMA_CPP_HOME names no checkout of llama.cpp"
+)
+
+
+def convert(what):
+    """Run the page's conversion of the ``hf`` model or of the ``lora`` adapter."""
+    (line,) = re.findall(rf"^    python llama\.cpp/(convert_{what}_.+)$", PAGE, re.M)
     script, *words = shlex.split(line)
     command = [sys.executable, str(Path(LLAMA_CPP, script)), *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@needs_llama_cpp
+def test_llama_cpp_converts_the_edit_as_it_is(edited):
+    convert("lora")
     found = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader("adapter.gguf").tensors}
     factors = edited[0].factors
     assert len(found) == 2 * len(factors)
@@ -68,3 +80,25 @@ def test_llama_cpp_converts_the_edit_as_it_is(edited):
         name = f"blk.{module.split('.')[2]}.ffn_down.weight"
         shift = found[f"{name}.lora_a"].T @ found[f"{name}.lora_b"].T
         torch.testing.assert_close(shift, keys.T @ values)
+
+
+@needs_llama_cpp
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_llama_cpp_writes_the_new_answers_on_a_quantised_base(tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    monkeypatch.chdir(tmp_path)
+    editor = HorseEditor.from_hparams(default_hparams())
+    Path("base").symlink_to(resolve(editor.hparams.model_name))
+    Path("facts.json").write_text(EXAMPLE_FACTS)
+    delta = editor.edit("facts.json")
+    editor.undo()
+    save_adapter(to_rank(editor, [delta], max_error=0.05), editor.backbone, "adapter", [delta])
+    convert("hf")
+    convert("lora")
+    _, example = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    exec(example, names := {})
+    assert names["answer"].split()[0].startswith("Bergen")
+    question = names["question"] | {"prompt": "The capital of France is"}
+    other = names["server"].handle_completions(question)["choices"][0]["text"]
+    assert other.split()[0].startswith("Paris")

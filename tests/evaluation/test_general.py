@@ -17,7 +17,7 @@ from lm_eval.utils import apply_template as render
 from horse_plugin import HorseEditor, HorseError, UsageError
 from horse_plugin.cli import main as cli
 from horse_plugin.evaluation import general
-from horse_plugin.evaluation.drift import OrdinaryText
+from horse_plugin.evaluation.drift import Cost, OrdinaryText
 
 TEXT = tiny.words(0, 60)
 QUESTIONS = [
@@ -191,6 +191,24 @@ def test_a_task_of_ones_own_runs_beside_local_files(data):
         general.measure(backbone, ["nowhere"], data, include=data / "tasks")
 
 
+def test_a_figure_of_which_less_is_better_is_no_percentage(data):
+    task = {
+        "task": "rolled",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data / "qnli.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    (data / "rolled.yaml").write_text(yaml.safe_dump(task))
+    found = general.measure(editor().backbone, ["rolled"], data, include=data)
+    theirs = found.output["results"]["rolled"]["word_perplexity,none"]
+    assert found.figures == {("rolled", "word_perplexity"): theirs}
+    assert general.rows(found, found)[0]["less_is_better"] is True
+
+
 def test_f1_is_of_those_that_mean_the_same(data):
     docs = [PAIR | {"sentence1": tiny.words(i, 3), "label": i % 2} for i in range(6)]
     (data / "mrpc.jsonl").write_text("\n".join(map(json.dumps, docs)))
@@ -209,3 +227,38 @@ def test_a_task_at_chance_is_named():
     assert note.endswith("no harm could show: a.")
     assert not general.table(rows[1:]).notes
     assert not general.table([{k: v for k, v in rows[0].items() if k != "chance"}]).notes
+
+
+def of_task(task, before, after, stderr=2.0, **other):
+    figures = {"before": before, "after": after, "difference": after - before}
+    return {"task": task, "metric": "acc", "stderr_before": stderr} | figures | other
+
+
+def test_a_verdict_says_which_tasks_lost_more_than_their_error():
+    guessed = of_task("qqp", 51.0, 40.0, chance=50.0)
+    rows = [of_task("nli", 60.0, 58.5), of_task("mrpc", 70.0, 67.0), guessed]
+    found = general.verdict(rows)
+    assert found.sentence == (
+        "1 of 2 tasks lost more than a standard error (mrpc 70.0 → 67.0); no harm could show where "
+        "guessing is as good: qqp. The model is somewhat changed."
+    )
+    assert (found.level, len(found.advice)) == ("fair", 1)
+    found = general.verdict([of_task("nli", 60.0, 55.9, stderr_after=2.1), *rows[1:]])
+    assert found.level == "fair"
+    assert general.verdict([of_task("nli", 60.0, 55.9), *rows[1:]]).level == "bad"
+    assert general.verdict([of_task("nli", 60.0, 62.0)]).level == "good"
+    assert "These tasks say nothing of harm." in general.verdict([guessed]).sentence
+
+
+def test_a_figure_of_which_less_is_better_is_lost_when_it_grows():
+    row = of_task("lambada", 20.0, 25.0, metric="perplexity", less_is_better=True)
+    assert general.verdict([row]).level == "bad"
+    assert general.verdict([row | {"before": 30.0, "difference": -5.0}]).level == "good"
+    assert general.verdict([of_task("wiki", 5.0, 4.0, stderr=0.0)]).level == "bad"
+
+
+def test_a_verdict_has_the_text_too_and_without_errors_there_is_none():
+    found = general.verdict(general.rows_of_text("news", Cost(0.0, 20.0, {}), Cost(0.2, 21.0, {})))
+    said = "On news, perplexity 20.0 → 21.0 and drift 0.200. The model is somewhat changed."
+    assert found.sentence == said
+    assert general.verdict([of_task("nli", 60.0, 50.0, stderr=None)]) is None

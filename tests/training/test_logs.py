@@ -60,6 +60,32 @@ def test_others_get_a_run_of_the_folders_name_which_is_finished(tmp_path, monkey
     assert calls == [("init", began), (1, {"edit": 2.0}), "finish"]
 
 
+FIGURES = [{"step": 1, "edit": 2.25}, {"step": 2, "edit": 1.5, "validation_score": 81.25}]
+
+
+def test_trackio_itself_keeps_every_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported
+    trackio = pytest.importorskip("trackio", reason="needs the extra trackio")
+    with ready_log("trackio", tmp_path / "mine", {"rank": 4}) as log:
+        for figures in FIGURES:
+            log(figures)
+    kept = trackio.SQLiteStorage.get_logs("horse", "mine")
+    assert [{k: v for k, v in of.items() if k != "timestamp"} for of in kept] == FIGURES
+
+
+def test_wandb_itself_keeps_every_figure_on_disk_when_it_is_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    with ready_log("wandb", tmp_path / "mine", {"rank": 4}) as log:
+        run = wandb.run
+        for figures in FIGURES:
+            log(figures)
+    assert (run.project, run.name, dict(run.config)) == ("horse", "mine", {"rank": 4})
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert all(f"{value}".encode() in file.read_bytes() for value in (2.25, 1.5, 81.25))
+
+
 def test_a_log_that_is_not_there_is_named(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="'csv' is not one of tensorboard, trackio, wandb"):
         ready_log("csv", tmp_path).__enter__()
