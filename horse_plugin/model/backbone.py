@@ -25,7 +25,7 @@ from horse_plugin.data.subjects import at_subjects
 from horse_plugin.distributed import local_indices
 from horse_plugin.errors import UsageError, first_line
 from horse_plugin.model.fingerprint import fingerprint
-from horse_plugin.model.guard import guard, guarded, hooked, with_forward
+from horse_plugin.model.guard import guard, guarded, hooked, none_packed, with_forward
 from horse_plugin.model.loading import load_model
 from horse_plugin.model.modules import (
     block_index,
@@ -330,7 +330,8 @@ class Backbone:
         if len(missing) == len(states):
             return self._run_trunk(batch.ids)
         if missing:
-            computed = self._run_trunk(batch.ids[missing])
+            rows = torch.tensor(missing).to(batch.ids.device, non_blocking=True)
+            computed = self._run_trunk(batch.ids[rows])
             for i, s in zip(missing, computed, strict=True):
                 states[i] = s[: len(batch.prompts[i].inputs)]
         return nn.utils.rnn.pad_sequence(states, batch_first=True)
@@ -384,13 +385,14 @@ class Backbone:
 
     def _forward(self, ids: torch.Tensor):
         """Run the model's own forward pass, without what its config would add to the output."""
-        return self.model(
-            input_ids=ids,
-            use_cache=False,
-            return_dict=True,
-            output_hidden_states=False,
-            output_attentions=False,
-        )
+        with none_packed.in_this_thread():
+            return self.model(
+                input_ids=ids,
+                use_cache=False,
+                return_dict=True,
+                output_hidden_states=False,
+                output_attentions=False,
+            )
 
     @guarded
     def top(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
@@ -501,4 +503,4 @@ class Backbone:
                 f"{name}: in the last block, where no answer reads the subject's token. With "
                 "token: subject, inner_params names modules of lower blocks."
             )
-        return torch.arange(len(batch.rows)).to(batch.rows)
+        return torch.arange(len(batch.rows), device=batch.rows.device)

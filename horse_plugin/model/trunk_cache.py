@@ -93,7 +93,7 @@ class TrunkCache:
         """Return each prompt's states, on the device that computed them, or None if not kept."""
         self._drop_stale()
         found = (self._kept.get(p) for p in prompts)
-        return [None if s is None else s.to(self._device) for s in found]
+        return [None if s is None else s.to(self._device, non_blocking=True) for s in found]
 
     def put(self, prompts: Sequence[tuple[int, ...]], states: Sequence[torch.Tensor]):
         """Keep the states of these prompts, if there is room for all of them."""
