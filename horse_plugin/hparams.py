@@ -90,6 +90,7 @@ class HORSEHyperParams:
     tokenizer_name: str | None = None  # null: the model's own
     device: int | str | None = None  # null: the GPU if there is one
     model_parallel: bool = False  # spread one model over several devices
+    shard_trunk: bool = False  # share out the blocks below the edited ones over all processes
     half: bool | None = None  # true: bf16, false: fp32, null: what the hardware does best
     dtype: str | None = None  # fp32, bf16 or fp16; overrides `half`
     trust_remote_code: bool = False

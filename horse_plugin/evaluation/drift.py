@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import text_prompts
-from horse_plugin.distributed import local_indices, raise_on_all_ranks, sum_over_ranks
+from horse_plugin.distributed import local_indices, sum_over_ranks
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded
@@ -73,7 +73,8 @@ class OrdinaryText:
         self._kind_of, prompts = [kind_of[i] for i in local], [prompts[i] for i in local]
         backbone.cache_trunk_states(prompts)
         self._batches = list(backbone.batches(prompts, "ordinary text", progress=False))
-        self._head_inputs = [backbone.head_inputs(batch) for batch in self._batches]
+        with backbone.lockstep.loop():
+            self._head_inputs = [backbone.head_inputs(batch) for batch in self._batches]
         self.before = self._cost_of(None)
 
     def measure(self, backbone: Backbone | None = None) -> Cost:
@@ -87,7 +88,7 @@ class OrdinaryText:
         dtype = self.backbone.edit_dtype
         totals = torch.zeros(len(self.kinds), 3, dtype=torch.float64)  # drift, nats, tokens
         kinds, found = [], []
-        with raise_on_all_ranks():
+        with self.backbone.lockstep.loop():
             pairs = zip(self._batches, self._head_inputs, strict=True)
             items = [(pair, pair[0].ids.numel()) for pair in pairs]
             for batch, inputs in self.backbone.step("ordinary text", items):

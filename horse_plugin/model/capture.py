@@ -159,7 +159,7 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
         for (i, p), part in zip(read_by, tokens, strict=True):
             predicted[i] = part[: len(p.answer)]
 
-    with distributed.raise_on_all_ranks():
+    with backbone.lockstep.loop():
         read(likely.nonzero()[:, 0].tolist(), backward=False)
         read((~likely | ~(holds | still)).nonzero()[:, 0].tolist(), backward=True)
         holds |= still

@@ -77,9 +77,10 @@ class Objective:
             torch.tensor(b.per_label([self.kind_of[i] for i in b.index])) for b in self.batches
         ]
         self.rows = [self._rows_with(kinds) for kinds in self.kinds]
-        self.references = [
-            self._reference(*pair) for pair in zip(self.batches, self.rows, strict=True)
-        ]
+        with backbone.lockstep.loop():
+            self.references = [
+                self._reference(*pair) for pair in zip(self.batches, self.rows, strict=True)
+            ]
 
     @guarded
     def backward(
@@ -150,7 +151,7 @@ class Objective:
         scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in LOSS_ON]
         scale = torch.tensor(scale, dtype=totals.dtype)
         gradients = self.backbone.weights.gradients(self.backbone.edit_device)
-        with distributed.raise_on_all_ranks(), gradients as (grads, collect), torch.enable_grad():
+        with self.backbone.lockstep.loop(), gradients as (grads, collect), torch.enable_grad():
             for i, batch in enumerate(self.batches):
                 losses = self._token_losses(i, batch)
                 scales = scale[self.kinds[i]].to(losses.device, non_blocking=True)
