@@ -239,7 +239,7 @@ class Backbone:
 
     def fingerprint(self) -> dict:
         """Return what tells this model from others, :mod:`horse_plugin.model.fingerprint`."""
-        return fingerprint(self.model, len(self.blocks))
+        return fingerprint(self.model, self.blocks)
 
     def prepare(
         self, records, kinds: Sequence[str] = tuple(KINDS), warn: bool = True

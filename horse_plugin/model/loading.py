@@ -12,6 +12,7 @@ from horse_plugin.assets import DEFAULT_MODEL
 from horse_plugin.assets.default_model import resolve
 from horse_plugin.errors import UsageError, did_you_mean, first_line
 from horse_plugin.model.modules import find_blocks, first_edited_block
+from horse_plugin.model.quantising import quantised_trunk
 from horse_plugin.model.sharding import check_shards, shard
 
 
@@ -34,6 +35,7 @@ def load_model(hparams):
     if hparams.shard_trunk:
         check_shards(hparams)
     trust = hparams.trust_remote_code
+    dtype = _dtype(hparams, device)
     places = "auto" if hparams.model_parallel else {"": device}  # past the host's memory
     with quiet_transformers():
         tokenizer = _load(
@@ -42,12 +44,19 @@ def load_model(hparams):
             "tokenizer_name" if hparams.tokenizer_name else "model_name",
             trust,
         )
+        auto_class, quantised = _auto_class(name, trust), {}
+        if hparams.trunk_bits:
+            config = _load(transformers.AutoConfig, name, "model_name", trust)
+            with torch.device("meta"):
+                shell = auto_class.from_config(config, trust_remote_code=trust)
+            quantised["quantization_config"] = quantised_trunk(shell, hparams, device, dtype)
         model, found = _load(
-            _auto_class(name, trust),
+            auto_class,
             name,
             "model_name",
             trust,
-            dtype=_dtype(hparams, device),
+            **quantised,
+            dtype=dtype,
             device_map={"": "cpu"} if hparams.shard_trunk else places,
             output_loading_info=True,
         )

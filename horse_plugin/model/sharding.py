@@ -26,6 +26,8 @@ def check_shards(hparams):
             "shard_trunk: shares the trunk out over several processes, but there is one. Start "
             "them with torchrun, or set shard_trunk: false."
         )
+    if hparams.trunk_bits:
+        raise UsageError("shard_trunk: a trunk in trunk_bits is not sharded. Choose one of them.")
 
 
 def shard(model, blocks: Sequence[nn.Module], device: torch.device):

@@ -116,6 +116,7 @@ def test_two_processes_with_half_of_the_trunk_work_as_with_all_of_it(tmp_path):
         ({}, 1, r"shard_trunk: shares the trunk .* there is one\. Start"),
         ({"model_parallel": True}, 1, r"shard_trunk: .* there is one"),
         ({"model_parallel": True}, 2, r"model_parallel: .* 2 were launched"),
+        ({"trunk_bits": 4}, 2, r"shard_trunk: a trunk in trunk_bits"),
         ({"inner_params": ["model.layers.0.mlp.down_proj"]}, 2, r"shard_trunk: the lowest block"),
     ],
 )
