@@ -90,6 +90,8 @@ class HORSEHyperParams:
     tokenizer_name: str | None = None  # null: the model's own
     device: int | str | None = None  # null: the GPU if there is one
     model_parallel: bool = False  # spread one model over several devices
+    shard_trunk: bool = False  # share out the blocks below the edited ones over all processes
+    trunk_bits: int | None = None  # 4: bitsandbytes quantises the blocks below the edited ones
     half: bool | None = None  # true: bf16, false: fp32, null: what the hardware does best
     dtype: str | None = None  # fp32, bf16 or fp16; overrides `half`
     trust_remote_code: bool = False
@@ -203,11 +205,12 @@ class HORSEHyperParams:
             ("loc_loss", tuple(LOSSES)),
             ("val_score", ("kept", "paper")),
             ("dtype", (None, *DTYPES)),
+            ("trunk_bits", (None, 4)),
             ("token", ("ans", "subject")),
             ("evaluation_type", (None, "generate-text", "LLM-judge")),
         ):
             if getattr(self, key) not in allowed:
-                names = ", ".join(a for a in allowed if a)
+                names = ", ".join(str(a) for a in allowed if a)
                 raise UsageError(f"{key}: {getattr(self, key)!r} is not one of {names}.")
         for key, least in AT_LEAST.items():
             value = getattr(self, key)

@@ -340,6 +340,8 @@ def ask(
     editor.apply_chain(deltas)
     if prompts:
         answer(editor, prompts, before, tokens)
+    elif editor.backbone.lockstep.is_sharded:
+        raise UsageError("ask: name what to ask; shard_trunk has no conversation.")
     elif is_main_process():  # who alone has the terminal
         converse(editor, before, tokens)
 

@@ -326,6 +326,11 @@ class Batch:
     key_rows: torch.Tensor
     key_cols: torch.Tensor
 
+    def per_label(self, of_prompts: Sequence) -> list:
+        """Return, for each of the n answer positions, the value that is given for its prompt."""
+        pairs = zip(of_prompts, self.prompts, strict=True)
+        return [value for value, p in pairs for _ in p.labels]
+
 
 # No row of a batch is shorter than this share of its longest row, to waste little on padding.
 FILLED = 0.8
@@ -356,4 +361,5 @@ def _batch(prompts, index, width, device) -> Batch:
     key_rows = torch.tensor([i for i, p in enumerate(chosen) for _ in p.keys_at])
     key_cols = torch.tensor([at for p in chosen for at in p.keys_at])
     tensors = ids, rows, cols, labels, key_rows, key_cols
-    return Batch(chosen, tuple(index), *(t.to(device) for t in tensors))
+    tensors = (t.to(device, non_blocking=True) for t in tensors)  # nobody writes into them
+    return Batch(chosen, tuple(index), *tensors)

@@ -1,5 +1,6 @@
 """The archive: a trained hypernetwork with its description, and what it was made for."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,9 @@ def check_made_for(path, about: dict, backbone: Backbone):
     made, here = about["model"], backbone.fingerprint()
     if not is_same_model(made, here):
         raise UsageError(f"{path}: made for {describe(made)}, but this model is {describe(here)}.")
+    if made.get("quantised") != here.get("quantised"):
+        other = f"{describe(here)} has other keys: measure again"
+        warnings.warn(f"{path}: made for {describe(made)}, and {other}", stacklevel=4)
     if about["modules"] != list(backbone.modules):
         missing = [m for m in about["modules"] if m not in backbone.modules]
         raise UsageError(

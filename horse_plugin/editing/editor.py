@@ -577,13 +577,18 @@ class HorseEditor:
         several processes, only the main one saves.
 
         Raises:
-            UsageError: an adapter is attached to the model.
+            UsageError: an adapter is attached to the model, or its trunk is sharded.
         """
         if any(hasattr(module, "base_layer") for module in self.backbone.model.modules()):
             raise UsageError(
                 f"{folder}: an adapter is attached to the model, and transformers would save it "
                 "without the edit. Merge it before editing (merge_and_unload), or export the edit "
                 "as an adapter of its own (horse export --lora)."
+            )
+        if self.backbone.lockstep.is_sharded:
+            raise UsageError(
+                f"{folder}: no process has the whole model. Save it in one process, with "
+                "shard_trunk: false and the edit put on (horse edit --out, then horse export)."
             )
         if not is_main_process():
             return

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import text_prompts
-from horse_plugin.distributed import local_indices, raise_on_all_ranks, sum_over_ranks
+from horse_plugin.distributed import local_indices, sum_over_ranks
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded
@@ -73,7 +73,8 @@ class OrdinaryText:
         self._kind_of, prompts = [kind_of[i] for i in local], [prompts[i] for i in local]
         backbone.cache_trunk_states(prompts)
         self._batches = list(backbone.batches(prompts, "ordinary text", progress=False))
-        self._head_inputs = [backbone.head_inputs(batch) for batch in self._batches]
+        with backbone.lockstep.loop():
+            self._head_inputs = [backbone.head_inputs(batch) for batch in self._batches]
         self.before = self._cost_of(None)
 
     def measure(self, backbone: Backbone | None = None) -> Cost:
@@ -86,19 +87,21 @@ class OrdinaryText:
         """Return the cost of an edited model, or of the unedited one."""
         dtype = self.backbone.edit_dtype
         totals = torch.zeros(len(self.kinds), 3, dtype=torch.float64)  # drift, nats, tokens
-        with raise_on_all_ranks():
+        kinds, found = [], []
+        with self.backbone.lockstep.loop():
             pairs = zip(self._batches, self._head_inputs, strict=True)
             items = [(pair, pair[0].ids.numel()) for pair in pairs]
             for batch, inputs in self.backbone.step("ordinary text", items):
                 before = self.backbone.read_out(batch, inputs).to(dtype).log_softmax(-1)
-                now, drift = before, torch.zeros(len(before)).to(before)
+                now, drift = before, before.new_zeros(len(before))
                 if edited:
                     now = edited.logits(batch).to(before).log_softmax(-1)
                     drift = F.kl_div(now, before, log_target=True, reduction="none").sum(-1)
                 nats = -now.gather(1, batch.labels.to(now.device)[:, None])[:, 0]
-                found = torch.stack([drift, nats, torch.ones_like(nats)], -1).double().cpu()
-                kinds = torch.tensor([self._kind_of[i] for i in batch.index])[batch.rows.cpu()]
-                totals.index_add_(0, kinds, found)
+                found.append(torch.stack([drift, nats, torch.ones_like(nats)], -1))
+                kinds += batch.per_label([self._kind_of[i] for i in batch.index])
+            if found:
+                totals.index_add_(0, torch.tensor(kinds), torch.cat(found).cpu().double())
         totals = sum_over_ranks(totals)
         kinds = {k: _cost(row) for k, row in zip(self.kinds, totals, strict=True)}
         return Cost(*_cost(totals.sum(0)).values(), kinds)

@@ -52,6 +52,7 @@ def continuations(
                 do_sample=False,
                 streamer=streamer,
                 pad_token_id=backbone.tokenizer.eos_token_id,
+                synced_gpus=backbone.lockstep.is_sharded,
             )
         for row, new in zip(rows, made[:, batch.shape[1] :], strict=True):
             written[row] = tuple(new.tolist())

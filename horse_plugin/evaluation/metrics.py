@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.distributed import gather_answers, local_indices, raise_on_all_ranks
+from horse_plugin.distributed import gather_answers, local_indices
 from horse_plugin.evaluation.drift import Cost, OrdinaryText
 from horse_plugin.evaluation.generation import Example, Writing
 from horse_plugin.model.backbone import Backbone
@@ -48,7 +48,7 @@ def predict(backbone: Backbone, prompts: Sequence[Prompt]) -> dict[Prompt, torch
     prompts = list(dict.fromkeys(prompts))
     local = local_indices(prompts)
     predicted = [None] * len(local)
-    with raise_on_all_ranks():
+    with backbone.lockstep.loop():
         for batch in backbone.batches([prompts[i] for i in local], "evaluate"):
             tokens = backbone.logits(batch).argmax(-1).split([len(p.answer) for p in batch.prompts])
             for i, part in zip(batch.index, tokens, strict=True):

@@ -26,14 +26,15 @@ KINDS = ("efficacy", "generalization", "specificity")
 @torch.no_grad()
 def answer_probabilities(backbone: Backbone, prompts: Sequence[Prompt]) -> list[float]:
     """Return the geometric mean of the probabilities of each prompt's answer tokens."""
-    found = [0.0] * len(prompts)
-    for batch in backbone.batches(prompts, "evaluate"):
-        logits = backbone.logits(batch).to(backbone.edit_dtype).log_softmax(-1)
-        logprobs = logits.gather(1, batch.labels.to(logits.device)[:, None])[:, 0].cpu()
-        of_prompts = logprobs.split([len(p.answer) for p in batch.prompts])
-        for i, of_answer in zip(batch.index, of_prompts, strict=True):
-            found[i] = of_answer.mean().exp().item()
-    return found
+    found = [None] * len(prompts)
+    with backbone.lockstep.loop():
+        for batch in backbone.batches(prompts, "evaluate"):
+            logits = backbone.logits(batch).to(backbone.edit_dtype).log_softmax(-1)
+            logprobs = logits.gather(1, batch.labels.to(logits.device)[:, None])[:, 0]
+            of_prompts = logprobs.split([len(p.answer) for p in batch.prompts])
+            for i, of_answer in zip(batch.index, of_prompts, strict=True):
+                found[i] = of_answer.mean()
+    return torch.stack(found).exp().tolist()
 
 
 def success_and_magnitude(backbone: Backbone, records: Sequence[EditRecord]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
     loading       the model that the hparams name: files, device, dtype
     modules       its transformer blocks and edit modules, found by their shape
+    quantising    the trunk's weights in 4 bits
+    sharding      the trunk's weights, shared out over processes
     fingerprint   how a model is recognised
     guard         a caller's model: held by one thread, and given back as it was
     backbone      its forward pass cut in two: trunk, and edited blocks with the head

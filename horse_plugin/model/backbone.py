@@ -25,15 +25,16 @@ from horse_plugin.data.subjects import at_subjects
 from horse_plugin.distributed import local_indices
 from horse_plugin.errors import UsageError, first_line
 from horse_plugin.model.fingerprint import fingerprint
-from horse_plugin.model.guard import guard, guarded, hooked, with_forward
+from horse_plugin.model.guard import guard, guarded, hooked, none_packed, with_forward
 from horse_plugin.model.loading import load_model
 from horse_plugin.model.modules import (
-    block_index,
     find_blocks,
     find_edit_modules,
     find_last_mlp,
+    first_edited_block,
     shape_of,
 )
+from horse_plugin.model.sharding import Lockstep
 from horse_plugin.model.trunk_cache import TrunkCache
 from horse_plugin.model.weights import EditWeights
 from horse_plugin.progress import Job
@@ -83,6 +84,7 @@ class Backbone:
         edit_dtype: the precision of everything that decides an edit: float32, or float64 for
             models of that precision.
         blocks: all transformer blocks.
+        lockstep: what keeps processes together that share out the trunk.
         job: what passes are steps of, in :meth:`one_job`; None otherwise.
         first_edited: the index of the lowest edited block.
         head: the output head.
@@ -112,7 +114,7 @@ class Backbone:
         self.progress, self.job = progress, None
         self.device = model.get_input_embeddings().weight.device
         self.head = model.get_output_embeddings()
-        prefix, self.blocks = find_blocks(model)
+        _, self.blocks = find_blocks(model)
         if any(p.is_inference() for p in model.parameters()):
             raise UsageError(
                 f"{type(model).__name__}: loaded in inference mode, so that no weight can be "
@@ -122,10 +124,12 @@ class Backbone:
         self.edit_device = next(iter(self.modules.values())).weight.device
         self.edit_dtype = torch.promote_types(model.dtype, torch.float32)
         self.weights = EditWeights(self.modules, self.edit_dtype)
-        self.first_edited = min(block_index(n, prefix) for n in self.modules)
+        self.first_edited = first_edited_block(model, inner_params, token)
         self.last_mlp = find_last_mlp(model)
+        sharded = any(hasattr(t, "to_local") for t in self._trunk_weights())
+        self.lockstep = Lockstep(self._through_trunk if sharded else None)
         limits = trunk_cache_gb, trunk_disk_gb, trunk_dir
-        self.trunk_cache = TrunkCache(self._trunk_weights, self._through_trunk, *limits)
+        self.trunk_cache = TrunkCache(self._trunk_weights, self._probe, *limits)
         self._turn = None
         self._check_halves()
 
@@ -152,7 +156,11 @@ class Backbone:
     @torch.no_grad()
     def _through_trunk(self) -> torch.Tensor:
         """Return what the trunk makes of a few tokens."""
-        return self._run_trunk(torch.tensor([self._few_tokens()], device=self.device))
+        return self._pass_trunk(torch.tensor([self._few_tokens()], device=self.device))
+
+    def _probe(self) -> torch.Tensor:
+        """Return what tells another trunk; a sharded one cannot run when one process wants to."""
+        return torch.empty(0) if self.lockstep.is_sharded else self._through_trunk()
 
     @guarded
     @torch.no_grad()
@@ -231,7 +239,7 @@ class Backbone:
 
     def fingerprint(self) -> dict:
         """Return what tells this model from others, :mod:`horse_plugin.model.fingerprint`."""
-        return fingerprint(self.model, len(self.blocks))
+        return fingerprint(self.model, self.blocks)
 
     def prepare(
         self, records, kinds: Sequence[str] = tuple(KINDS), warn: bool = True
@@ -330,7 +338,8 @@ class Backbone:
         if len(missing) == len(states):
             return self._run_trunk(batch.ids)
         if missing:
-            computed = self._run_trunk(batch.ids[missing])
+            rows = torch.tensor(missing).to(batch.ids.device, non_blocking=True)
+            computed = self._run_trunk(batch.ids[rows])
             for i, s in zip(missing, computed, strict=True):
                 states[i] = s[: len(batch.prompts[i].inputs)]
         return nn.utils.rnn.pad_sequence(states, batch_first=True)
@@ -349,14 +358,18 @@ class Backbone:
         by_inputs = {p.inputs: p for p in prompts}
         new = [by_inputs[inputs] for inputs in self.trunk_cache.missing(list(by_inputs))]
         new = [new[i] for i in local_indices(new)]
-        for batch in self.batches(new, "trunk", progress):
-            if self.trunk_cache.full:
-                break
-            inputs = [p.inputs for p in batch.prompts]
-            rows = zip(inputs, self._run_trunk(batch.ids), strict=True)
-            self.trunk_cache.put(inputs, [states[: len(i)] for i, states in rows])
+        with self.lockstep.loop():
+            for batch in self.batches(new, "trunk", progress):
+                if self.trunk_cache.full:
+                    break
+                inputs = [p.inputs for p in batch.prompts]
+                rows = zip(inputs, self._run_trunk(batch.ids), strict=True)
+                self.trunk_cache.put(inputs, [states[: len(i)] for i, states in rows])
 
     def _run_trunk(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lockstep.run(lambda: self._pass_trunk(ids))
+
+    def _pass_trunk(self, ids: torch.Tensor) -> torch.Tensor:
         def leave(block, args, kwargs):
             raise StopForward(args[0] if args else kwargs["hidden_states"])
 
@@ -384,13 +397,14 @@ class Backbone:
 
     def _forward(self, ids: torch.Tensor):
         """Run the model's own forward pass, without what its config would add to the output."""
-        return self.model(
-            input_ids=ids,
-            use_cache=False,
-            return_dict=True,
-            output_hidden_states=False,
-            output_attentions=False,
-        )
+        with none_packed.in_this_thread():
+            return self.model(
+                input_ids=ids,
+                use_cache=False,
+                return_dict=True,
+                output_hidden_states=False,
+                output_attentions=False,
+            )
 
     @guarded
     def top(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
@@ -501,4 +515,4 @@ class Backbone:
                 f"{name}: in the last block, where no answer reads the subject's token. With "
                 "token: subject, inner_params names modules of lower blocks."
             )
-        return torch.arange(len(batch.rows)).to(batch.rows)
+        return torch.arange(len(batch.rows), device=batch.rows.device)

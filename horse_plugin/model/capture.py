@@ -118,42 +118,48 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
         likely |= earlier.holds[first_rows]
 
     def read(of_prompts: list[int], backward: bool):
-        task = "capture" if backward else "check"
+        """Run some of this process's prompts; the host reads what came of them after the loop."""
+        task, found, read_by = "capture" if backward else "check", [], []
         for batch in backbone.batches([prompts[local[i]] for i in of_prompts], task):
             index = [of_prompts[i] for i in batch.index]
             states = backbone.trunk(batch)
             rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in index])
+            of = torch.tensor(batch.per_label(index))
+            end = torch.tensor([label == UNKNOWN for p in batch.prompts for label in p.labels])
+            at = rows.to(backbone.edit_device, non_blocking=True)
             with contextlib.ExitStack() as hooks:
                 for name, module in backbone.modules.items():
                     positions = backbone.key_positions(name, batch)
-                    at = rows.to(backbone.edit_device)
                     hook = captured[name].hook(positions, at, backward)
                     hooks.enter_context(hooked(module.register_forward_hook, hook))
                 with torch.set_grad_enabled(backward):
                     logits = backbone.top(batch, states).to(backbone.edit_dtype)
-                    of, labels = torch.tensor(index)[batch.rows.cpu()], batch.labels.cpu()
-                    end = labels == UNKNOWN
-                    if not earlier:
-                        _note_what_follows(logits, of, end, followed, allowed)
-                    labels = torch.where(end, followed[of], labels)
-                    losses = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
-                    losses = (losses - torch.where(end, allowed[of], 0).to(losses)).relu()
+                    ends = end.nonzero()[:, 0]
+                    follows = (followed[of[ends]], allowed[of[ends]]) if earlier else None
+                    losses, follows = _losses(logits, batch.labels, ends, follows)
                     if backward:
                         losses.sum().backward()
             if backward:
                 for module_rows in captured.values():
                     module_rows.collect()
-            tokens = logits.detach().argmax(-1).cpu().split([len(p.labels) for p in batch.prompts])
-            for i, p, part in zip(index, batch.prompts, tokens, strict=True):
-                predicted[i] = part[: len(p.answer)]
-            losses = losses.detach().cpu()
-            row_losses[rows] = losses  # a prompt has as many rows as tokens to predict
-            lacking = losses > torch.where(end, 0, -math.log(HOLDS))
-            holds[of[lacking]] = False
-            done = of[end & (losses == 0)]
-            still_rows[first_rows[done] + sizes[done] - 1] = True
+            tokens = logits.detach().argmax(-1)
+            found.append((rows, of, end, losses.detach(), tokens, *follows))
+            read_by += zip(index, batch.prompts, strict=True)
+        if not found:
+            return
+        parts = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
+        rows, of, end, losses, tokens, next_tokens, may_cost = parts
+        followed[of[end]], allowed[of[end]] = next_tokens, may_cost
+        row_losses[rows] = losses  # a prompt has as many rows as tokens to predict
+        lacking = losses > torch.where(end, 0, -math.log(HOLDS))
+        holds[of[lacking]] = False
+        done = of[end & (losses == 0)]
+        still_rows[first_rows[done] + sizes[done] - 1] = True
+        tokens = tokens.split([len(p.labels) for _, p in read_by])
+        for (i, p), part in zip(read_by, tokens, strict=True):
+            predicted[i] = part[: len(p.answer)]
 
-    with distributed.raise_on_all_ranks():
+    with backbone.lockstep.loop():
         read(likely.nonzero()[:, 0].tolist(), backward=False)
         read((~likely | ~(holds | still)).nonzero()[:, 0].tolist(), backward=True)
         holds |= still
@@ -190,13 +196,24 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
     )
 
 
-@torch.no_grad()
-def _note_what_follows(logits, of_prompt, end, followed, allowed):
-    """Note the likeliest token after each answer of a batch, and the most that it may cost."""
-    at = end.nonzero()[:, 0]
-    best = logits[at.to(logits.device)].log_softmax(-1).max(-1)
-    followed[of_prompt[at]] = best.indices.cpu()
-    allowed[of_prompt[at]] = -best.values.cpu() - math.log(KEPT)
+def _losses(logits, labels, ends, follows) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return what each token of a batch costs, and what follows its answers.
+
+    Args:
+        ends: on the CPU, the indices of tokens that follow an answer.
+        follows: on the CPU, such a token, and the most that it may cost; None reads both.
+    """
+    to = {"device": logits.device, "non_blocking": True}
+    ends, labels = ends.to(**to), labels.to(logits.device)
+    if follows:
+        tokens, allowed = (t.to(**to) for t in follows)
+    else:
+        best = logits.detach()[ends].log_softmax(-1).max(-1)
+        tokens, allowed = best.indices, -best.values - math.log(KEPT)
+    labels = labels.index_copy(0, ends, tokens)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    losses = (losses - torch.zeros_like(losses).index_copy(0, ends, allowed)).relu()
+    return losses, (tokens, allowed)
 
 
 class _ModuleRows:

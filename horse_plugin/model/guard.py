@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from transformers import masking_utils
 
 
 class _Hold:
@@ -106,6 +107,29 @@ def with_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own
         else:
             module.__dict__.pop("forward", None)
+
+
+class _NonePacked(threading.local):
+    """Answers for transformers whether a batch holds packed sequences: in our passes, none does.
+
+    Its own answer is a number of the device, for which the host would wait in each forward pass.
+    """
+
+    passes, find = 0, staticmethod(masking_utils.find_packed_sequence_indices)
+
+    def __call__(self, position_ids: torch.Tensor) -> torch.Tensor | None:
+        return None if self.passes else self.find(position_ids)
+
+    @contextlib.contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        self.passes += 1
+        try:
+            yield
+        finally:
+            self.passes -= 1
+
+
+none_packed = masking_utils.find_packed_sequence_indices = _NonePacked()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ from horse_plugin import distributed
 from horse_plugin.assets import DEFAULT_MODEL
 from horse_plugin.assets.default_model import resolve
 from horse_plugin.errors import UsageError, did_you_mean, first_line
+from horse_plugin.model.modules import find_blocks, first_edited_block
+from horse_plugin.model.quantising import quantised_trunk
+from horse_plugin.model.sharding import check_shards, shard
 
 
 def load_model(hparams):
@@ -29,7 +32,11 @@ def load_model(hparams):
             f"{distributed.world_size()} were launched, each with the whole model. Start one "
             "process, or set model_parallel: false."
         )
+    if hparams.shard_trunk:
+        check_shards(hparams)
     trust = hparams.trust_remote_code
+    dtype = _dtype(hparams, device)
+    places = "auto" if hparams.model_parallel else {"": device}  # past the host's memory
     with quiet_transformers():
         tokenizer = _load(
             transformers.AutoTokenizer,
@@ -37,13 +44,20 @@ def load_model(hparams):
             "tokenizer_name" if hparams.tokenizer_name else "model_name",
             trust,
         )
+        auto_class, quantised = _auto_class(name, trust), {}
+        if hparams.trunk_bits:
+            config = _load(transformers.AutoConfig, name, "model_name", trust)
+            with torch.device("meta"):
+                shell = auto_class.from_config(config, trust_remote_code=trust)
+            quantised["quantization_config"] = quantised_trunk(shell, hparams, device, dtype)
         model, found = _load(
-            _auto_class(name, trust),
+            auto_class,
             name,
             "model_name",
             trust,
-            dtype=_dtype(hparams, device),
-            device_map="auto" if hparams.model_parallel else {"": device},  # past the host's memory
+            **quantised,
+            dtype=dtype,
+            device_map={"": "cpu"} if hparams.shard_trunk else places,
             output_loading_info=True,
         )
     if missing := sorted(found["missing_keys"]):
@@ -52,6 +66,9 @@ def load_model(hparams):
             f"asks for, such as {missing[0]}. Is it a causal language model, and whole?"
         )
     model.requires_grad_(False)
+    if hparams.shard_trunk:  # out of the pages of its files, which all processes of a host share
+        first = first_edited_block(model, hparams.inner_params, hparams.token)
+        shard(model, find_blocks(model)[1][:first], device)
     return model, tokenizer
 
 

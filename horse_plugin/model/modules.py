@@ -53,8 +53,7 @@ def find_edit_modules(model, inner_params: Sequence[str], token: str) -> dict[st
         UsageError: a name is given twice, is missing in the model, or names no linear map whose
             weight can be edited; the message says what to do.
     """
-    names = [_of_base(model, n.removesuffix(".weight")) for n in inner_params]
-    names = names or _second_projections(model, token)
+    names = _edit_names(model, inner_params, token)
     if len(set(names)) < len(names):
         raise UsageError("inner_params: a module is named twice.")
     modules = {n: _linear(model, n) for n in names}
@@ -66,6 +65,16 @@ def find_edit_modules(model, inner_params: Sequence[str], token: str) -> dict[st
     return {n: modules[n] for n, _ in model.named_modules() if n in modules}
 
 
+def first_edited_block(model, inner_params: Sequence[str], token: str) -> int:
+    """Return the index of the lowest edited block; its weights may be anywhere, or meta.
+
+    Args:
+        inner_params, token: as in :func:`find_edit_modules`.
+    """
+    prefix, _ = find_blocks(model)
+    return min(block_index(n, prefix) for n in _edit_names(model, inner_params, token))
+
+
 def find_last_mlp(model) -> str | None:
     """Return the name of the last block's MLP: its part that holds the second projection.
 
@@ -75,6 +84,11 @@ def find_last_mlp(model) -> str | None:
     block = f"{prefix}.{len(blocks) - 1}"
     part, *inside = (_second_projection(model, block) or "").split(".")
     return f"{block}.{part}" if inside else None
+
+
+def _edit_names(model, inner_params: Sequence[str], token: str) -> list[str]:
+    names = [_of_base(model, n.removesuffix(".weight")) for n in inner_params]
+    return names or _second_projections(model, token)
 
 
 def block_index(name: str, prefix: str) -> int:

@@ -83,12 +83,13 @@ def second_moments(
         return hook
 
     local = [prompts[i] for i in distributed.local_indices(prompts)]
-    for batch in backbone.batches(local, "statistics", progress):
-        with contextlib.ExitStack() as hooks, contextlib.suppress(StopForward):
-            for name, module in backbone.modules.items():
-                hook = add_keys(name, batch)
-                hooks.enter_context(hooked(module.register_forward_pre_hook, hook))
-            backbone.logits(batch)
+    with backbone.lockstep.loop():
+        for batch in backbone.batches(local, "statistics", progress):
+            with contextlib.ExitStack() as hooks, contextlib.suppress(StopForward):
+                for name, module in backbone.modules.items():
+                    hook = add_keys(name, batch)
+                    hooks.enter_context(hooked(module.register_forward_pre_hook, hook))
+                backbone.logits(batch)
     count = sum(len(p.answer) for p in prompts)
     # In float32 always, as the files hold them, so that both give the same edit.
     return {n: (distributed.sum_over_ranks(s).float().cpu(), count) for n, s in sums.items()}

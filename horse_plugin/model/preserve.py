@@ -156,7 +156,11 @@ def ordinary_text(backbone: Backbone, source: str, n_tokens: int, seed: int) -> 
     """
     if source == "model":
         # Written by one process and given to all: devices may differ in what they sample.
-        texts = written_texts(backbone, n_tokens, seed) if distributed.is_main_process() else []
+        # All take part where they share the trunk.
+        writes = distributed.is_main_process()
+        has_part = writes or backbone.lockstep.is_sharded
+        texts = written_texts(backbone, n_tokens, seed) if has_part else []
+        texts = texts if writes else []
         lengths = torch.tensor([len(t) for t in texts], dtype=torch.long)
         ids = torch.tensor([i for t in texts for i in t], dtype=torch.long)
         lengths, ids = distributed.gather_rows(lengths), distributed.gather_rows(ids)

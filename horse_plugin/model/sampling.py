@@ -56,6 +56,7 @@ def written_texts(
                 max_new_tokens=LENGTH,
                 min_new_tokens=LENGTH,
                 pad_token_id=0,
+                synced_gpus=backbone.lockstep.is_sharded,
             )
             texts += [tuple(row) for row in written.tolist()]
             bar.update(n_rows * LENGTH)

@@ -93,7 +93,7 @@ class TrunkCache:
         """Return each prompt's states, on the device that computed them, or None if not kept."""
         self._drop_stale()
         found = (self._kept.get(p) for p in prompts)
-        return [None if s is None else s.to(self._device) for s in found]
+        return [None if s is None else s.to(self._device, non_blocking=True) for s in found]
 
     def put(self, prompts: Sequence[tuple[int, ...]], states: Sequence[torch.Tensor]):
         """Keep the states of these prompts, if there is room for all of them."""
@@ -133,6 +133,7 @@ class TrunkCache:
 def _sum_of_bits(weight: torch.Tensor) -> int:
     """Return a sum that tells every changed entry, and rows that changed places."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    weight = getattr(weight, "to_local", weight.detach)()  # of a shard, this process's part
     rows = weight.detach().view(words[weight.element_size()])
     rows = rows.reshape(len(rows) if rows.dim() else 1, -1).sum(-1, dtype=torch.int64)
     factors = torch.arange(1, 2 * len(rows), 2, device=rows.device)

@@ -64,7 +64,7 @@ class Objective:
             )
         self.n_tokens = {k: sum(len(p.answer) for p in prompts[k]) for k in LOSS_ON}
         local = [(k, i) for k in LOSS_ON for i in distributed.local_indices(prompts[k])]
-        self.kind_of = torch.tensor([LOSS_ON.index(k) for k, _ in local], dtype=torch.long)
+        self.kind_of = [LOSS_ON.index(k) for k, _ in local]
         self.prompt_of = [i for _, i in local]
         local_prompts = [prompts[k][i] for k, i in local]
         self.batches = list(batches(local_prompts, backbone.batch_tokens, backbone.device))
@@ -72,7 +72,15 @@ class Objective:
         self.kinds_with = {
             name: [i for i, other in enumerate(names) if other == name] for name in names
         }
-        self.references = [self._reference(batch) for batch in self.batches]
+        # Known to the host, which would have to wait for the device if it asked there.
+        self.kinds = [
+            torch.tensor(b.per_label([self.kind_of[i] for i in b.index])) for b in self.batches
+        ]
+        self.rows = [self._rows_with(kinds) for kinds in self.kinds]
+        with backbone.lockstep.loop():
+            self.references = [
+                self._reference(*pair) for pair in zip(self.batches, self.rows, strict=True)
+            ]
 
     @guarded
     def backward(
@@ -143,15 +151,17 @@ class Objective:
         scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in LOSS_ON]
         scale = torch.tensor(scale, dtype=totals.dtype)
         gradients = self.backbone.weights.gradients(self.backbone.edit_device)
-        with distributed.raise_on_all_ranks(), gradients as (grads, collect), torch.enable_grad():
+        with self.backbone.lockstep.loop(), gradients as (grads, collect), torch.enable_grad():
             for i, batch in enumerate(self.batches):
-                losses, kinds = self._token_losses(i, batch), self._kinds(batch)
-                (losses * scale.to(losses.device)[kinds]).sum().backward()
+                losses = self._token_losses(i, batch)
+                scales = scale[self.kinds[i]].to(losses.device, non_blocking=True)
+                (losses * scales).sum().backward()
                 collect()
-                found.append((losses.detach(), kinds))
-            for (losses, kinds), batch in zip(found, self.batches, strict=True):
-                self._check(losses, batch)
-                totals.index_add_(0, kinds.cpu(), losses.cpu())
+                found.append(losses.detach())
+            if found:
+                losses = torch.cat(found).cpu()
+                self._check(losses)
+                totals.index_add_(0, torch.cat(self.kinds), losses)
         totals = distributed.sum_over_ranks(totals)
         grads = {name: distributed.sum_over_ranks(grad) for name, grad in grads.items()}
         for name, grad in grads.items():
@@ -165,23 +175,22 @@ class Objective:
         }
         return means, list(grads.values())
 
-    def _kinds(self, batch: Batch) -> torch.Tensor:
-        """Return the kind of prompt, as an index, of each of the batch's n answer tokens."""
-        return self.kind_of[list(batch.index)].to(batch.rows.device)[batch.rows]
+    def _rows_with(self, kinds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return loss → the indices of those of a batch's n answer tokens that have it.
 
-    def _rows_with(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return loss → the indices of those of the batch's n answer tokens that have it."""
-        kinds = self._kinds(batch)
+        Args:
+            kinds: n, the kind of prompt of each token.
+        """
         rows = {
-            name: torch.isin(kinds, torch.tensor(with_it).to(kinds)).nonzero()[:, 0]
+            name: torch.isin(kinds, torch.tensor(with_it)).nonzero()[:, 0]
             for name, with_it in self.kinds_with.items()
         }
-        return {name: found for name, found in rows.items() if len(found)}
+        to = {"device": self.backbone.device, "non_blocking": True}
+        return {name: found.to(**to) for name, found in rows.items() if len(found)}
 
     @torch.no_grad()
-    def _reference(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _reference(self, batch: Batch, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return loss → the unedited model's log-probabilities where it compares with them."""
-        rows = self._rows_with(batch)
         rows = {name: found for name, found in rows.items() if LOSSES[name].needs_reference}
         if not rows:
             return {}
@@ -195,17 +204,17 @@ class Objective:
         logits, dtype = self.backbone.logits(batch), self.backbone.edit_dtype
         labels = batch.labels.to(logits.device)
         losses = torch.zeros(len(labels), dtype=dtype, device=logits.device)
-        for name, rows in self._rows_with(batch).items():
+        for name, rows in self.rows[i].items():
             reference = self.references[i].get(name)
             found = LOSSES[name].compute(_take(logits, rows), _take(labels, rows), reference, dtype)
             losses = losses.index_copy(0, rows.to(logits.device), found)
         return losses
 
-    def _check(self, losses: torch.Tensor, batch: Batch):
-        """Name the first prompt of the batch whose loss is not finite."""
-        bad = ~losses.isfinite().cpu()
-        if bad.any():
-            index = batch.index[batch.rows.cpu()[bad][0]]
+    def _check(self, losses: torch.Tensor):
+        """Name the first prompt of the batches whose loss is not finite."""
+        bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
+        if bad:
+            index = [i for b in self.batches for i in b.per_label(b.index)][bad[0]]
             i, kind = self.prompt_of[index], LOSS_ON[self.kind_of[index]]
             where = f"record {i}: the loss on its {kind} prompt"
             if kind == ORDINARY:
