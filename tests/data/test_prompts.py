@@ -1,12 +1,14 @@
 """Where the answer lies, whatever the tokenizer."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from horse_plugin.data.prompts import FILLED, batches, prepare, tokenize
+from horse_plugin.data.prompts import FILLED, KINDS, batches, prepare, tokenize
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.errors import UsageError
 from horse_plugin.evaluation.metrics import predict
@@ -62,6 +64,28 @@ def test_the_answer_is_the_answer(tokenizer, slow):
     assert tokenizer.decode(p.answer).strip() == "Lima France"
     assert tokenizer.decode(p.ids[: p.start], skip_special_tokens=True).strip() == QUERY.prompt
     assert tuple(tokenizer("the capital of Norway is Lima France")["input_ids"]) == p.ids
+
+
+@pytest.mark.filterwarnings("ignore:.*accepted answers left out")
+@pytest.mark.parametrize("slow", [False, True])
+def test_many_texts_read_at_once_have_the_tokens_of_each_alone(tokenizer, slow):
+    tokenizer = Slow(tokenizer) if slow else tokenizer
+    answers = ["Lima", " Oslo", "(", "\n- piano", "'s", "Kyoto  Rome", "東京", "Lima " * 9, " "]
+    queries = [
+        Query(f"{tiny.words(i, 1 + i % 5)}{' (' * (i % 7 == 0)}", a, (answers[i % 3], ""))
+        for i in range(16)
+        for a in answers
+    ]
+    records = [EditRecord(q.prompt, q.answer, (f"{q.prompt} (",), (q,)) for q in queries]
+    prepared = prepare(tokenizer, records)
+    for i, record in enumerate(records):
+        if i in prepared.errors:
+            with pytest.raises(UsageError, match=re.escape(str(prepared.errors[i]))):
+                tokenize(tokenizer, [record.edit, *record.equivalent])
+        for kind, groups in prepared.prompts.items():
+            alone = [] if i in prepared.errors else tokenize(tokenizer, KINDS[kind](record))
+            assert groups[i] == tuple(alone)
+    assert 16 <= len(prepared.errors) < len(records)
 
 
 def test_bos_comes_once(tokenizer):
