@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from horse_plugin import distributed
 from horse_plugin.data.prompts import UNKNOWN, Prompt
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
+from horse_plugin.method.losses import cross_entropy
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded, hooked
 
@@ -130,13 +130,15 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
                     hook = captured[name].hook(positions, at, backward)
                     hooks.enter_context(hooked(module.register_forward_hook, hook))
                 with torch.set_grad_enabled(backward):
-                    logits = backbone.top(batch, states).to(backbone.edit_dtype)
+                    logits = backbone.top(batch, states)
                     of, labels = torch.tensor(index)[batch.rows.cpu()], batch.labels.cpu()
                     end = labels == UNKNOWN
                     if not earlier:
                         _note_what_follows(logits, of, end, followed, allowed)
                     labels = torch.where(end, followed[of], labels)
-                    losses = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+                    losses = cross_entropy(
+                        logits, labels.to(logits.device), None, backbone.edit_dtype
+                    )
                     losses = (losses - torch.where(end, allowed[of], 0).to(losses)).relu()
                     if backward:
                         losses.sum().backward()
@@ -194,7 +196,7 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
 def _note_what_follows(logits, of_prompt, end, followed, allowed):
     """Note the likeliest token after each answer of a batch, and the most that it may cost."""
     at = end.nonzero()[:, 0]
-    best = logits[at.to(logits.device)].log_softmax(-1).max(-1)
+    best = logits[at.to(logits.device)].log_softmax(-1, dtype=allowed.dtype).max(-1)
     followed[of_prompt[at]] = best.indices.cpu()
     allowed[of_prompt[at]] = -best.values.cpu() - math.log(KEPT)
 
