@@ -356,19 +356,22 @@ class Batch:
 
 # No row of a batch is shorter than this share of its longest row, to waste little on padding.
 FILLED = 0.8
+SMALL = 512  # tokens, padding included, for which a GPU hardly takes longer than for one
 
 
 def batches(prompts: Sequence[Prompt], max_tokens: int, device="cpu") -> Iterable[Batch]:
     """Yield the prompts in batches of at most ``max_tokens`` padded tokens, longest first.
 
-    A prompt longer than ``max_tokens`` makes a batch of its own.
+    A prompt longer than ``max_tokens`` makes a batch of its own. On a GPU a few prompts of any
+    lengths are one batch, since each batch costs a pass.
     """
     lengths = [len(p.inputs) for p in prompts]
+    small = 0 if torch.device(device).type == "cpu" else SMALL
     order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
     while order:
         width = lengths[order[0]]
         alike = bisect.bisect_right(order, -FILLED * width, key=lambda i: -lengths[i])
-        n_rows = max(1, min(alike, max_tokens // width))
+        n_rows = max(1, min(max(alike, small // width), max_tokens // width))
         yield _batch(prompts, order[:n_rows], width, device)
         order = order[n_rows:]
 

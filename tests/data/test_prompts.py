@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from horse_plugin.data.prompts import FILLED, KINDS, batches, prepare, tokenize
+from horse_plugin.data.prompts import FILLED, KINDS, Prompt, batches, prepare, tokenize
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.errors import UsageError
 from horse_plugin.evaluation.metrics import predict
@@ -140,8 +140,6 @@ def test_padding_side_and_batching_do_not_change_predictions(side, tokenizer):
 )
 @settings(deadline=None)
 def test_batches_hold_every_prompt_once_within_the_budget_and_little_padding(lengths, budget):
-    from horse_plugin.data.prompts import Prompt
-
     made = [Prompt(tuple(range(n)), max(1, n - k)) for n, k in lengths]
     seen = []
     for batch in batches(made, budget):
@@ -151,6 +149,16 @@ def test_batches_hold_every_prompt_once_within_the_budget_and_little_padding(len
         at = batch.ids[batch.rows, batch.cols]
         assert torch.equal(at + 1, batch.labels)  # ids count up, so the label is the next one
     assert sorted(seen) == list(range(len(made)))
+
+
+def test_on_a_gpu_few_prompts_of_any_lengths_are_one_batch():
+    made = [Prompt(tuple(range(n)), n - 1) for n in range(2, 22)]
+    (few,) = batches(made, 4096, "meta")
+    assert len(few.index) == len(made) and len(list(batches(made, 4096))) > 4
+    for batch in batches(made * 100, 4096, "meta"):
+        shortest = min(len(p.inputs) for p in batch.prompts)
+        assert batch.ids.numel() <= 512 or shortest >= FILLED * batch.ids.shape[1]
+    assert all(batch.ids.numel() <= 100 for batch in batches(made, 100, "meta"))
 
 
 def test_a_long_prompt_loses_its_beginning_but_not_bos_or_answer():
