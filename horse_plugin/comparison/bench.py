@@ -95,7 +95,7 @@ def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) 
             captured, spread = last[0]
         tensors = clock("solve", lambda: solve(backbone, network, captured, spread, hp, roots))
         delta = EditDelta(tensors, [])
-        before = clock("apply", lambda: backbone.weights.add(delta.shifts))
+        before = clock("apply", lambda: backbone.weights.add(delta.lazy_shifts()))
         backbone.weights.restore(before)
     stages, clock.stages = clock.stages, once
     for stage, floor in _floors(backbone, network, prompts, rates).items():

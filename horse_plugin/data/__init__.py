@@ -5,6 +5,7 @@
     formats   from a plain object to a record, one function a format
     corpus    ordinary text, shipped or from a file or the hub
     seam      how a model is asked, and how an answer follows its prompt
+    reader    a tokenizer that reads each text once, and many in one call
     prompts   records as tokens, where each answer lies, and batches
     subjects  where the keys of a fact lie, and where its edit must do nothing
 

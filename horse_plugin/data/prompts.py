@@ -1,18 +1,21 @@
 """Queries as tokens: where the answer lies, and batches that waste little on padding."""
 
 import bisect
-import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from horse_plugin.data.reader import Reader
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.data.seam import PLAIN, Seam
 from horse_plugin.errors import UsageError
 
 UNKNOWN = -100  # in place of a token that only the model knows
+# Records whose texts are tokenised in one call. Python looks through all that it holds each time
+# many objects are new, so that more of them take longer.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -167,16 +170,20 @@ def prepare(
         seam: how the model is asked.
     """
     prepared, n_left_out = PreparedEdits(list(records), {kind: [] for kind in kinds}), 0
-    for i, record in enumerate(prepared.records):
-        try:
-            groups = [tuple(tokenize(tokenizer, KINDS[k](record), max_length, seam)) for k in kinds]
-        except UsageError as error:
-            prepared.errors[i], groups = error, [()] * len(kinds)
-        else:
-            n_left_out += sum(len(q.accepted) for kind in kinds for q in KINDS[kind](record))
-            n_left_out -= sum(len(p.accepted) for group in groups for p in group)
-        for kind, group in zip(kinds, groups, strict=True):
-            prepared.prompts[kind].append(group)
+    for first in range(0, len(prepared), CHUNK):
+        chunk = prepared.records[first : first + CHUNK]
+        queries = [[KINDS[kind](record) for kind in kinds] for record in chunk]
+        made = _tokenized(tokenizer, [q for of in queries for g in of for q in g], max_length, seam)
+        for i, of_record in enumerate(queries, first):
+            try:
+                groups = [tuple(_prompt_of(q, made) for q in group) for group in of_record]
+            except UsageError as error:
+                prepared.errors[i], groups = error, [()] * len(kinds)
+            else:
+                n_left_out += sum(len(q.accepted) for group in of_record for q in group)
+                n_left_out -= sum(len(p.accepted) for group in groups for p in group)
+            for kind, group in zip(kinds, groups, strict=True):
+                prepared.prompts[kind].append(group)
     if n_left_out:
         warnings.warn(
             f"{n_left_out} accepted answers left out: too long, or without tokens",
@@ -207,20 +214,42 @@ def tokenize(
         UsageError: the tokenizer has no tokens for an answer or a prompt.
         AnswerTooLongError: an answer exceeds ``max_length``.
     """
-
-    def tokenized(query: Query) -> Prompt:
-        prompt = _shorten(_tokenize_whole(tokenizer, query, seam), max_length, query, tokenizer)
-        others = []
-        for answer in query.accepted:
-            with contextlib.suppress(UsageError):
-                others.append(tokenized(Query(query.prompt, answer)))
-        return replace(prompt, accepted=tuple(others)) if others else prompt
-
-    return [tokenized(query) for query in queries]
+    made = _tokenized(tokenizer, queries, max_length, seam)
+    return [_prompt_of(query, made) for query in queries]
 
 
-def _tokenize_whole(tokenizer, query: Query, seam: Seam) -> Prompt:
-    text, n_before = seam.join(tokenizer, query.prompt, query.answer)
+def _tokenized(
+    tokenizer, queries: Sequence[Query], max_length: int | None, seam: Seam
+) -> dict[tuple[str, str], Prompt | UsageError]:
+    """Return each distinct pair of prompt and answer as tokens, or why it has none."""
+    joined, made = {}, {}
+    for pair in dict.fromkeys((q.prompt, a) for q in queries for a in (q.answer, *q.accepted)):
+        try:
+            joined[pair] = seam.join(tokenizer, *pair)
+        except UsageError as error:
+            made[pair] = error
+    reader = Reader(tokenizer, (text for text, _ in joined.values()))
+    for (prompt, answer), (text, n_before) in joined.items():
+        try:
+            whole = _find_answer(reader, prompt, answer, text, n_before)
+            made[prompt, answer] = _shorten(whole, max_length, answer, reader)
+        except UsageError as error:
+            made[prompt, answer] = error
+    return made
+
+
+def _prompt_of(query: Query, made: dict[tuple[str, str], Prompt | UsageError]) -> Prompt:
+    """Return a query's tokens, with its other answers as far as they have any."""
+    prompt = made[query.prompt, query.answer]
+    if isinstance(prompt, UsageError):
+        raise prompt
+    others = (made[query.prompt, answer] for answer in query.accepted)
+    others = tuple(other for other in others if isinstance(other, Prompt))
+    return replace(prompt, accepted=others) if others else prompt
+
+
+def _find_answer(tokenizer, prompt: str, answer: str, text: str, n_before: int) -> Prompt:
+    """Return a text as tokens, whose answer begins behind so many characters."""
     ids, spans = _encode(tokenizer, text, n_before)
     start = next((i for i, (_, end) in enumerate(spans) if end > n_before), len(ids))
     if start < len(ids) and (spans[start][0] < n_before or text[n_before] != " "):
@@ -228,10 +257,10 @@ def _tokenize_whole(tokenizer, query: Query, seam: Seam) -> Prompt:
         before = ask(tokenizer, text[:n_before])
         if before != list(ids[:start]):
             ids, start = [*before, *_continuation(tokenizer, text[n_before:])], len(before)
-    if start >= len(ids) or not query.answer.strip():
-        raise UsageError(f"answer {query.answer!r}: the tokenizer has no tokens for it.")
+    if start >= len(ids) or not answer.strip():
+        raise UsageError(f"answer {answer!r}: the tokenizer has no tokens for it.")
     if start == 0:
-        raise UsageError(f"prompt {query.prompt!r}: the tokenizer has no tokens for it.")
+        raise UsageError(f"prompt {prompt!r}: the tokenizer has no tokens for it.")
     return Prompt(tuple(ids), start)
 
 
@@ -287,15 +316,13 @@ def _without_eos(ids: list[int], text: str, tokenizer) -> list[int]:
     return ids if is_own else ids[:-1]
 
 
-def _shorten(prompt: Prompt, max_length: int | None, query: Query, tokenizer) -> Prompt:
+def _shorten(prompt: Prompt, max_length: int | None, answer: str, tokenizer) -> Prompt:
     if max_length is None or len(prompt.ids) <= max_length:
         return prompt
     n_bos = int(prompt.ids[0] == tokenizer.bos_token_id)
     n_kept = max_length - n_bos
     if n_kept <= len(prompt.answer):
-        raise AnswerTooLongError(
-            f"answer {query.answer[:40]!r}: longer than max_length={max_length}."
-        )
+        raise AnswerTooLongError(f"answer {answer[:40]!r}: longer than max_length={max_length}.")
     ids = prompt.ids[:n_bos] + prompt.ids[-n_kept:]
     return Prompt(ids, len(ids) - len(prompt.answer), len(prompt.ids) - max_length)
 
@@ -334,19 +361,22 @@ class Batch:
 
 # No row of a batch is shorter than this share of its longest row, to waste little on padding.
 FILLED = 0.8
+SMALL = 512  # tokens, padding included, for which a GPU hardly takes longer than for one
 
 
 def batches(prompts: Sequence[Prompt], max_tokens: int, device="cpu") -> Iterable[Batch]:
     """Yield the prompts in batches of at most ``max_tokens`` padded tokens, longest first.
 
-    A prompt longer than ``max_tokens`` makes a batch of its own.
+    A prompt longer than ``max_tokens`` makes a batch of its own. On a GPU a few prompts of any
+    lengths are one batch, since each batch costs a pass.
     """
     lengths = [len(p.inputs) for p in prompts]
+    small = 0 if torch.device(device).type == "cpu" else SMALL
     order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
     while order:
         width = lengths[order[0]]
         alike = bisect.bisect_right(order, -FILLED * width, key=lambda i: -lengths[i])
-        n_rows = max(1, min(alike, max_tokens // width))
+        n_rows = max(1, min(max(alike, small // width), max_tokens // width))
         yield _batch(prompts, order[:n_rows], width, device)
         order = order[n_rows:]
 

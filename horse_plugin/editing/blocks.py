@@ -145,7 +145,7 @@ def sums_of_blocks(
         for sweep in range(first, hparams.edit_sweeps):
             bar.set_description_str(f"edit, sweep {sweep + 1}")
             tensors = solve_sums(backbone, network, made, hparams, roots) if made else {}
-            with backbone.weights.shifted(EditDelta(tensors, []).shifts):
+            with backbone.weights.shifted(EditDelta(tensors, []).lazy_shifts()):
                 for i in range(done, len(blocks)):
                     at, earlier, residuals = store.block(i, sweep)
                     captured = capture(backbone, blocks[i], earlier)

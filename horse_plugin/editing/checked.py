@@ -11,7 +11,7 @@ from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import Pieces, heldout_pieces
 from horse_plugin.evaluation.facts import fact_rows
-from horse_plugin.evaluation.generation import LENGTH, N_OF_KIND
+from horse_plugin.evaluation.generation import LENGTH
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator
 from horse_plugin.evaluation.verdict import BAD, judge
 from horse_plugin.model.guard import guarded
@@ -134,5 +134,5 @@ def _tokens(editor: HorseEditor, edits: PreparedEdits, pieces: Pieces) -> dict[s
         "statistics": editor.unread(),
         "ordinary text": 2 * held_out,
         "evaluate": 2 * every,
-        "writing": 2 * LENGTH * sum(N_OF_KIND.values()),
+        "writing": 2 * LENGTH,  # all prompts side by side
     }

@@ -1,6 +1,7 @@
 """One edit as an object: the shifts that it adds, and the facts that it was made for."""
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -83,11 +84,14 @@ class EditDelta:
     def modules(self) -> list[str]:
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.tensors))
 
-    def shift(self, module: str) -> torch.Tensor:
-        """Return ΔW of one module, d×d'."""
+    def shift(self, module: str, device=None) -> torch.Tensor:
+        """Return ΔW of one module, d×d', computed on a device; None is where the tensors are."""
         if f"{module}.shift" in self.tensors:
-            return self.tensors[f"{module}.shift"]
-        return self.tensors[f"{module}.keys"].T @ self.tensors[f"{module}.factors"]
+            return self.tensors[f"{module}.shift"].to(device)
+        keys, factors = (
+            self.tensors[f"{module}.{part}"].to(device) for part in ("keys", "factors")
+        )
+        return keys.T @ factors
 
     def to(self, device) -> "EditDelta":
         """Return the same edit with its tensors on a device."""
@@ -96,7 +100,11 @@ class EditDelta:
     @property
     def shifts(self) -> dict[str, torch.Tensor]:
         """Module name → ΔW, d×d', computed where the tensors are."""
-        return {module: self.shift(module) for module in self.modules}
+        return dict(self.lazy_shifts())
+
+    def lazy_shifts(self, device=None) -> "LazyShifts":
+        """Return :attr:`shifts`, each made when it is asked for, so that one is in memory."""
+        return LazyShifts(self, device)
 
     @property
     def name(self) -> str:
@@ -154,6 +162,22 @@ class EditDelta:
         except TypeError as error:  # a field that records do not have
             raise HorseError(f"{described}: damaged, or not a HORSE edit ({error}).") from None
         return cls(tensors, records, about)
+
+
+class LazyShifts(Mapping):
+    """ΔW of each module of an edit, made whenever it is asked for."""
+
+    def __init__(self, delta: EditDelta, device=None):
+        self._delta, self._device = delta, device
+
+    def __getitem__(self, module: str) -> torch.Tensor:
+        return self._delta.shift(module, self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._delta.modules)
+
+    def __len__(self) -> int:
+        return len(self._delta.modules)
 
 
 def check_free(folder) -> Path:

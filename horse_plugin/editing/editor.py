@@ -48,6 +48,7 @@ from horse_plugin.model.capture import Capture, capture
 from horse_plugin.model.guard import guarded
 from horse_plugin.model.loading import quiet_transformers
 from horse_plugin.model.preserve import Preserve
+from horse_plugin.model.weights import on_host
 from horse_plugin.storage.digest import json_digest, matches, tensors_digest
 from horse_plugin.storage.files import new_folder
 
@@ -301,7 +302,7 @@ class HorseEditor:
     def _in_force(self, network: HyperNetwork, captured: Capture) -> InForce:
         """Return what the edits in force write, for an edit on top of them."""
         shifts = [
-            sum(delta.to(self.backbone.edit_device).shift(name) for delta in self._state.edits)
+            sum(delta.shift(name, self.backbone.edit_device) for delta in self._state.edits)
             for name in self.backbone.modules
         ]
         return InForce.of(shifts, captured, edit_mus(network, self.hparams), self.roots)
@@ -318,7 +319,7 @@ class HorseEditor:
             return predicted_cost(self.backbone, tensors, self.roots, in_force)
 
         def with_them(tensors, measure):
-            with self.backbone.weights.shifted(EditDelta(tensors, []).shifts):
+            with self.backbone.weights.shifted(EditDelta(tensors, []).lazy_shifts()):
                 return measure()
 
         def efficacy() -> float:
@@ -495,8 +496,9 @@ class HorseEditor:
             before: copies of the weights as they are now.
         """
         edits, original = self._state.edits, self.original_weights
-        self.backbone.weights.move(delta.to(self.backbone.edit_device).shifts)
-        original = original if edits else {name: w.cpu() for name, w in before.items()}
+        self.backbone.weights.move(delta.lazy_shifts(self.backbone.edit_device))
+        original = original if edits else on_host(before)
+        delta.tensors = {name: t.cpu() for name, t in delta.tensors.items()}
         delta.about.setdefault("moved", self._moved(before))
         self._state = _State((*edits, delta), self.backbone.weights.digests(), original)
 
@@ -545,7 +547,7 @@ class HorseEditor:
             self.backbone.weights.restore(self.original_weights)
             left = (*edits[:index], *edits[index + 1 :])
             for delta in left:
-                self.backbone.weights.move(delta.to(self.backbone.edit_device).shifts)
+                self.backbone.weights.move(delta.lazy_shifts(self.backbone.edit_device))
             digests = self.backbone.weights.digests()
             self._state = _State(left, digests, self.original_weights) if left else _State()
         return edits[index]

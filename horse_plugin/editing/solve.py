@@ -210,7 +210,7 @@ def predicted_cost(
     Args:
         tensors: what :func:`solve` returned.
     """
-    total, shifts = 0.0, EditDelta(tensors, []).shifts
+    total, shifts = 0.0, EditDelta(tensors, []).lazy_shifts()
     for l, name in enumerate(backbone.modules):
         shift = shifts[name] + (in_force.shifts[l] if in_force else 0)
         total += whitened(shift, roots[l]).square().sum().item()

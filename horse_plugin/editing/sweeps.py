@@ -54,7 +54,7 @@ def sweeps(
             backbone.cache_trunk_states(captured.prompts, progress=False)
         for _ in range(1, n):
             tensors = solve(backbone, network, captured, total, hparams, roots, in_force)
-            with backbone.weights.shifted(EditDelta(tensors, []).shifts):
+            with backbone.weights.shifted(EditDelta(tensors, []).lazy_shifts()):
                 captured = capture(backbone, captured.prompts, captured)
             captured = replace(captured, still=captured.still | captured.holds)
             counts, before = sum_over_ranks(counts_of(captured)).tolist(), lacking

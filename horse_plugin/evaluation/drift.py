@@ -15,6 +15,7 @@ from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import text_prompts
 from horse_plugin.distributed import local_indices, sum_over_ranks
 from horse_plugin.errors import UsageError
+from horse_plugin.method.losses import some_rows
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded
 from horse_plugin.storage.schema import read_text
@@ -92,19 +93,32 @@ class OrdinaryText:
             pairs = zip(self._batches, self._head_inputs, strict=True)
             items = [(pair, pair[0].ids.numel()) for pair in pairs]
             for batch, inputs in self.backbone.step("ordinary text", items):
-                before = self.backbone.read_out(batch, inputs).to(dtype).log_softmax(-1)
-                now, drift = before, before.new_zeros(len(before))
-                if edited:
-                    now = edited.logits(batch).to(before).log_softmax(-1)
-                    drift = F.kl_div(now, before, log_target=True, reduction="none").sum(-1)
-                nats = -now.gather(1, batch.labels.to(now.device)[:, None])[:, 0]
-                found.append(torch.stack([drift, nats, torch.ones_like(nats)], -1))
+                before = self.backbone.read_out(batch, inputs)
+                now = [edited.logits(batch).to(before.device)] if edited else []
+                rows = some_rows(before, batch.labels.to(before.device), *now)
+                found += [_drift_and_nats(dtype, *of_rows) for of_rows in rows]
                 kinds += batch.per_label([self._kind_of[i] for i in batch.index])
             if found:
                 totals.index_add_(0, torch.tensor(kinds), torch.cat(found).cpu().double())
         totals = sum_over_ranks(totals)
         kinds = {k: _cost(row) for k, row in zip(self.kinds, totals, strict=True)}
         return Cost(*_cost(totals.sum(0)).values(), kinds)
+
+
+def _drift_and_nats(dtype: torch.dtype, before, labels, now=None) -> torch.Tensor:
+    """Return KL(before ‖ now), −log p of the label, and 1 for each of n positions, n×3.
+
+    Args:
+        dtype: the precision to compute in.
+        before, now: n×vocabulary logits; without those of an edited model the KL is 0.
+    """
+    log_p = before.log_softmax(-1, dtype=dtype)
+    drift = torch.zeros(len(log_p)).to(log_p)
+    if now is not None:
+        reference, log_p = log_p, now.log_softmax(-1, dtype=dtype)
+        drift = F.kl_div(log_p, reference, log_target=True, reduction="none").sum(-1)
+    nats = -log_p.gather(1, labels[:, None])[:, 0]
+    return torch.stack([drift, nats, torch.ones_like(nats)], -1)
 
 
 def _cost(totals: torch.Tensor) -> dict[str, float]:

@@ -14,7 +14,6 @@ from horse_plugin.data.records import EditRecord
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded
-from horse_plugin.model.loading import quiet_transformers
 
 ROWS = 32  # continuations written side by side
 SHOWN = 12  # tokens of a continuation that is shown
@@ -31,30 +30,26 @@ def continuations(
 ) -> list[tuple[int, ...]]:
     """Return the tokens that the model writes after each prompt, greedily, at most so many.
 
-    Those with as many tokens as each other run side by side, so that none is padded and each
-    continuation is the one that the model writes to its prompt alone.
+    Many run side by side, so that a pass of the model writes a token of each. Shorter ones are
+    padded on the left, and only those of one length run together where a model feels that. The
+    continuation is the one that the model writes to a prompt alone, but for rounding, which may
+    decide between two tokens that are as likely.
 
     Args:
         prompts: their token ids.
         streamer: of transformers, which gets the tokens as they are written; for a single prompt.
     """
-    written, by_length = {}, {}
-    for row in dict.fromkeys(prompts):
-        by_length.setdefault(len(row), []).append(row)
-    parts = [of[i : i + ROWS] for of in by_length.values() for i in range(0, len(of), ROWS)]
+    left, parts = sorted(dict.fromkeys(prompts), key=len, reverse=True), []
+    is_mixed = len(set(map(len, left))) > 1 and backbone.pads_left
+    while left:
+        room = backbone.batch_tokens // (len(left[0]) + n_tokens)
+        part = left[: max(1, min(ROWS, room))]
+        parts.append([p for p in part if is_mixed or len(p) == len(part[0])])
+        left = left[len(parts[-1]) :]
+    written = {}
     for rows in backbone.step("writing", [(rows, n_tokens) for rows in parts]):
-        batch = torch.tensor(rows, device=backbone.device)
-        with quiet_transformers():
-            made = backbone.model.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
-                max_new_tokens=n_tokens,
-                do_sample=False,
-                streamer=streamer,
-                pad_token_id=backbone.tokenizer.eos_token_id,
-                synced_gpus=backbone.lockstep.is_sharded,
-            )
-        for row, new in zip(rows, made[:, batch.shape[1] :], strict=True):
+        made = backbone.generate(rows, n_tokens, streamer=streamer)
+        for row, new in zip(rows, made[:, len(rows[0]) :], strict=True):
             written[row] = tuple(new.tolist())
     return [written[prompt] for prompt in prompts]
 

@@ -11,11 +11,19 @@ name. A loss gets
 and returns n losses in nats.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+AT_ONCE = 2**22  # logits that are computed with at a time: 16 MB of float32
+
+
+def some_rows(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield some rows of logits at a time, and the same rows of others, to compute with them."""
+    rows = max(1, AT_ONCE // logits.shape[1])
+    return zip(*(t.split(rows) for t in (logits, *others)), strict=True)
 
 
 @dataclass(frozen=True)
@@ -61,23 +69,30 @@ def both(logits, labels, reference, dtype) -> torch.Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy that keeps one n×vocabulary tensor for the backward pass.
+    """Cross-entropy that keeps nothing but the logits for the backward pass.
 
-    torch's own keeps several, which is most of the memory of a training step. This one turns the
-    tensor that it keeps into the gradient.
+    torch's own keeps several n×vocabulary tensors in ``dtype``, which is most of the memory of a
+    pass. Here it runs twice, on some rows at a time.
     """
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype):
-        log_p = logits.log_softmax(-1, dtype=dtype)
-        ctx.save_for_backward(log_p, labels)
-        ctx.dtype = logits.dtype
-        return -log_p.gather(1, labels[:, None])[:, 0]
+        ctx.save_for_backward(logits, labels)
+        ctx.dtype = dtype
+        return torch.cat([_nats(x, y, dtype) for x, y in some_rows(logits, labels)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        gradient, labels = ctx.saved_tensors
-        gradient.exp_()
-        gradient.scatter_add_(1, labels[:, None], -torch.ones_like(grad)[:, None])
-        return gradient.mul_(grad[:, None]).to(ctx.dtype), None, None
+        logits, labels = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for into, x, y, g in some_rows(gradient, logits, labels, grad):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                nats = _nats(x, y, ctx.dtype)
+            into.copy_(*torch.autograd.grad(nats, x, g))
+        return gradient, None, None
+
+
+def _nats(logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return F.cross_entropy(logits.to(dtype), labels, reduction="none")

@@ -26,7 +26,7 @@ from horse_plugin.distributed import local_indices
 from horse_plugin.errors import UsageError, first_line
 from horse_plugin.model.fingerprint import fingerprint
 from horse_plugin.model.guard import guard, guarded, hooked, none_packed, with_forward
-from horse_plugin.model.loading import load_model
+from horse_plugin.model.loading import load_model, quiet_transformers
 from horse_plugin.model.modules import (
     find_blocks,
     find_edit_modules,
@@ -41,7 +41,7 @@ from horse_plugin.progress import Job
 
 T = TypeVar("T")
 # The time of a token in a step, over that of one whose trunk state is kept, as measured on a CPU. A
-# token is written in a pass of its own, and of ordinary text every token goes through the head.
+# token of each prompt is written in a pass, and of ordinary text every token goes through the head.
 WORK = {"trunk": 2.5, "capture": 3, "statistics": 3.5, "ordinary text": 3, "writing": 100}
 
 # oneDNN keeps what it compiled for the last 1,024 shapes of products. Batches have shapes of their
@@ -177,12 +177,10 @@ class Backbone:
         (batch,) = batches(made, len(ids) * 4, self.device)
         logits = self._forward(batch.ids).logits
         whole = logits[batch.rows, batch.cols]
-        least = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1
         if not whole.isfinite().all():
             return  # an edit will name the number
         n = batch.ids.shape[1] // 2
-        shorter = self._forward(batch.ids[:, :n]).logits
-        if (shorter - logits[:, :n]).abs().max() > least * logits.abs().max():
+        if not self._agree(self._forward(batch.ids[:, :n]).logits, logits[:, :n]):
             raise UsageError(
                 f"{type(self.model).__name__}: what it predicts depends on later tokens, so it "
                 "is no causal language model. With is_decoder: true in its config it may be one."
@@ -194,18 +192,23 @@ class Backbone:
                 states = self.trunk(batch)
                 if states.shape[:2] != batch.ids.shape:
                     raise ValueError("the blocks hand on more than a hidden state per token")
-                difference = (self.top(batch, states) - whole).abs().max()
+                agree = self._agree(self.top(batch, states), whole)
             except torch.OutOfMemoryError:
                 raise
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 problem = first_line(error)  # a block has inputs or outputs of its own kind
                 continue
-            if difference <= least * whole.abs().max():
+            if agree:
                 return
         raise UsageError(
             f"{type(self.model).__name__}: HORSE cannot run this architecture's blocks in two "
             f"halves ({problem})."
         )
+
+    def _agree(self, found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        """Return whether logits are the same but for their rounding."""
+        least = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1
+        return bool((found - wanted).abs().max() <= least * wanted.abs().max())
 
     @classmethod
     def load(cls, hparams, progress: bool = False) -> "Backbone":
@@ -472,6 +475,45 @@ class Backbone:
         register = self.head.register_forward_pre_hook
         with self._skipped(self.blocks), hooked(register, into_head):
             return self._forward(batch.ids).logits
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], n_tokens: int, **options):
+        """Let the model go on from prompts of any lengths, greedily and side by side.
+
+        Args:
+            prompts: their token ids. They are padded on the left, so :attr:`pads_left` must hold
+                unless they are of one length.
+            n_tokens: the most tokens of each continuation.
+            options: of transformers' ``generate``, whose result is returned.
+        """
+        n_before = [max(map(len, prompts)) - len(p) for p in prompts]
+        ids = [(0,) * n + p for n, p in zip(n_before, prompts, strict=True)]
+        mask = [(0,) * n + (1,) * len(p) for n, p in zip(n_before, prompts, strict=True)]
+        with quiet_transformers():
+            return self.model.generate(
+                torch.tensor(ids, device=self.device),
+                attention_mask=torch.tensor(mask, device=self.device),
+                max_new_tokens=n_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.eos_token_id,
+                synced_gpus=self.lockstep.is_sharded,
+                **options,
+            )
+
+    @functools.cached_property
+    @torch.no_grad()
+    def pads_left(self) -> bool:
+        """Whether the model goes on from a prompt beside a longer one as from the prompt alone.
+
+        Recurrent blocks may feel the padding before it.
+        """
+        longer = tuple(self._few_tokens())
+        shorter = longer[-4:]
+
+        def second_logits(prompts) -> torch.Tensor:  # the first token comes from the cache's fill
+            options = {"min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+            return self.generate(prompts, 2, **options).logits[1][-1]
+
+        return self._agree(second_logits([longer, shorter]), second_logits([shorter]))
 
     @contextlib.contextmanager
     def _skipped(self, blocks: Sequence[nn.Module]) -> Iterator[None]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from horse_plugin import distributed
 from horse_plugin.data.prompts import UNKNOWN, Prompt
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
+from horse_plugin.method.losses import cross_entropy
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded, hooked
 
@@ -133,10 +133,10 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
                     hook = captured[name].hook(positions, at, backward)
                     hooks.enter_context(hooked(module.register_forward_hook, hook))
                 with torch.set_grad_enabled(backward):
-                    logits = backbone.top(batch, states).to(backbone.edit_dtype)
+                    logits = backbone.top(batch, states)
                     ends = end.nonzero()[:, 0]
                     follows = (followed[of[ends]], allowed[of[ends]]) if earlier else None
-                    losses, follows = _losses(logits, batch.labels, ends, follows)
+                    losses, follows = _losses(logits, batch.labels, ends, follows, row_losses.dtype)
                     if backward:
                         losses.sum().backward()
             if backward:
@@ -196,22 +196,23 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
     )
 
 
-def _losses(logits, labels, ends, follows) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def _losses(logits, labels, ends, follows, dtype) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return what each token of a batch costs, and what follows its answers.
 
     Args:
         ends: on the CPU, the indices of tokens that follow an answer.
         follows: on the CPU, such a token, and the most that it may cost; None reads both.
+        dtype: to compute in.
     """
     to = {"device": logits.device, "non_blocking": True}
     ends, labels = ends.to(**to), labels.to(logits.device)
     if follows:
         tokens, allowed = (t.to(**to) for t in follows)
     else:
-        best = logits.detach()[ends].log_softmax(-1).max(-1)
+        best = logits.detach()[ends].log_softmax(-1, dtype=dtype).max(-1)
         tokens, allowed = best.indices, -best.values - math.log(KEPT)
     labels = labels.index_copy(0, ends, tokens)
-    losses = F.cross_entropy(logits, labels, reduction="none")
+    losses = cross_entropy(logits, labels, None, dtype)
     losses = (losses - torch.zeros_like(losses).index_copy(0, ends, allowed)).relu()
     return losses, (tokens, allowed)
 

@@ -1,7 +1,7 @@
 """The weights of the edit modules: adding shifts, restoring them bit for bit, their gradients."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -12,6 +12,19 @@ from horse_plugin.model.modules import shape_of
 from horse_plugin.storage.digest import weight_digest
 
 Tensors = dict[str, torch.Tensor]
+
+
+def on_host(tensors: Tensors) -> Tensors:
+    """Return tensors on the CPU; those of GPUs are copied side by side, into pinned memory."""
+    found = {
+        name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+        if t.device.type == "cuda"
+        else t.cpu()
+        for name, t in tensors.items()
+    }
+    for device in {t.device for t in tensors.values() if t.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+    return found
 
 
 class EditWeights:
@@ -25,7 +38,7 @@ class EditWeights:
     def __init__(self, modules: dict[str, nn.Module], dtype: torch.dtype):
         self.modules, self.dtype = modules, dtype
 
-    def add(self, shifts: Tensors) -> Tensors:
+    def add(self, shifts: Mapping[str, torch.Tensor]) -> Tensors:
         """Add shifts to the weights, and return the weights as they were.
 
         Should anything fail half-way, every weight is put back before the exception goes on.
@@ -51,7 +64,7 @@ class EditWeights:
             raise
 
     @torch.no_grad()
-    def move(self, shifts: Tensors):
+    def move(self, shifts: Mapping[str, torch.Tensor]):
         """Add shifts to the weights. Use it inside :meth:`all_or_nothing`.
 
         The sum is computed in ``dtype`` and rounded once.
@@ -74,6 +87,7 @@ class EditWeights:
             weight.copy_(weight.to(self.dtype) + shift.to(weight.device, self.dtype))
             if not weight.isfinite().all():
                 raise HorseError(f"{name}: the edited weight is not finite. {HALF_PRECISION_HINT}")
+            del shift  # the next one may be made just now
 
     def clones(self) -> Tensors:
         """Return copies of the weights as they are now, for :meth:`restore`."""
@@ -86,7 +100,7 @@ class EditWeights:
             self.modules[name].weight.copy_(weight)
 
     @contextlib.contextmanager
-    def shifted(self, shifts: Tensors) -> Iterator[None]:
+    def shifted(self, shifts: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Add the shifts for the length of a ``with``."""
         before = self.add(shifts)
         try:

@@ -1,12 +1,14 @@
 """Where the answer lies, whatever the tokenizer."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from horse_plugin.data.prompts import FILLED, batches, prepare, tokenize
+from horse_plugin.data.prompts import FILLED, KINDS, Prompt, batches, prepare, tokenize
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.errors import UsageError
 from horse_plugin.evaluation.metrics import predict
@@ -64,6 +66,28 @@ def test_the_answer_is_the_answer(tokenizer, slow):
     assert tuple(tokenizer("the capital of Norway is Lima France")["input_ids"]) == p.ids
 
 
+@pytest.mark.filterwarnings("ignore:.*accepted answers left out")
+@pytest.mark.parametrize("slow", [False, True])
+def test_many_texts_read_at_once_have_the_tokens_of_each_alone(tokenizer, slow):
+    tokenizer = Slow(tokenizer) if slow else tokenizer
+    answers = ["Lima", " Oslo", "(", "\n- piano", "'s", "Kyoto  Rome", "東京", "Lima " * 9, " "]
+    queries = [
+        Query(f"{tiny.words(i, 1 + i % 5)}{' (' * (i % 7 == 0)}", a, (answers[i % 3], ""))
+        for i in range(16)
+        for a in answers
+    ]
+    records = [EditRecord(q.prompt, q.answer, (f"{q.prompt} (",), (q,)) for q in queries]
+    prepared = prepare(tokenizer, records)
+    for i, record in enumerate(records):
+        if i in prepared.errors:
+            with pytest.raises(UsageError, match=re.escape(str(prepared.errors[i]))):
+                tokenize(tokenizer, [record.edit, *record.equivalent])
+        for kind, groups in prepared.prompts.items():
+            alone = [] if i in prepared.errors else tokenize(tokenizer, KINDS[kind](record))
+            assert groups[i] == tuple(alone)
+    assert 16 <= len(prepared.errors) < len(records)
+
+
 def test_bos_comes_once(tokenizer):
     bos = tokenizer.bos_token_id
     expected = list(tokenizer("Oslo")["input_ids"]).count(bos)
@@ -116,8 +140,6 @@ def test_padding_side_and_batching_do_not_change_predictions(side, tokenizer):
 )
 @settings(deadline=None)
 def test_batches_hold_every_prompt_once_within_the_budget_and_little_padding(lengths, budget):
-    from horse_plugin.data.prompts import Prompt
-
     made = [Prompt(tuple(range(n)), max(1, n - k)) for n, k in lengths]
     seen = []
     for batch in batches(made, budget):
@@ -127,6 +149,16 @@ def test_batches_hold_every_prompt_once_within_the_budget_and_little_padding(len
         at = batch.ids[batch.rows, batch.cols]
         assert torch.equal(at + 1, batch.labels)  # ids count up, so the label is the next one
     assert sorted(seen) == list(range(len(made)))
+
+
+def test_on_a_gpu_few_prompts_of_any_lengths_are_one_batch():
+    made = [Prompt(tuple(range(n)), n - 1) for n in range(2, 22)]
+    (few,) = batches(made, 4096, "meta")
+    assert len(few.index) == len(made) and len(list(batches(made, 4096))) > 4
+    for batch in batches(made * 100, 4096, "meta"):
+        shortest = min(len(p.inputs) for p in batch.prompts)
+        assert batch.ids.numel() <= 512 or shortest >= FILLED * batch.ids.shape[1]
+    assert all(batch.ids.numel() <= 100 for batch in batches(made, 100, "meta"))
 
 
 def test_a_long_prompt_loses_its_beginning_but_not_bos_or_answer():

@@ -106,3 +106,16 @@ def test_files_that_the_system_keeps_at_hand_are_free(tmp_path, monkeypatch):
     assert memory.free_bytes(torch.device("cpu")) == 700
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes(torch.device("cpu")) > 10_000
+
+
+def test_the_shifts_of_an_edit_are_made_one_after_the_other():
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(1, 7)]
+    e = editor(inner_params=names)
+    delta = e.edit(tiny.records(4))
+    assert all(f"{name}.factors" in delta.tensors for name in names)
+    one, taken = e.backbone.modules[names[0]].weight.nbytes, []
+    for shifts in (lambda: delta.shifts, delta.lazy_shifts):
+        with Peak() as peak, e.backbone.weights.shifted(shifts()):
+            pass
+        taken.append(peak.most / one)
+    assert taken[0] - taken[1] == len(names) - 1

@@ -7,6 +7,7 @@ import torch
 
 from horse_plugin import HorseEditor, UsageError
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
+from horse_plugin.method import losses
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
 
@@ -54,3 +55,12 @@ def test_long_texts_are_read_in_pieces():
 def test_text_without_two_tokens_is_refused():
     with pytest.raises(UsageError, match="less than two tokens"):
         OrdinaryText(Backbone(tiny.model(), tiny.bpe_tokenizer()), [("a", "")])
+
+
+def test_a_cost_is_the_same_some_positions_at_a_time(monkeypatch):
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    text = OrdinaryText(backbone, PIECES)
+    backbone.weights.add({n: 0.1 * torch.randn(48, 32) for n in backbone.modules})
+    at_once = text.measure()
+    monkeypatch.setattr(losses, "AT_ONCE", 7 * 400)
+    assert text.measure() == at_once and at_once.drift > 0

@@ -5,19 +5,35 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from horse_plugin import Evaluator, HorseEditor
 from horse_plugin.evaluation.generation import continuations, fluency
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.guard import hooked
 from tests import tiny
+from tests.model.test_families import small
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
-def test_continuations_side_by_side_are_those_of_each_prompt_alone(architecture):
-    backbone = Backbone(tiny.model(architecture), tiny.bpe_tokenizer())
+def one_that_feels_padding():
+    """A decoder that gives the first token of a row the first position, padded or not."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(small("bart")).eval()
+
+
+@pytest.mark.parametrize("batch_tokens", [4096, 50])
+@pytest.mark.parametrize("architecture", [*tiny.CONFIGS, None])
+def test_continuations_side_by_side_are_those_of_each_prompt_alone(architecture, batch_tokens):
+    model = tiny.model(architecture) if architecture else one_that_feels_padding()
+    backbone = Backbone(model, tiny.bpe_tokenizer(), batch_tokens=batch_tokens)
+    assert backbone.pads_left == bool(architecture)
     texts = [tiny.words(i, 2 + i % 3) for i in range(9)] * 2
     prompts = [tuple(backbone.tokenizer(t)["input_ids"]) for t in texts]
-    found = continuations(backbone, prompts, 6)
+    passes = []
+    with hooked(model.register_forward_pre_hook, lambda *_: passes.append(1)):
+        found = continuations(backbone, prompts, 6)
+    if architecture and batch_tokens == 4096:
+        assert len(passes) <= 6  # of all prompts together
     for ids, tokens in zip(prompts, found, strict=True):
         for token in tokens:
             with torch.no_grad():
