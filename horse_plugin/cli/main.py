@@ -524,6 +524,9 @@ def compare(
     check: Annotated[
         int, typer.Option(help="Records on which EasyEdit's metrics are computed as well.", min=0)
     ] = 0,
+    probabilities: Annotated[
+        bool, typer.Option(help="CounterFact's success and magnitude, too.")
+    ] = False,
 ):
     """Methods side by side, as the paper's Table 1. Run again, it goes on where it stopped."""
     from horse_plugin.comparison import experiments
@@ -546,6 +549,7 @@ def compare(
         check,
         batch,
         _command(),
+        probabilities,
     )
     _compared(out, rows)
 

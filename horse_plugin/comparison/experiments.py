@@ -32,6 +32,7 @@ def compare(
     check: int = 0,
     batch: int | None = None,
     command: str | None = None,
+    probabilities: bool = False,
 ) -> list[dict]:
     """Measure methods side by side, and write tables and a report.
 
@@ -53,6 +54,7 @@ def compare(
         batch: how many facts to edit at once, one batch on top of those before it. Then it is
             measured, too, what each new batch leaves of the earlier ones. None is all at once.
         command: the command line that asks for it, for the report.
+        probabilities: whether to measure CounterFact's success and magnitude, too.
 
     Returns:
         The rows, as in ``results.json``.
@@ -74,6 +76,7 @@ def compare(
         check,
         batch,
         command,
+        probabilities,
     )
     return _measured(plan)
 

@@ -33,7 +33,7 @@ def write_output(out: Path, rows: list[dict]):
     """
     from horse_plugin.evaluation import charts  # matplotlib takes a second to load
 
-    both = [t for page in _tables(rows) for t in page[1:] if t.lines]
+    both = [t for page in _tables(rows) for t in page[1:]]
     write(out / "table.md", "\n".join(t.markdown() for t in both))
     write(out / "table.tex", "\n".join(t.latex() for t in both))
     write(out / "results.csv", tables.to_csv(rows))
@@ -90,11 +90,16 @@ def _title(rows: list[dict]) -> str:
 
 
 def _tables(rows: list[dict]) -> list[tuple]:
-    """Return each page and its tables: figures, what is left of each batch if any, and costs."""
+    """Return each page and its tables that have a line.
+
+    They are of figures, of what is left of each batch, of probabilities and of costs.
+    """
 
     def of(page: tables.Page) -> list[Table]:
         retention = [tables.retention_table(rows, page)] if page.batch else []
-        return [tables.figures_table(rows, page), *retention, tables.cost_table(rows, page)]
+        made = tables.figures_table, tables.probability_table, tables.cost_table
+        first, *others = (table(rows, page) for table in made)
+        return [table for table in (first, *retention, *others) if table.lines]
 
     return [(page, *of(page)) for page in tables.pages(rows)]
 

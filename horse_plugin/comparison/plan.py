@@ -38,6 +38,7 @@ class Plan:
             preserves.
         check: on how many records EasyEdit's own metrics are computed as well.
         batch: how many records are edited at once, one batch after the other; None is all.
+        probabilities: whether CounterFact's success and magnitude are measured, too.
         command: the command line that asks for it, if one does.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     check: int = 0
     batch: int | None = None
     command: str | None = None
+    probabilities: bool = False
 
     def __post_init__(self):
         for data in self.datasets:

@@ -16,6 +16,7 @@ from horse_plugin.errors import HorseError, UsageError, reason, visible
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.evaluation.metrics import ALL_FIGURES, FIGURES, Evaluation, Evaluator, mean
+from horse_plugin.evaluation.probability import success_and_magnitude
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.digest import json_digest, weight_digest
@@ -27,6 +28,7 @@ ROW = {"method": str, "dataset": str, "model": str, "n_edits": count, "seed": in
 ROW |= dict.fromkeys((*ALL_FIGURES, "edit_seconds", "train_seconds", "peak_memory_mb"), NUMBER)
 ROW |= dict.fromkeys(("reason", "budget", "settings", "command"), TEXT)
 ROW |= {"check": Maybe({"records": count, "ours": {str: NUMBER}, "easyedit": {str: NUMBER}})}
+ROW |= {"probabilities": Maybe({str: NUMBER})}
 ROW |= {"versions": Maybe({str: str}), "batch": Maybe(count)}
 AFTER_BATCH = {"efficacy": [(int, float)], "drift": (int, float), "perplexity": (int, float)}
 ROW |= {"batches": Maybe([AFTER_BATCH])}
@@ -106,7 +108,9 @@ class _MeasuredModel:
             return self._failed(name, task, error)
         key = (name, data.name, hparams.model_name, n, seed, task.batch)
         for row in rows:
-            if _cell(row) == key and row.get("settings") == settings and not row.get("reason"):
+            whole = not self.plan.probabilities or row.get("probabilities")
+            held = row.get("settings") == settings and not row.get("reason")
+            if _cell(row) == key and held and whole:
                 return row
         self._load(task)
         results.reset_peak_memory()
@@ -137,6 +141,8 @@ class _MeasuredModel:
         row = results.row(name, task.dataset, task.hparams, evaluation, total)
         if self.plan.check:
             row["check"] = self._checked(task, edited.backbone, evaluation)
+        if self.plan.probabilities:
+            row["probabilities"] = success_and_magnitude(edited.backbone, task.records)
         row |= {"train_seconds": edited.train_seconds, "budget": edited.budget}
         return row | ({"batches": after} if after else {})
 

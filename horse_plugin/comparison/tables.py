@@ -138,6 +138,22 @@ def cost_table(rows: list[dict], page: Page) -> Table:
     return Table(names, lines, caption, [(d, len(kinds)) for d in datasets])
 
 
+def probability_table(rows: list[dict], page: Page) -> Table:
+    """Return success and magnitude of the new answers' probabilities, where they were measured."""
+    done = [r | r["probabilities"] for r in of_page(rows, page) if r.get("probabilities")]
+    shown = [f"{kind}_{what}" for kind in SCORED for what in ("success", "magnitude")]
+    shown = [f for f in shown if any(f in r for r in done)]
+    columns = [(d, f) for d in _values(done, "dataset") for f in shown]
+    lines = [
+        [m, *(_text(_mean(done, m, d, f)) for d, f in columns)] for m in _values(done, "method")
+    ]
+    kinds = (f.split("_") for _, f in columns)
+    names = ["method", *(f"{HEADINGS[kind]} {what}" for kind, what in kinds)]
+    caption = f"Probability of the new answer against the true one, percent; {page.heading}"
+    caption += f"{_seeds(done)}."
+    return Table(names, lines, caption, [(d, len(shown)) for d in _values(done, "dataset")])
+
+
 def to_csv(rows: list[dict]) -> str:
     """Return one line a row, with every plain value of it; no spreadsheet computes a text."""
     names = list(dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict)))

@@ -15,6 +15,7 @@ from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.editing.archive import read_network
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
+from horse_plugin.evaluation.probability import success_and_magnitude
 from horse_plugin.method.spread import SPREADS
 from tests import ROOT, tiny
 
@@ -86,6 +87,19 @@ def test_every_cell_is_measured_once_and_kept_as_soon_as_it_is_there(plan, tmp_p
     kept = json.loads((tmp_path / "out/results.json").read_text())
     assert len(kept) == 6  # cells of other plans stay; other settings replaced HORSE's at 2
     assert [r for r in kept if (r["method"], r["n_edits"]) == ("HORSE", 2)] == [rows[1]]
+
+
+def test_probabilities_are_those_of_the_edited_model_and_measured_if_a_row_lacks_them(plan):
+    counted = Counted()
+    (row,) = runner.run(plan({"unedited": counted}), progress=False)
+    assert "probabilities" not in row
+    asked = replace(plan({"unedited": counted}), probabilities=True)
+    (row,) = runner.run(asked, progress=False)
+    backbone = HorseEditor.from_hparams(str(asked.models["tiny"])).backbone
+    records = asked.datasets[0].records[:4]
+    assert row["probabilities"] == success_and_magnitude(backbone, records)
+    assert runner.run(asked, progress=False) == [row]
+    assert len(counted.seen) == 2  # the third run measured nothing
 
 
 def test_what_was_measured_before_a_stop_is_there_after_it(plan, tmp_path, monkeypatch):

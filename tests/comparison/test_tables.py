@@ -56,6 +56,18 @@ def test_what_easyedits_metrics_say_stands_in_the_caption():
     assert caption.endswith("on 20 of the records, are within 0.50 of these.")
 
 
+def test_probabilities_have_a_table_where_they_were_measured(tmp_path):
+    found = {"efficacy_success": 90.0, "efficacy_magnitude": 12.5}
+    rows = [row("unedited", 1.0), row("HORSE", 2.0, probabilities=found)]
+    rows += [row("HORSE", 2.0, seed=1, probabilities=found | {"efficacy_success": 80.0})]
+    write_output(tmp_path, rows)
+    shown = "| method | facts Eff. success | facts Eff. magnitude |\n| --- | --: | --: |\n"
+    assert shown + "| HORSE | 85.0 ± 7.1 | 12.5 ± 0.0 |" in (tmp_path / "table.md").read_text()
+    assert "Eff. magnitude" in (tmp_path / "report.html").read_text()
+    write_output(tmp_path, rows[:1])
+    assert "Probability" not in (tmp_path / "report.html").read_text()
+
+
 def test_csv_holds_every_row():
     rows = [row("FT", None, reason='said "no", twice'), row("HORSE", 2.0)]
     read = list(csv.DictReader(tables.to_csv(rows).splitlines()))
