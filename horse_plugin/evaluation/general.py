@@ -5,8 +5,10 @@ these: a question and some answers, of which the model takes the one it finds li
 """
 
 import contextlib
+import io
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -378,12 +380,14 @@ def _read(path: Path, reader) -> list[dict]:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep the harness's log messages out of the command line's output."""
+    """Keep the harness's log messages out of the output, and its bars out of a log file."""
     import logging
 
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    watched = sys.stderr.isatty()
     try:
-        yield
+        with contextlib.nullcontext() if watched else contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
