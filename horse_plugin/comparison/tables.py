@@ -306,7 +306,12 @@ def _text(value: Mean | None, digits: int = 1) -> str:
 
 
 def _marks(column: dict[str, Mean | None], figure: str) -> dict[str, str]:
-    """Return the best and the second by what the table prints: equal figures are equally good."""
+    """Return the best and the second by what the table prints: equal figures are equally good.
+
+    One method alone is no better than others.
+    """
+    if len(column) < 2:
+        return {}
     digits = DIGITS.get(figure, 1)
     shown = {m: round(v.mean, digits) for m, v in column.items() if v is not None}
     first, *rest = sorted(set(shown.values()), reverse=figure not in LESS_IS_BETTER) or [None]

@@ -69,8 +69,10 @@ def learning_curves(history: list[dict]) -> list[Figure]:
         values = [h["validation"].get(name) for h in validated]
         style = {"marker": "o", "markersize": 3, "label": name}
         validation.plot([h["step"] for h in validated], values, **style)
-    validation.set(xlabel="step", ylabel="percent", ylim=(0, 100))
+    validation.set(xlabel="step", ylabel="percent", ylim=(0, 103))
     for axes in (losses, validation):
+        axes.set_xlim(0, steps[-1] + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(**LEGEND)
         _open(axes)
     return figures

@@ -75,14 +75,24 @@ def judge(figures: Mapping) -> Verdict:
     parts[0] += " facts hold" if held else " of the answers hold"
     if kept and kept[1]:
         parts.append(f"the unrelated answers of {kept[0]:,} of {kept[1]:,} facts stay")
+    elif "locality" in levels:
+        parts.append(f"{number(measured['locality'])} percent of the unrelated answers stay")
     if after.get("perplexity") is not None:
-        text = f"perplexity {number(before.get('perplexity'))} → {number(after['perplexity'])}"
+        text = f"perplexity {_change('perplexity', before, after)}"
         if measured["drift"] is not None:
             text += f", drift {figure('drift', measured['drift'])}"
         parts.append(f"ordinary text: {text}")
+    if levels.get("repetition", GOOD) != GOOD:
+        parts.append(f"it repeats itself: fluency {_change('fluency', before, after)}")
     sentence = f"{'; '.join(parts)}. The model is {HARM[model]}."
     advice = [MORE_FACTS] * (facts != GOOD) + [LESS_HARM] * (model != GOOD)
     return Verdict(facts, model, sentence, advice)
+
+
+def _change(name: str, before: Mapping, after: Mapping) -> str:
+    """Return a figure before and after, or after only where it was not measured before."""
+    known = [of[name] for of in (before, after) if of.get(name) is not None]
+    return " → ".join(figure(name, value) for value in known)
 
 
 def rise(before: float | None, after: float | None) -> float | None:

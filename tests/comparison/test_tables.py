@@ -31,6 +31,11 @@ def test_best_is_bold_second_underlined_and_the_unedited_model_apart():
     assert r"$\Delta$ & +10.0" in latex
 
 
+def test_one_method_alone_is_not_marked_as_the_best():
+    text = tables.figures_table([row("unedited", 1.0), row("FT", 50.0)], PAGE).markdown()
+    assert "| FT | 50.0 | 50.0 | 10.0 | 36.7 |" in text
+
+
 def test_seeds_become_mean_and_deviation_and_a_missing_figure_a_dash():
     rows = [row("HORSE", 80.0), row("HORSE", 90.0, seed=1)]
     rows += [row("FT", 1.0), row("FT", None, seed=1, reason="A & B_c: 5%")]

@@ -23,6 +23,15 @@ def test_a_good_edit_is_said_in_one_sentence_with_its_figures():
     assert (found.level, found.advice) == ("good", [])
 
 
+def test_a_model_that_repeats_itself_is_told_so():
+    assert "; it repeats itself: fluency 4.00 → 3.30. The" in judge(figures(fluency=3.3)).sentence
+
+
+def test_without_a_perplexity_before_it_says_the_one_after():
+    found = judge({"before": {}, "after": GOOD})
+    assert "ordinary text: perplexity 44.1, drift 0.030." in found.sentence
+
+
 @pytest.mark.parametrize(
     ("after", "facts", "model"),
     [
@@ -56,6 +65,6 @@ def test_an_edit_of_an_earlier_release_is_judged_by_what_it_has():
     old = {"efficacy": 100.0, "generalization": 40.0, "locality": 9.0, "perplexity": 550.0}
     found = judge({"before": {"perplexity": 42.0}, "after": old})
     assert found.sentence == (
-        "100.0 percent of the answers hold; ordinary text: perplexity 42.0 → 550.0. "
-        "The model is damaged."
+        "100.0 percent of the answers hold; 9.0 percent of the unrelated answers stay; "
+        "ordinary text: perplexity 42.0 → 550.0. The model is damaged."
     )
