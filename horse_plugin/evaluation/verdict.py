@@ -83,7 +83,7 @@ def judge(figures: Mapping) -> Verdict:
             text += f", drift {figure('drift', measured['drift'])}"
         parts.append(f"ordinary text: {text}")
     if levels.get("repetition", GOOD) != GOOD:
-        parts.append(f"it repeats itself: fluency {_change('fluency', before, after)}")
+        parts.append(f"the model repeats itself: fluency {_change('fluency', before, after)}")
     sentence = f"{'; '.join(parts)}. The model is {HARM[model]}."
     advice = [MORE_FACTS] * (facts != GOOD) + [LESS_HARM] * (model != GOOD)
     return Verdict(facts, model, sentence, advice)
