@@ -22,6 +22,7 @@ from horse_plugin.evaluation.tables import (
     figure,
     figures_of,
     kinds_table,
+    moment,
     number,
 )
 from horse_plugin.evaluation.verdict import Verdict, judge
@@ -191,15 +192,17 @@ def log(chain: Chain) -> RichTable:
     """Return the edits of a chain as a table, oldest first, with what changed around each."""
     now, others, lines = chain.now(), stale(chain), []
     for e in chain.entries:
-        state, figures = f"undone {e['undone']}", ""
-        if not e["undone"]:
-            state = "in force"
-            figures = f"stale; {others[e['name']]}" if e["name"] in others else "as made"
-            if e["name"] in now:
-                figures = f"efficacy {number(now[e['name']]['efficacy'])} now"
-        onto = ", ".join(e.get("onto", ()))
-        lines.append([e["name"], e["made"], f"{e['n_edits']:,}", onto, state, figures])
-    return printed(Table(["edit", "made", "facts", "onto", "", "figures"], lines, is_text=True))
+        state, figures = "in force", "as made"
+        if e["undone"]:
+            state, figures = f"undone {moment(e['undone'])}", ""
+        elif e["name"] in now:
+            figures = f"efficacy {number(now[e['name']]['efficacy'])} now"
+        elif e["name"] in others:
+            figures = f"stale; {others[e['name']]}"
+        onto = ", ".join(e.get("onto") or ())
+        lines.append([e["name"], moment(e["made"]), f"{e['n_edits']:,}", onto, state, figures])
+    names = ["edit", "made, UTC", "facts", "onto", "", "figures"]
+    return printed(Table(names, lines, is_text=True))
 
 
 def adapter(made: Adapter) -> RichTable:

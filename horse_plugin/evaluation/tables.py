@@ -15,6 +15,11 @@ def number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def moment(written: str) -> str:
+    """Return a time of our files, such as ``2026-11-26T11:46:12+00:00``, as people write it."""
+    return written[:16].replace("T", " ")
+
+
 @dataclass(frozen=True)
 class Style:
     """How a kind of file marks the best and the second best, and escapes plain text."""

@@ -24,7 +24,10 @@ def test_a_good_edit_is_said_in_one_sentence_with_its_figures():
 
 
 def test_a_model_that_repeats_itself_is_told_so():
-    assert "; the model repeats itself: fluency 4.00 → 3.30. The" in judge(figures(fluency=3.3)).sentence
+    assert (
+        "; the model repeats itself: fluency 4.00 → 3.30. The"
+        in judge(figures(fluency=3.3)).sentence
+    )
 
 
 def test_without_a_perplexity_before_it_says_the_one_after():
