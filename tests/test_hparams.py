@@ -89,6 +89,7 @@ def test_a_malmen_file_becomes_a_horse_file_by_its_name(tmp_path):
         ("model_name: m\nmeta_lr: fast", "meta_lr: expected a number"),
         ("model_name: m\nmeta_lr: .nan", "meta_lr: expected a number"),
         ("model_name: m\nmodel_parallel: 1", "model_parallel: expected true/false"),
+        ("model_name: m\ntrunk_bits: 8", "trunk_bits: 8 is not one of 4"),
         ("model_name: m\ninner_params: a.b", "inner_params: expected a list of names"),
         ("model_name: m\nspread: wide", "spread: 'wide' is not one of orthogonal"),
         ("model_name: m\nalg_name: ROME", "alg_name: 'ROME' is not one of"),

@@ -19,6 +19,7 @@ from horse_plugin.evaluation.metrics import ALL_FIGURES, FIGURES, Evaluation, Ev
 from horse_plugin.evaluation.probability import success_and_magnitude
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.sharding import local_part
 from horse_plugin.storage.digest import json_digest, weight_digest
 from horse_plugin.storage.schema import Maybe, count, read_json
 
@@ -178,9 +179,9 @@ class _MeasuredModel:
 
 
 def weights_digest(backbone: Backbone) -> str:
-    """Return a digest of every parameter and buffer of the model, bit for bit."""
+    """Return a digest of what this process has of all parameters and buffers, bit for bit."""
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in backbone.model.state_dict().items():
         found.update(name.encode())
-        found.update(weight_digest(tensor).encode())
+        found.update(weight_digest(local_part(tensor)).encode())
     return found.hexdigest()

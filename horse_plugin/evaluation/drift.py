@@ -113,7 +113,7 @@ def _drift_and_nats(dtype: torch.dtype, before, labels, now=None) -> torch.Tenso
         before, now: n×vocabulary logits; without those of an edited model the KL is 0.
     """
     log_p = before.log_softmax(-1, dtype=dtype)
-    drift = torch.zeros(len(log_p)).to(log_p)
+    drift = log_p.new_zeros(len(log_p))
     if now is not None:
         reference, log_p = log_p, now.log_softmax(-1, dtype=dtype)
         drift = F.kl_div(log_p, reference, log_target=True, reduction="none").sum(-1)

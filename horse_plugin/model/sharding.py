@@ -56,6 +56,11 @@ def shard(model, blocks: Sequence[nn.Module], device: torch.device):
     model.to(device)
 
 
+def local_part(weight: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a sharded weight, or the weight."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
 class Lockstep:
     """Lets all processes run a sharded trunk as often as each other.
 

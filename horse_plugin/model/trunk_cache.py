@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from horse_plugin.model.sharding import local_part
 from horse_plugin.storage.files import check_writable
 
 
@@ -133,8 +134,7 @@ class TrunkCache:
 def _sum_of_bits(weight: torch.Tensor) -> int:
     """Return a sum that tells every changed entry, and rows that changed places."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    weight = getattr(weight, "to_local", weight.detach)()  # of a shard, this process's part
-    rows = weight.detach().view(words[weight.element_size()])
+    rows = local_part(weight).detach().view(words[weight.element_size()])
     rows = rows.reshape(len(rows) if rows.dim() else 1, -1).sum(-1, dtype=torch.int64)
     factors = torch.arange(1, 2 * len(rows), 2, device=rows.device)
     return (rows * factors).sum().item()

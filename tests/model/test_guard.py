@@ -14,7 +14,7 @@ from horse_plugin.data.prompts import batches
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
-from horse_plugin.model.guard import guard
+from horse_plugin.model.guard import guard, none_packed
 from tests import ROOT, tiny
 
 IDS = torch.arange(5, 25)[None]
@@ -359,6 +359,26 @@ def test_a_pass_that_another_thread_had_begun_runs_all_its_blocks():
     backbone.logits(next(batches(prompts, 400)))
     first.remove(), hook.remove()
     torch.testing.assert_close(outcome[0], wanted)
+
+
+def test_packed_sequences_of_a_caller_are_told_apart_while_we_pack_none():
+    """The library is asked to look for them in all passes but ours."""
+    model, positions, found = tiny.model(), torch.arange(5).repeat(2)[None], []
+    ids = torch.cat([IDS[:, :5], IDS[:, 5:10]], 1)
+    alone = torch.cat([model(part).logits for part in ids.split(5, 1)], 1)
+
+    def packed():
+        found.append(
+            (model(ids, position_ids=positions, use_cache=False).logits - alone).abs().max()
+        )
+
+    with none_packed.in_this_thread():
+        thread = threading.Thread(target=packed)
+        thread.start()
+        thread.join()
+        packed()
+    packed()
+    assert found[0] < 1e-5 and found[1] > 1e-3 and found[2] < 1e-5
 
 
 def test_a_copy_is_edited_while_the_model_answers():

@@ -42,7 +42,7 @@ def work(backbone: Backbone, out) -> tuple[dict[str, torch.Tensor], list]:
     """What an edit on top of another in sweeps, its figures, and a training run come to."""
     tensors, weights = {}, backbone.weights
     settings = {"edit_sweeps": 2, "preserve": "shipped", "preserve_tokens": 64, "strength": 5.0}
-    settings |= {"stats_dir": str(out / "stats"), "max_epochs": 2, "keep_tokens": 64}
+    settings |= {"stats_dir": str(out / "stats"), "max_iters": 1, "keep_tokens": 64}
     hparams = tiny.hparams(**settings, loc_loss="kl")
     editor = HorseEditor.from_backbone(backbone, hparams)
     evaluator = Evaluator(backbone, tiny.records(12), text=OrdinaryText(backbone, TEXT))
@@ -50,12 +50,12 @@ def work(backbone: Backbone, out) -> tuple[dict[str, torch.Tensor], list]:
         delta = editor.edit(records)
         tensors |= {f"{delta.name}.{name}": t for name, t in delta.tensors.items()}
     tensors |= weights.clones()
-    found = [evaluator.evaluate().summary(), editor.ask(["the capital of", "who"])]
+    found = [evaluator.evaluate().summary(), editor.ask(["the capital of", "who"], 4)]
     editor.undo()
     editor.undo()
     tensors |= {f"{name}, undone": w for name, w in weights.clones().items()}
     data = tiny.records(18)
-    trainer = HORSETrainer(hparams, data[:12], data[12:], out, backbone, progress=False)
+    trainer = HORSETrainer(hparams, data[:6], data[12:], out, backbone, progress=False)
     trainer.run()
     tensors |= trainer.network.state_dict()
     return {name: t.cpu().nan_to_num() for name, t in tensors.items()}, [*found, trainer.history]
@@ -75,12 +75,12 @@ def test_editing_training_measuring_and_asking_give_the_same_bits(tmp_path, monk
 
 def passes(backbone: Backbone) -> dict:
     """What runs batches through the model: name → a function that does so again."""
-    edits = backbone.prepare(tiny.records(16))
+    edits = backbone.prepare(tiny.records(4))
     prompts, edit_prompts = edits.flat(), edits.to_capture(True)
     earlier, text = capture(backbone, edit_prompts), OrdinaryText(backbone, TEXT)
 
     def train():
-        ordinary = backbone.prepare(tiny.records(6), ["edit"]).flat()
+        ordinary = backbone.prepare(tiny.records(3), ["edit"]).flat()
         hparams = tiny.hparams(loc_loss="kl", keep_coef=1.0)
         Objective(backbone, edits, hparams, ordinary).weight_gradients()
 
@@ -99,11 +99,11 @@ def passes(backbone: Backbone) -> dict:
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_host_waits_no_more_often_for_many_batches_than_for_few(monkeypatch, places, cached):
     waits = []
-    for batch_tokens in (4096, 30):
+    for batch_tokens in (4096, 20):
         settings = {"batch_tokens": batch_tokens, "trunk_cache_gb": 0.1 * cached}
         backbone = backbone_of(tiny.model(), monkeypatch, places, **settings)
-        prompts = backbone.prepare(tiny.records(16)).flat()
-        assert (len(backbone.batches(prompts, "few or many")) > 10) == (batch_tokens == 30)
+        prompts = backbone.prepare(tiny.records(4)).flat()
+        assert (len(backbone.batches(prompts, "few or many")) > 8) == (batch_tokens == 20)
         backbone.cache_trunk_states(prompts)
         with backbone.held():
             waits.append({})

@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 
 from horse_plugin import Evaluator, HorseEditor, HORSEHyperParams, HORSETrainer, distributed
+from horse_plugin.comparison.runner import weights_digest
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.generation import answers
 from horse_plugin.evaluation.probability import success_and_magnitude
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import load_model
-from horse_plugin.model.sharding import Lockstep
+from horse_plugin.model.sharding import Lockstep, local_part
 from tests import processes, tiny
 
 TEXT = [("prose", tiny.words(i, 9)) for i in range(5)]
@@ -48,13 +49,13 @@ def work(folder, out, **changes) -> dict:
     hparams = loaded(folder, stats_dir=str(out / "stats"), **changes)
     backbone = Backbone.load(hparams)
     trunk, rest = backbone.blocks[: backbone.first_edited], backbone.blocks[backbone.first_edited :]
-    editor = HorseEditor.from_backbone(backbone, hparams)
+    editor, digest = HorseEditor.from_backbone(backbone, hparams), weights_digest(backbone)
     text = OrdinaryText(backbone, TEXT)
     evaluator = Evaluator(backbone, tiny.records(12), text=text, writing=True)
     shifts = editor.edit(tiny.records(12)).shifts
     found = {
-        "trunk": sum(local(p).numel() for p in trunk.parameters() if p.dim() > 1),
-        "rest": sum(local(p).numel() for p in rest.parameters()),
+        "trunk": sum(local_part(p).numel() for p in trunk.parameters() if p.dim() > 1),
+        "rest": sum(local_part(p).numel() for p in rest.parameters()),
         "figures": {k: v for k, v in evaluator.evaluate().summary().items() if v is not None},
         "probabilities": success_and_magnitude(backbone, tiny.records(3)),
         "said": answers(backbone, ["the capital of", "who"], 5),
@@ -63,17 +64,14 @@ def work(folder, out, **changes) -> dict:
     if hparams.shard_trunk:
         with pytest.raises(UsageError, match="no process has the whole model"):
             editor.save_model(out / "saved")
+    assert weights_digest(backbone) != digest
     editor.undo()
+    assert weights_digest(backbone) == digest
     data = tiny.records(18)
     trainer = HORSETrainer(hparams, data[:12], data[12:], out / "archive", backbone, progress=False)
     trainer.run()
     found["losses"] = [h["edit"] for h in trainer.history]
     return found | {"shifts": shifts, "network": trainer.network.state_dict()}
-
-
-def local(p: torch.Tensor) -> torch.Tensor:
-    """This process's part of a weight."""
-    return p.to_local() if hasattr(p, "to_local") else p
 
 
 def work_as_two(folder, rank: int):
