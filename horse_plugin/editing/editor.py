@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -227,7 +227,7 @@ class HorseEditor:
             network, in_force, solve_at = self._sweep_blocks(prompts, weights, unfinished)
         else:
             captured = captured or self._read(prompts)
-            if list(captured.predicted) != list(dict.fromkeys(edits.flat("edit"))):
+            if _texts(captured.predicted) != _texts(edits.flat("edit")):
                 raise UsageError("captured: belongs to other records than those to edit.")
             network, in_force, solve_at = self._sweep(captured)
         tensors, budget = self._within_budget(solve_at, in_force, edits)
@@ -617,3 +617,11 @@ def _name_no_code(folder: Path):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("auto_map", None):
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _texts(prompts: Iterable[Prompt]) -> list[tuple]:
+    """Return prompts as tokens, each once, wherever they have their keys.
+
+    A fact that shares its subject with one in force has them elsewhere than in an edit of its own.
+    """
+    return list(dict.fromkeys((p.ids, p.start) for p in prompts))

@@ -7,7 +7,7 @@ import torch
 
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.solve import residuals_of
-from horse_plugin.errors import HorseError
+from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
 from tests import tiny
@@ -81,6 +81,21 @@ def test_facts_that_share_a_subject_have_keys_and_contrasts_of_their_own(backbon
         0,
         0,
     ]
+
+
+def test_a_fact_about_the_subject_of_one_in_force_is_edited_on_top_of_it(backbone):
+    settings = {"token": "subject", "normalizer": "scale", "edit_sweeps": 4, "ridge": 0.01}
+    editor = HorseEditor.from_backbone(backbone, tiny.hparams(residual_cap=0.5, **settings))
+    first, second, _ = shared()
+    editor.edit([first])
+    captured = editor.capture([second])
+    assert not captured.in_force.all() and captured.still.any()  # with contrasts
+    assert [p.subject for p in captured.predicted] == [None]
+    editor.edit([second], captured=captured)
+    with pytest.raises(UsageError, match="other records"):
+        editor.edit([first], captured=captured)
+    editor.undo()
+    editor.undo()
 
 
 def test_a_number_that_goes_wrong_at_a_contrast_names_its_record(backbone):
