@@ -141,7 +141,7 @@ def ridge_of(
     """
     keys = captured.keys[l]
     try:
-        return Ridge(keys.to(backbone.edit_dtype), mus[l], roots[l])
+        return Ridge(keys, mus[l], roots[l])
     except HorseError as error:
         record = _record_of_largest_row(captured, keys)
         raise HorseError(
