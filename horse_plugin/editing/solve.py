@@ -144,9 +144,8 @@ def ridge_of(
         return Ridge(keys, mus[l], roots[l])
     except HorseError as error:
         record = _record_of_largest_row(captured, keys)
-        raise HorseError(
-            f"{backbone.modules[l]}: {error} Record {record} has the largest keys."
-        ) from None
+        name = list(backbone.modules)[l]
+        raise HorseError(f"{name}: {error} Record {record} has the largest keys.") from None
 
 
 @torch.no_grad()
