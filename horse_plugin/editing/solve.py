@@ -34,6 +34,7 @@ def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
             hparams.normalizer,
             hparams.residual_cap is not None,
         )
+    network.tf32 = hparams.network_tf32
     if hparams.lr is not None:
         torch.nn.init.constant_(network.log_eta, math.log(hparams.lr))
     return to_edit_device(network, backbone)
