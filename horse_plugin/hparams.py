@@ -174,6 +174,7 @@ class HORSEHyperParams:
     # Running.
     batch_size: int = 1000  # requests that EasyEdit's batch_edit hands over at once
     editor_batch_size: int = 8192  # answer tokens in one pass of the hypernetwork
+    network_tf32: bool = False  # let GPUs multiply in TF32 in the hypernetwork: faster, less exact
     batch_tokens: int = 4096  # padded tokens in one pass of the model
     max_length: int = 4096  # longest prompt + answer in tokens; the model's limit holds too
     edit_memory_gb: float | None = None  # most memory that an edit or a training step may take, in

@@ -144,6 +144,8 @@ class HorseEditor:
             roots = self._roots
         self.__dict__.pop("_choosing_text", None)  # it reads through the backbone
         self.backbone, self.hparams, self.network = backbone, hparams, network
+        if network:
+            network.tf32 = hparams.network_tf32
         self._metric, self._preserve, self._roots = metric, preserve, roots
 
     @property

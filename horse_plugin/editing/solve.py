@@ -34,6 +34,7 @@ def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
             hparams.normalizer,
             hparams.residual_cap is not None,
         )
+    network.tf32 = hparams.network_tf32
     if hparams.lr is not None:
         torch.nn.init.constant_(network.log_eta, math.log(hparams.lr))
     return to_edit_device(network, backbone)
@@ -141,12 +142,11 @@ def ridge_of(
     """
     keys = captured.keys[l]
     try:
-        return Ridge(keys.to(backbone.edit_dtype), mus[l], roots[l])
+        return Ridge(keys, mus[l], roots[l])
     except HorseError as error:
         record = _record_of_largest_row(captured, keys)
-        raise HorseError(
-            f"{backbone.modules[l]}: {error} Record {record} has the largest keys."
-        ) from None
+        name = list(backbone.modules)[l]
+        raise HorseError(f"{name}: {error} Record {record} has the largest keys.") from None
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ Low-rank residual blocks in the manner of MALMEN (Tan et al. 2024) are shared by
 one shape; scale, shift, η and λ belong to each module.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -112,6 +113,23 @@ class SharedBlocks(nn.Module):
         return y.split(self.shape, -1)
 
 
+@contextlib.contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Have GPUs round what float32 products read to TF32, if on, for the length of a ``with``."""
+    if not on:
+        yield
+        return
+    of_gpus, name, value = torch.backends.cuda.matmul, "fp32_precision", "tf32"
+    if not hasattr(of_gpus, name):  # torch before 2.9
+        name, value = "allow_tf32", True
+    before = getattr(of_gpus, name)
+    try:
+        setattr(of_gpus, name, value)
+        yield
+    finally:
+        setattr(of_gpus, name, before)
+
+
 class HyperNetwork(nn.Module):
     """Everything that HORSE learns, for the edit modules l = 1 … T.
 
@@ -127,6 +145,7 @@ class HyperNetwork(nn.Module):
         has_cap: whether the rows of R_l are no longer than ``largest[l]``.
 
     Attributes:
+        tf32: whether GPUs multiply in TF32 in the blocks, which is a setting and is not saved.
         largest: the greatest length of a row of R_l, if there is a cap; infinity until
             :meth:`calibrate_cap` sets it.
         log_eta: log η_l (Eq. 4). It is NaN until :meth:`calibrate_eta` or the caller sets it.
@@ -153,6 +172,7 @@ class HyperNetwork(nn.Module):
             raise ValueError(f"no spread is called {spread!r}")
         self.shapes, self.spread = [tuple(s) for s in shapes], spread
         self.coefficient, self.normalizer, self.has_cap = coefficient, normalizer, has_cap
+        self.tf32 = False
         self.groups = nn.ModuleDict(
             {
                 _group_name(shape): SharedBlocks(
@@ -225,7 +245,8 @@ class HyperNetwork(nn.Module):
         found = []
         for l in range(len(self.shapes)):
             chunks = _chunks(keys[l], grads[l], rows)
-            found.append(torch.cat([self._residual(l, h, g, in_loss) for h, g in chunks]))
+            with tf32(self.tf32):
+                found.append(torch.cat([self._residual(l, h, g, in_loss) for h, g in chunks]))
         return found
 
     def backward(
@@ -249,7 +270,8 @@ class HyperNetwork(nn.Module):
             chunks = list(_chunks(keys[l], grads[l], rows))
             of_chunks = raw_grads[l].split([len(h) for h, _ in chunks])
             for (h, g), r in reversed(list(zip(chunks, of_chunks, strict=True))):
-                self._residual(l, h, g, in_loss).backward(r)
+                with tf32(self.tf32):
+                    self._residual(l, h, g, in_loss).backward(r)
 
     def spread_out(self, raw, keys, grads) -> list[torch.Tensor]:
         """Return R'_1 … R'_T from R_1 … R_T by the network's spread."""

@@ -16,6 +16,7 @@ import torch
 from horse_plugin import distributed
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.method.ridge import add_gram
 from horse_plugin.model.backbone import Backbone, StopForward
 from horse_plugin.model.guard import guarded, hooked
 from horse_plugin.storage.files import file_name, write
@@ -75,8 +76,7 @@ def second_moments(
     def add_keys(name: str, batch):
         def hook(module, args):
             where = backbone.key_positions(name, batch).to(args[0].device)
-            keys = args[0].flatten(0, -2)[where].to(sums[name])
-            sums[name].addmm_(keys.T, keys)
+            add_gram(sums[name], args[0].flatten(0, -2)[where].to(sums[name].device))
             if name == highest:
                 raise StopForward(None)
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from horse_plugin.storage.digest import text_digest
 PART = ".horse-part"  # ends the name of what is still being written
 LOCK = ".lock"  # in a folder that a process writes into
 NAME_LOCK = ".horse-lock"  # ends the name of the lock of one file, or of a folder to be made
+_reading_umask = threading.Lock()
 
 
 def write(path, data: bytes | str):
@@ -248,6 +250,7 @@ def _writing_errors(path: Path):
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _reading_umask:  # two threads would leave it at 0
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

@@ -108,7 +108,7 @@ class Objective:
         """
         keys, lamdas = captures[-1].keys, network.lamda.detach()
         terms = zip(keys, lamdas, self.roots, strict=True)
-        ridges = [Ridge(h.to(lamda.dtype), lamda.exp(), root) for h, lamda, root in terms]
+        ridges = [Ridge(h, lamda.exp(), root) for h, lamda, root in terms]
         with torch.no_grad():
             shifts = [ridge.shift(r) for ridge, r in zip(ridges, residuals, strict=True)]  # Eq. 2
         with self.backbone.weights.shifted(dict(zip(self.backbone.modules, shifts, strict=True))):

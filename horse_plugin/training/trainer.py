@@ -11,7 +11,8 @@ import functools
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,8 @@ from horse_plugin.training import checkpoint
 from horse_plugin.training.history import flat, save_history
 from horse_plugin.training.logs import Log
 from horse_plugin.training.objective import TRAINED_ON, Objective
+
+Part = tuple[str, dict[str, torch.Tensor], dict]  # a file: its name, tensors and description
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class HORSETrainer:
         self.progress = progress and is_main_process()
         self.log = log if is_main_process() else None
         self.step, self.best, self.history = 0, None, []
+        self._written: Future | None = None
         self._data = [
             json_digest([r.to_dict() for r in records], 64)
             for records in (self.train_records, self.val_records)
@@ -209,7 +213,9 @@ class HORSETrainer:
             unit="step",
             disable=None if self.progress else True,  # None: where nobody watches, as in a log
         )
-        with bar, self._interruptible() as interrupts:
+        # Leaving the ``with`` waits for the writer, so that the folder is locked until then.
+        writer = ThreadPoolExecutor(1)
+        with bar, self._interruptible() as interrupts, writer as self._writer:
             while self.step < self.n_steps and not self._is_stale():
                 try:
                     losses = self.train_step(self.batch(self.step))
@@ -223,8 +229,11 @@ class HORSETrainer:
                     self.log(flat(self.history[-1]))
                 bar.update()
                 bar.set_postfix(self._shown_beside_steps(losses))
+                if self._written and self._written.done():
+                    self._wait_for_writer()
                 if sum_over_ranks(torch.tensor(len(interrupts))):  # of any process
                     self._stop()
+            self._wait_for_writer()
 
     @guarded
     @torch.enable_grad()
@@ -345,8 +354,9 @@ class HORSETrainer:
         self.history[-1]["validation"] = means | {"score": score}
         if self.best is None or score > self.best["score"]:
             self.best = {"step": self.step, "score": score, **means}
-            self._save_archive()
-        self._save_checkpoint()  # after the archive that it names as the best
+            self._save(self._archive(), self._checkpoint())
+        else:
+            self._save(self._checkpoint())
 
     def _measure_edit(self, evaluator: Evaluator) -> Evaluation:
         """Edit the evaluator's records with the network as it is, measure, and undo the edit."""
@@ -389,25 +399,41 @@ class HORSETrainer:
 
     def _stop(self):
         """Stop between two steps, with an archive to use and a checkpoint to go on from."""
-        if self.best is None:
-            self._save_archive()
-        self._save_checkpoint()
+        parts = [self._checkpoint()] if self.best else [self._archive(), self._checkpoint()]
+        self._save(*parts)
+        self._wait_for_writer()
         raise KeyboardInterrupt(
             f"stopped after step {self.step} of {self.n_steps}; {self.out} holds an archive, and "
             "--resume goes on."
         )
 
-    def _save_archive(self):
-        self._save(ARCHIVE, network_tensors(self.network), self.preserve)
+    def _save(self, *parts: Part):
+        """Have a thread write files one after the other, an archive before what names it the best.
 
-    def _save_checkpoint(self):
-        self._save(checkpoint.CHECKPOINT, checkpoint.tensors_of(self.network, self.optimizer))
+        Training goes on meanwhile, at most until the next ones are to be written.
+        """
+        self._wait_for_writer()
         if is_main_process():
-            save_history(self.out, self.history)
+            self._written = self._writer.submit(_write, self.out, parts, list(self.history))
 
-    def _save(self, name: str, tensors: dict[str, torch.Tensor], preserve: Preserve | None = None):
-        if not is_main_process():
-            return
+    def _wait_for_writer(self):
+        """Wait for the writer, and raise the error that it ended with, if it did."""
+        written, self._written = self._written, None
+        if written:
+            written.result()
+
+    def _archive(self) -> Part:
+        return self._part(ARCHIVE, network_tensors(self.network), self.preserve)
+
+    def _checkpoint(self) -> Part:
+        return self._part(
+            checkpoint.CHECKPOINT, checkpoint.tensors_of(self.network, self.optimizer)
+        )
+
+    def _part(
+        self, name: str, tensors: dict[str, torch.Tensor], preserve: Preserve | None = None
+    ) -> Part:
+        """Return a file's name, its tensors as they are now, and their description."""
         tensors = tensors | (preserve.tensors() if preserve else {})
         about = {
             "kind": "hypernetwork",
@@ -420,9 +446,9 @@ class HORSETrainer:
             "versions": versions(),
             "step": self.step,
             "best": self.best,
-            "history": self.history,
+            "history": list(self.history),
         }
-        save_tensors(self.out / name, tensors, about)
+        return name, {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}, about
 
     def _resume(self):
         """Go on where the checkpoint stopped; the order of the data follows from seed and step."""
@@ -433,6 +459,12 @@ class HORSETrainer:
         tensors, about = checkpoint.read(path, self.backbone, self.hparams, self._data)
         checkpoint.restore(path, tensors, about, self.network, self.optimizer)
         self.step, self.best, self.history = about["step"], about["best"], about["history"]
+
+
+def _write(folder: Path, parts: Sequence[Part], history: list[dict]):
+    for name, tensors, about in parts:
+        save_tensors(folder / name, tensors, about)
+    save_history(folder, history)
 
 
 def one_prompt_a_kind(edits: PreparedEdits, epoch: int) -> PreparedEdits:

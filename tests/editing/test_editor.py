@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -131,6 +132,17 @@ def test_a_damaged_delta_does_not_load(tmp_path, file):
     path.unlink()
     with pytest.raises(HorseError):
         HorseEditor.load_delta(tmp_path / "edit")
+
+
+def test_a_system_that_cannot_be_solved_is_named_with_a_record(monkeypatch):
+    e = HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams())
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda gram: (gram, torch.tensor(1)))
+    first = next(iter(e.backbone.modules))
+    with (
+        pytest.warns(UserWarning, match="solved in float64"),
+        pytest.raises(HorseError, match=rf"{re.escape(first)}: .*singular.* Record \d has the lar"),
+    ):
+        e.edit(tiny.records())
 
 
 def test_a_failed_edit_leaves_the_model_alone(monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horse_plugin.method.hypernetwork import HyperNetwork, Normalizer
+from horse_plugin.method.hypernetwork import HyperNetwork, Normalizer, ResidualBlock
 from horse_plugin.method.spread import SPREADS
 from tests import oracle
 from tests.numbers import arrays, close
@@ -214,3 +214,27 @@ def test_eta_is_the_same_whatever_the_chunks():
         etas.append(net.log_eta)
     for other in etas[1:]:
         torch.testing.assert_close(other, etas[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_products_are_in_tf32_inside_the_network_alone_and_if_asked(monkeypatch, on):
+    """Forward and backward; a CPU has no TF32, so that only the switch is seen."""
+    network, of_gpus, seen = HyperNetwork([(6, 4)], 2, 1), torch.backends.cuda.matmul, []
+    network.tf32, before = on, of_gpus.fp32_precision
+    torch.nn.init.zeros_(network.log_eta)
+    forward = ResidualBlock.forward
+
+    def watched(*args):
+        y = forward(*args)
+        seen.append(of_gpus.fp32_precision)
+        if y.requires_grad:
+            y.register_hook(lambda _: seen.append(of_gpus.fp32_precision))
+        return y
+
+    monkeypatch.setattr(ResidualBlock, "forward", watched)
+    pair = [torch.randn(3, 6)], [torch.randn(3, 4)]
+    with torch.no_grad():
+        network.raw_residuals(*pair)
+    network.backward([torch.ones(3, 4)], *pair)
+    assert seen == ["tf32" if on else before] * 3 and of_gpus.fp32_precision == before != "tf32"
+    assert torch.get_float32_matmul_precision() == "highest"

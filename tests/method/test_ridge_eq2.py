@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from horse_plugin import HorseError
 from horse_plugin.method.metric import inverse_root, metric_of
-from horse_plugin.method.ridge import Ridge, doubles_are_fast
+from horse_plugin.method.ridge import SUMS_IN_FLOAT32, Ridge, doubles_are_fast
 from tests import oracle
 from tests.numbers import arrays, close
 
@@ -138,3 +138,20 @@ def test_many_tokens_in_chunks_give_the_same_weights(monkeypatch, spoilt):
         whole = Ridge(keys, 1.0).shift(r)
         monkeypatch.setattr("horse_plugin.method.ridge.CHUNK", 7)
         torch.testing.assert_close(Ridge(keys, 1.0).shift(r), whole)
+
+
+@pytest.mark.parametrize("n", [30, 5])
+def test_keys_in_half_precision_give_the_bits_of_the_same_in_float32(n):
+    keys, r = (torch.tensor(a, dtype=torch.float32) for a in arrays(0, (n, 6), (n, 3)))
+    half = keys.bfloat16()
+    found, wanted = Ridge(half, 1.0), Ridge(half.float(), 1.0)
+    assert torch.equal(found.shift(r), wanted.shift(r)) and found.shift(r).dtype == torch.float32
+
+
+def test_a_gpu_sums_products_of_half_precision_in_float32():
+    """The call as torch has it; what it computes is for a GPU to say."""
+    if not SUMS_IN_FLOAT32:
+        pytest.skip("torch before 2.8")
+    keys = torch.empty(5, 3, dtype=torch.bfloat16, device="meta")
+    gram = torch.mm(keys.T, keys, out_dtype=torch.float32)
+    assert gram.shape == (3, 3) and gram.dtype == torch.float32

@@ -1,6 +1,7 @@
 """Training: everything moves, the same seed gives the same bits, a resumed run ends the same."""
 
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from horse_plugin import EditRecord, HorseEditor, HorseError, HORSETrainer, Usag
 from horse_plugin.editing.archive import ARCHIVE, load_network
 from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage.tensors import load_tensors
+from horse_plugin.storage.tensors import load_tensors, save_tensors
+from horse_plugin.training import trainer as training
 from horse_plugin.training.checkpoint import CHECKPOINT
 from horse_plugin.training.history import HISTORY
 from horse_plugin.training.objective import TRAINED_ON
@@ -62,6 +64,39 @@ def test_the_same_seed_gives_the_same_archive_bit_for_bit(tmp_path):
     a, _ = load_tensors(tmp_path / "a" / ARCHIVE)
     c, _ = load_tensors(tmp_path / "c" / ARCHIVE)
     assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_training_goes_on_while_a_thread_writes(tmp_path, monkeypatch):
+    trainer(tmp_path / "whole", val_interval=1).run()
+    t, went_on = trainer(tmp_path / "slow", val_interval=1), threading.Event()
+    step = t.train_step
+
+    def write_late(*args):
+        assert went_on.wait(30)
+        save_tensors(*args)
+
+    def train_step(records):
+        if t.step:
+            went_on.set()
+        return step(records)
+
+    t.train_step = train_step
+    monkeypatch.setattr(training, "save_tensors", write_late)
+    t.run()
+    for name in (ARCHIVE, CHECKPOINT, HISTORY):  # as they were when their turn came
+        assert read(tmp_path / "whole", name) == read(tmp_path / "slow", name)
+
+
+def test_a_file_that_cannot_be_written_ends_the_training(tmp_path, monkeypatch):
+    def fail(path, *args):
+        raise HorseError(f"{path}: not written: full")
+
+    monkeypatch.setattr(training, "save_tensors", fail)
+    for interval, last in ((1, 2), (99, 6)):  # at the next validation at the latest, or at the end
+        t = trainer(tmp_path, val_interval=interval)
+        with pytest.raises(HorseError, match="not written: full"):
+            t.run()
+        assert t.step <= last and not (tmp_path / HISTORY).exists()
 
 
 def test_where_trunk_states_find_no_room_validation_keeps_its_own(tmp_path):
