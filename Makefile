@@ -7,7 +7,7 @@ WORKERS ?= 2
 # One thread a worker: two processes of two threads each crawl on two cores.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast check setup clean
+.PHONY: demo test test-fast fuzz check setup clean
 
 demo: $(READY)
 	$(VENV)/bin/horse demo --out demo
@@ -20,6 +20,10 @@ test: setup check
 # Tiny models only: what to run while working.
 test-fast: setup check
 	$(PYTEST) -m "not (real_model or easyedit or kill or slow)"
+
+# Random sequences of edits, undos, trainings and what callers do, on one model.
+fuzz: setup
+	HORSE_SEQUENCES=2000 $(PYTEST) --dist load tests/test_stateful.py
 
 check: setup
 	$(VENV)/bin/ruff check .
