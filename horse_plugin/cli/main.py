@@ -360,6 +360,8 @@ def play(
     settings = _hparams(hparams)
     with tempfile.TemporaryDirectory() as folder:
         editor = HorseEditor.from_hparams(settings, progress=True)
+        if editor.backbone.lockstep.is_sharded:
+            raise UsageError("play: shard_trunk has no page; horse ask takes what to ask.")
         page = page_of(Session(editor, Chain(onto or folder)), Path(settings.model_name).name)
         console.print(f"Open {serve(page, port)} in a browser; Ctrl-C ends it.", soft_wrap=True)
         page.block_thread()

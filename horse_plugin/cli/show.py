@@ -22,7 +22,7 @@ from horse_plugin.evaluation.tables import (
     figure,
     figures_of,
     kinds_table,
-    moment,
+    minute,
     number,
 )
 from horse_plugin.evaluation.verdict import Verdict, judge
@@ -194,13 +194,13 @@ def log(chain: Chain) -> RichTable:
     for e in chain.entries:
         state, figures = "in force", "as made"
         if e["undone"]:
-            state, figures = f"undone {moment(e['undone'])}", ""
+            state, figures = f"undone {minute(e['undone'])}", ""
         elif e["name"] in now:
             figures = f"efficacy {number(now[e['name']]['efficacy'])} now"
         elif e["name"] in others:
             figures = f"stale; {others[e['name']]}"
         onto = ", ".join(e.get("onto") or ())
-        lines.append([e["name"], moment(e["made"]), f"{e['n_edits']:,}", onto, state, figures])
+        lines.append([e["name"], minute(e["made"]), f"{e['n_edits']:,}", onto, state, figures])
     names = ["edit", "made, UTC", "facts", "onto", "", "figures"]
     return printed(Table(names, lines, is_text=True))
 

@@ -64,7 +64,8 @@ class Engine:
 
     def settings(self, task: Task) -> dict:
         about = {OLDER.get(k, k): v for k, v in self.hparams(task).to_dict().items()}
-        del about["stats_dir"], about["edit_memory_gb"]  # they change no figure
+        for key in ("stats_dir", "edit_memory_gb", "shard_trunk"):  # they change no figure
+            del about[key]
         about["trained"] = self.archive or self.trained
         if self.trained:
             about |= {"train": records_digest(task.train), "val": records_digest(task.val)}
@@ -196,7 +197,7 @@ ABLATIONS: dict[str, Method] = {
     "Eq. 6 as printed": Engine(changes={"spread_strength": 1.0}),
     "Eq. 6 as released": Engine(changes={"spread": "released", "spread_strength": 1.0}),
     "C̄ = I": Engine(changes={"preserve_rho": 1.0}),
-    "C̄ = I, no KL on text": Engine(changes={"preserve": "none", "keep_coef": 0.0}),
+    "C̄ = I without KL on text": Engine(changes={"preserve": "none", "keep_coef": 0.0}),
     "C₀ only": Engine(changes={"preserve_mix": 0.0}),
     "no KL on text": Engine(changes={"keep_coef": 0.0}),
     "text by the model": Engine(changes={"preserve": "model"}),

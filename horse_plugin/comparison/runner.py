@@ -143,7 +143,8 @@ class _MeasuredModel:
         if self.plan.check:
             row["check"] = self._checked(task, edited.backbone, evaluation)
         if self.plan.probabilities:
-            row["probabilities"] = success_and_magnitude(edited.backbone, task.records)
+            with contextlib.suppress(UsageError):  # no record of these has what they compare
+                row["probabilities"] = success_and_magnitude(edited.backbone, task.records)
         row |= {"train_seconds": edited.train_seconds, "budget": edited.budget}
         return row | ({"batches": after} if after else {})
 

@@ -110,7 +110,7 @@ def _ridge_of(l: int, backbone: Backbone, sums: Sums, mus: torch.Tensor, roots: 
     try:
         return Ridge.of_sum(sums.grams[l], n_rows, mus[l], roots[l])
     except HorseError as error:
-        raise HorseError(f"{backbone.modules[l]}: {error}") from None
+        raise HorseError(f"{list(backbone.modules)[l]}: {error}") from None
 
 
 @torch.no_grad()

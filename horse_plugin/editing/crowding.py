@@ -20,8 +20,10 @@ def warn_if_crowded(ridge: Ridge, hparams: HORSEHyperParams):
         ridge: Eq. 2 for the keys of all facts in one edit module.
     """
     share, alone = ridge.crowding()
+    if share <= 0 or share >= CROWDED * alone:  # 0: the ridge term leaves nothing to compare
+        return
     n, needed = hparams.edit_sweeps, math.ceil(SWEEPS * alone / share)
-    if share >= CROWDED * alone or n >= needed:
+    if n >= needed:
         return
     more = f"edit_sweeps: {needed}" if n > 1 else "sweeps (token: subject, edit_sweeps)"
     warnings.warn(

@@ -288,6 +288,7 @@ def verdict(rows: Iterable[dict]) -> Verdict | None:
             tasks.setdefault(r["task"], []).append(r)
         elif r["metric"] in ("drift", "perplexity"):
             texts.setdefault(r["task"], {})[r["metric"]] = r
+    texts = {name: of for name, of in texts.items() if len(of) == 2}  # not a harness's perplexity
     if not tasks and not texts:
         return None
     at_chance = [task for task, of in tasks.items() if any(map(_is_at_chance, of))]

@@ -17,7 +17,7 @@ from horse_plugin.evaluation.tables import (
     figures_of,
     held_and_drift,
     kinds_table,
-    moment,
+    minute,
     number,
 )
 from horse_plugin.evaluation.verdict import Verdict
@@ -82,7 +82,7 @@ def _visible(value):
 
 def _date(made: str | None) -> str:
     """Return when an edit was made, as people write it; release 0.1 did not say."""
-    return f"{moment(made)} UTC" if made else "in 0.1"
+    return f"{minute(made)} UTC" if made else "in 0.1"
 
 
 def _percent(value) -> str:

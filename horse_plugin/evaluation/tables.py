@@ -15,7 +15,7 @@ def number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def moment(written: str) -> str:
+def minute(written: str) -> str:
     """Return a time of our files, such as ``2026-11-26T11:46:12+00:00``, as people write it."""
     return written[:16].replace("T", " ")
 

@@ -16,6 +16,7 @@ from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.method.metric import whitened
 
 CHUNK = 8192  # rows of H in one product
+COLUMNS = 1024  # of an inverse that is not kept
 HALVES = (torch.bfloat16, torch.float16)
 SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")  # of products in half precision: torch 2.8
 # Compute capabilities of GPUs for data centres: P100, V100, A100, H100 and H200, B200.
@@ -86,10 +87,16 @@ class Ridge:
         Both are means from 0 to 1. The first is the leverage tr H(HᵀH + μC̄)⁻¹Hᵀ/n, which falls as
         keys crowd in few directions; the second is m/(m + μ), where m is the mean of hC̄⁻¹hᵀ.
         """
-        eye = torch.eye(len(self._factor), dtype=self._factor.dtype, device=self._factor.device)
-        inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False)
-        share = (len(eye) - self.mu * inverse.square().sum()) / self.n
-        mean = (self._factor.square().sum() - len(eye) * self.mu) / self.n  # of the Gram's diagonal
+        factor, size = self._factor, len(self._factor)
+        traces = torch.zeros(2, dtype=factor.dtype, device=factor.device)  # of inverse and system
+        for first in range(0, size, COLUMNS):
+            columns = factor.new_zeros(size, min(COLUMNS, size - first))
+            columns.diagonal(-first).fill_(1)
+            inverse = torch.linalg.solve_triangular(factor, columns, upper=False)
+            traces[0] += inverse.square().sum()
+            traces[1] += factor[:, first : first + COLUMNS].square().sum()
+        share = (size - self.mu * traces[0]) / self.n
+        mean = (traces[1] - size * self.mu) / self.n  # of the Gram's diagonal
         return share.item(), (mean / (mean + self.mu)).item()
 
     def anchored(self, shift: torch.Tensor) -> torch.Tensor:

@@ -481,12 +481,13 @@ class Backbone:
 
         Args:
             prompts: their token ids. They are padded on the left, so :attr:`pads_left` must hold
-                unless they are of one length.
+                unless they are of one length. A prompt's own first token pads it, so that what
+                looks for repetition meets no token which the prompt has not.
             n_tokens: the most tokens of each continuation.
             options: of transformers' ``generate``, whose result is returned.
         """
         n_before = [max(map(len, prompts)) - len(p) for p in prompts]
-        ids = [(0,) * n + p for n, p in zip(n_before, prompts, strict=True)]
+        ids = [p[:1] * n + p for n, p in zip(n_before, prompts, strict=True)]
         mask = [(0,) * n + (1,) * len(p) for n, p in zip(n_before, prompts, strict=True)]
         with quiet_transformers():
             return self.model.generate(

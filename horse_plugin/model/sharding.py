@@ -40,11 +40,11 @@ def shard(model, blocks: Sequence[nn.Module], device: torch.device):
     Raises:
         UsageError: torch is too old, or there is no block to shard.
     """
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:
-        raise UsageError("shard_trunk: needs torch 2.6 or later.") from None
+    # Before 2.8 what stands alone, as each part of a block does here, keeps what it gathered.
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+        raise UsageError(f"shard_trunk: needs torch 2.8 or later, and this is {torch.__version__}.")
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     if not blocks:
         raise UsageError("shard_trunk: the lowest block is edited (inner_params), so none is left.")

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from horse_plugin.storage.digest import text_digest
 PART = ".horse-part"  # ends the name of what is still being written
 LOCK = ".lock"  # in a folder that a process writes into
 NAME_LOCK = ".horse-lock"  # ends the name of the lock of one file, or of a folder to be made
-_reading_umask = threading.Lock()
+UMASK = os.umask(0)  # read once: while it is read, other threads would make files for everybody
+os.umask(UMASK)
 
 
 def write(path, data: bytes | str):
@@ -45,7 +45,7 @@ def write(path, data: bytes | str):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~UMASK)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -247,10 +247,3 @@ def _writing_errors(path: Path):
     else:
         return
     raise HorseError(f"{path}: not written: {reason}. Is there space, and a right to write?")
-
-
-def _umask() -> int:
-    with _reading_umask:  # two threads would leave it at 0
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask

@@ -11,7 +11,7 @@ import functools
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -354,9 +354,9 @@ class HORSETrainer:
         self.history[-1]["validation"] = means | {"score": score}
         if self.best is None or score > self.best["score"]:
             self.best = {"step": self.step, "score": score, **means}
-            self._save(self._archive(), self._checkpoint())
+            self._save(self._archive, self._checkpoint)
         else:
-            self._save(self._checkpoint())
+            self._save(self._checkpoint)
 
     def _measure_edit(self, evaluator: Evaluator) -> Evaluation:
         """Edit the evaluator's records with the network as it is, measure, and undo the edit."""
@@ -381,7 +381,10 @@ class HORSETrainer:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[list]:
-        """Yield a list that gets an entry at the first Ctrl-C; a second one stops at once."""
+        """Yield a list that gets an entry at the first Ctrl-C; a second one ends the step.
+
+        What is being written is written to its end all the same.
+        """
         received = []
         if threading.current_thread() is not threading.main_thread():
             yield received  # only the main thread may handle signals
@@ -399,7 +402,7 @@ class HORSETrainer:
 
     def _stop(self):
         """Stop between two steps, with an archive to use and a checkpoint to go on from."""
-        parts = [self._checkpoint()] if self.best else [self._archive(), self._checkpoint()]
+        parts = [self._checkpoint] if self.best else [self._archive, self._checkpoint]
         self._save(*parts)
         self._wait_for_writer()
         raise KeyboardInterrupt(
@@ -407,13 +410,14 @@ class HORSETrainer:
             "--resume goes on."
         )
 
-    def _save(self, *parts: Part):
+    def _save(self, *makers: Callable[[], Part]):
         """Have a thread write files one after the other, an archive before what names it the best.
 
         Training goes on meanwhile, at most until the next ones are to be written.
         """
         self._wait_for_writer()
         if is_main_process():
+            parts = [make() for make in makers]
             self._written = self._writer.submit(_write, self.out, parts, list(self.history))
 
     def _wait_for_writer(self):

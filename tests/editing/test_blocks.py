@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from horse_plugin import HorseEditor, UsageError
+from horse_plugin import HorseEditor, HorseError, UsageError
 from horse_plugin.editing import blocks
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
@@ -49,6 +49,15 @@ def test_blocks_write_what_one_block_writes(network):
     for name, shift in at_once.shifts.items():
         torch.testing.assert_close(in_blocks.shifts[name], shift, rtol=1e-3, atol=1e-6)
     assert f"{name}.shift" in in_blocks.tensors
+
+
+def test_sums_that_cannot_be_solved_name_their_module(network):
+    one = editor(network)
+    sums = blocks.Sums.none(one.backbone)
+    sums.grams[1].fill_(torch.nan)
+    second = list(one.backbone.modules)[1]
+    with pytest.raises(HorseError, match=f"{second}: the Gram matrix"):
+        blocks.solve_sums(one.backbone, network, sums, one.hparams, one.roots)
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 4, 7])

@@ -37,6 +37,7 @@ def test_a_large_ridge_term_is_not_taken_for_a_crowd():
         warnings.simplefilter("error")
         warn_if_crowded(rows(1), tiny.hparams())
         warn_if_crowded(rows(20, mu=1e4), tiny.hparams())
+        warn_if_crowded(rows(20, mu=1e12), tiny.hparams(edit_sweeps=12))  # of which 0 is left
 
 
 @pytest.mark.parametrize("block", [20, 100])
