@@ -6,7 +6,9 @@ import warnings
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.ridge import Ridge
 
-CROWDED = 0.7  # what a row moves, over what it would move alone: below, some facts do not hold
+# What a row moves over what it would move alone. Below the first, nearly all facts hold with more
+# sweeps; below the second, answers undo each other from sweep to sweep.
+CROWDED, TOO_CROWDED = 0.7, 0.35
 SWEEPS = 5.0  # that nearly all facts took where keys do not crowd
 
 
@@ -23,12 +25,15 @@ def warn_if_crowded(ridge: Ridge, hparams: HORSEHyperParams):
     if share <= 0 or share >= CROWDED * alone:  # 0: the ridge term leaves nothing to compare
         return
     n, needed = hparams.edit_sweeps, math.ceil(SWEEPS * alone / share)
-    if n >= needed:
+    if share < TOO_CROWDED * alone:
+        more = ""
+    elif n >= needed:
         return
-    more = f"edit_sweeps: {needed}" if n > 1 else "sweeps (token: subject, edit_sweeps)"
+    else:
+        more = f"edit_sweeps: {needed}, " if n > 1 else "sweeps (token: subject, edit_sweeps), "
     warnings.warn(
         f"{ridge.n:,} answer tokens crowd the edit modules: each moves {share:.0%} of what it asks "
-        f"for, and {alone:.0%} alone. With edit_sweeps: {n} some facts will not hold. Try {more}, "
+        f"for, and {alone:.0%} alone. With edit_sweeps: {n} some facts will not hold. Try {more}"
         "more modules in inner_params, or fewer facts at once",
         stacklevel=2,
     )

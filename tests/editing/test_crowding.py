@@ -22,14 +22,19 @@ def test_rows_with_one_key_share_what_one_would_move():
 
 
 def test_the_sweeps_it_asks_for_are_enough():
-    with pytest.warns(UserWarning, match="20 answer tokens crowd .* 5% .* 91% alone") as found:
-        warn_if_crowded(rows(20), tiny.hparams(edit_sweeps=3))
+    with pytest.warns(UserWarning, match="2 answer tokens crowd .* 48% .* 91% alone") as found:
+        warn_if_crowded(rows(2), tiny.hparams(edit_sweeps=3))
     needed = int(re.search(r"Try edit_sweeps: (\d+)", str(found[0].message))[1])
     with pytest.warns(UserWarning, match="crowd"):
-        warn_if_crowded(rows(20), tiny.hparams(edit_sweeps=needed - 1))
+        warn_if_crowded(rows(2), tiny.hparams(edit_sweeps=needed - 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_crowded(rows(20), tiny.hparams(edit_sweeps=needed))
+        warn_if_crowded(rows(2), tiny.hparams(edit_sweeps=needed))
+
+
+def test_where_answers_undo_each_other_no_sweeps_are_promised():
+    with pytest.warns(UserWarning, match="20 answer tokens crowd .* Try more modules"):
+        warn_if_crowded(rows(20), tiny.hparams(edit_sweeps=100))
 
 
 def test_a_large_ridge_term_is_not_taken_for_a_crowd():
