@@ -23,7 +23,7 @@ from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.data.records import EditRecord
-from horse_plugin.distributed import is_main_process, sum_over_ranks
+from horse_plugin.distributed import is_main_process, raise_on_all_ranks, sum_over_ranks
 from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.memory import check_memory
@@ -229,8 +229,6 @@ class HORSETrainer:
                     self.log(flat(self.history[-1]))
                 bar.update()
                 bar.set_postfix(self._shown_beside_steps(losses))
-                if self._written and self._written.done():
-                    self._wait_for_writer()
                 if sum_over_ranks(torch.tensor(len(interrupts))):  # of any process
                     self._stop()
             self._wait_for_writer()
@@ -421,10 +419,14 @@ class HORSETrainer:
             self._written = self._writer.submit(_write, self.out, parts, list(self.history))
 
     def _wait_for_writer(self):
-        """Wait for the writer, and raise the error that it ended with, if it did."""
+        """Wait for the main process's writer, and raise the error that it ended with, if it did.
+
+        All processes wait, since each of them reads the archive next.
+        """
         written, self._written = self._written, None
-        if written:
-            written.result()
+        with raise_on_all_ranks():
+            if written:
+                written.result()
 
     def _archive(self) -> Part:
         return self._part(ARCHIVE, network_tensors(self.network), self.preserve)
