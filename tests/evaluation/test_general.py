@@ -170,20 +170,23 @@ def test_what_does_not_fit_is_named(data):
         general.measure(backbone, ["mmlu"], data)
 
 
-def test_a_task_of_ones_own_runs_beside_local_files(data):
+def write_task(folder, data, name: str, **own):
+    """A task of one's own, on the questions of the local NLI file."""
     task = {
-        "task": "mine",
+        "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data / "qnli.jsonl")}},
         "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": ["a", "b", "c", "d"],
-        "doc_to_target": 0,
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | own))
+
+
+def test_a_task_of_ones_own_runs_beside_local_files(data):
+    own = {"output_type": "multiple_choice", "doc_to_text": "{{question}}"}
+    own |= {"doc_to_choice": ["a", "b", "c", "d"], "doc_to_target": 0}
+    own |= {"metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
     (data / "tasks").mkdir()
-    (data / "tasks/mine.yaml").write_text(yaml.safe_dump(task))
+    write_task(data / "tasks", data, "mine", **own)
     backbone = editor().backbone
     found = general.measure(backbone, ["qnli", "mine"], data, include=data / "tasks")
     assert set(found.figures) == {("qnli", "acc"), ("mine", "acc"), ("mine", "acc_norm")}
@@ -193,17 +196,8 @@ def test_a_task_of_ones_own_runs_beside_local_files(data):
 
 
 def test_a_figure_of_which_less_is_better_is_no_percentage(data):
-    task = {
-        "task": "rolled",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data / "qnli.jsonl")}},
-        "test_split": "test",
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{question}}",
-        "metric_list": [{"metric": "word_perplexity"}],
-    }
-    (data / "rolled.yaml").write_text(yaml.safe_dump(task))
+    own = {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]}
+    write_task(data, data, "rolled", doc_to_text="", doc_to_target="{{question}}", **own)
     found = general.measure(editor().backbone, ["rolled"], data, include=data)
     theirs = found.output["results"]["rolled"]["word_perplexity,none"]
     assert found.figures == {("rolled", "word_perplexity"): theirs}
