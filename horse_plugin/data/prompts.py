@@ -29,8 +29,6 @@ class Prompt:
         n_cut: the number of tokens that the prompt lost at its beginning, as it was too long.
         subject: the index of the last token of the subject, if keys are read there; else None.
         still: whether an edit must do nothing here, instead of teaching the answer.
-        in_force: whether an edit in force wrote the answer, so that another edit must do nothing
-            here as long as the answer holds.
         ends: whether the model is also asked what follows the answer, which an edit keeps likely.
         accepted: the same prompt with other answers that are as good.
         record: the index of its record in the edit that reads it, for messages; records of edits
@@ -42,7 +40,6 @@ class Prompt:
     n_cut: int = 0
     subject: int | None = None
     still: bool = False
-    in_force: bool = False
     ends: bool = False
     accepted: tuple["Prompt", ...] = ()
     record: int = field(default=0, compare=False)
@@ -120,8 +117,7 @@ class PreparedEdits:
 
         Where keys are read has to be found anew: two of the records may share a subject.
         """
-        before = [tuple(replace(p, in_force=True) for p in g) for g in earlier.prompts["edit"]]
-        prompts = {"edit": self.prompts["edit"] + before}
+        prompts = {"edit": self.prompts["edit"] + earlier.prompts["edit"]}
         return PreparedEdits(self.records + earlier.records, prompts)
 
     def flat(self, *kinds: str) -> list[Prompt]:
@@ -136,11 +132,11 @@ class PreparedEdits:
         """Return what an edit of these records reads: the edit prompts, then the contrasts.
 
         Args:
-            ends: whether an edit also reads what follows an answer; not that of edits in force.
+            ends: whether an edit also reads what follows an answer.
         """
         edits, contrasts = enumerate(self.prompts["edit"]), enumerate(self.contrasts)
         return [
-            *(replace(p, record=i, ends=ends and not p.in_force) for i, g in edits for p in g),
+            *(replace(p, record=i, ends=ends) for i, g in edits for p in g),
             *(replace(p, record=i) for i, group in contrasts for p in group),
         ]
 

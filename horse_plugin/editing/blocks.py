@@ -5,8 +5,7 @@ The sweeps are those of :mod:`horse_plugin.editing.sweeps`, over the prompts in 
 sweeps, the residuals so far and what holds, is a file a block; so are the sums, from time to time.
 An edit that was killed goes on from them, and ends with the same bits.
 
-Eq. 6 is taken block by block, as training takes it step by step. Facts of edits in force ask for
-no change where they hold, and are written again where they fall.
+Eq. 6 is taken block by block, as training takes it step by step.
 """
 
 import contextlib
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.editing.crowding import warn_if_crowded
 from horse_plugin.editing.delta import EditDelta
+from horse_plugin.editing.in_force import InForce
 from horse_plugin.editing.solve import Roots, edit_mus, edit_residuals
 from horse_plugin.editing.sweeps import counts_of, is_over
 from horse_plugin.errors import HorseError
@@ -92,6 +92,7 @@ def solve_sums(
     sums: Sums,
     hparams: HORSEHyperParams,
     roots: Roots,
+    in_force: InForce | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a delta, Eq. 2 from the sums, as :func:`.solve.solve` does from rows.
 
@@ -100,7 +101,12 @@ def solve_sums(
     """
     tensors, mus = {}, edit_mus(network, hparams)
     for l, name in enumerate(backbone.modules):
-        shift = _ridge_of(l, backbone, sums, mus, roots).shift_of(sums.rights[l])
+        ridge, right = _ridge_of(l, backbone, sums, mus, roots), sums.rights[l]
+        if in_force:
+            shift = in_force.shifts[l].to(right)
+            shift = ridge.shift_of(right - sums.grams[l] @ shift) - in_force.pulled(l, ridge)
+        else:
+            shift = ridge.shift_of(right)
         tensors[f"{name}.shift"] = shift.to(backbone.edit_dtype)
     return tensors
 

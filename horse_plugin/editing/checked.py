@@ -68,9 +68,9 @@ def checked_edit(
 
     with backbone.one_job("edit", _tokens(editor, edits, pieces)):
         backbone.cache_trunk_states(edits.flat())
-        # A capture predicts the edit prompts' answers on its way.
         captured = editor.capture_at_once(edits)
-        known = captured.predicted if captured else None
+        # A capture predicts the edit prompts' answers on its way, in the unedited model.
+        known = captured.predicted if captured and not earlier else None
         text = editor.ordinary_text(pieces)
         now = text.measure() if earlier else text.before
         evaluator = Evaluator(backbone, edits, known=known, text=text, writing=True)

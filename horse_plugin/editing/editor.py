@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -52,7 +52,9 @@ from horse_plugin.model.weights import on_host
 from horse_plugin.storage.digest import json_digest, matches, tensors_digest
 from horse_plugin.storage.files import new_folder
 
-# From a share of e^λ to the tensors of an edit.
+# From settings, the metric and the edits in force to the tensors of an edit.
+SolveWith = Callable[[HORSEHyperParams, Roots, InForce | None], dict[str, torch.Tensor]]
+# From a share of e^λ to them.
 SolveAt = Callable[[float], dict[str, torch.Tensor]]
 
 
@@ -159,9 +161,10 @@ class HorseEditor:
 
     @guarded
     def capture(self, records) -> Capture:
-        """Return the keys and gradients of an edit of these records on the model as it is now.
+        """Return the keys and gradients of an edit of these records.
 
-        With ``keep_edits`` they are followed by those of the edits in force.
+        With ``keep_edits`` they are followed by those of the edits in force, and all of them are
+        read in the unedited model; without, in the model as it is now.
 
         Raises:
             HorseError: the edit would take more memory than ``edit_memory_gb``, or than is free.
@@ -175,16 +178,28 @@ class HorseEditor:
         return self._read(prompts) if len(prompts) <= self.hparams.edit_block else None
 
     def _read(self, prompts: Sequence[Prompt]) -> Capture:
-        check_memory(self.backbone, prompts, self.hparams)
-        return capture(self.backbone, prompts)
+        check_memory(self.backbone, prompts, self.hparams, on_top=self._is_on_top)
+        with self._below():
+            return capture(self.backbone, prompts)
+
+    @property
+    def _is_on_top(self) -> bool:
+        """Whether an edit is one of all facts, with those in force."""
+        return self.hparams.keep_edits and bool(self._state.edits)
+
+    def _below(self) -> contextlib.AbstractContextManager:
+        """Have the model as an edit begins from it for the length of a ``with``."""
+        return self._unedited() if self._is_on_top else contextlib.nullcontext()
 
     def _to_capture(self, edits: PreparedEdits) -> list[Prompt]:
         """Return the prompts that an edit of these records reads."""
         edits.check()
-        in_force = {r.prompt: r for delta in self._state.edits for r in delta.records}
+        in_force = {}
+        if self._is_on_top:
+            in_force = {r.prompt: r for delta in self._state.edits for r in delta.records}
         for record in edits.records:  # an edit of the same prompt takes its place
             in_force.pop(record.prompt, None)
-        if self.hparams.keep_edits and in_force:
+        if in_force:
             earlier = self.backbone.prepare(list(in_force.values()), ["edit"], warn=False)
             edits = self.backbone.place_keys(edits.on_top_of(earlier))
         return edits.to_capture(self.hparams.keep_next)
@@ -224,14 +239,18 @@ class HorseEditor:
         start = time.perf_counter() - (captured.seconds if captured else 0.0)
         edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
-        prompts = captured.prompts if captured else self._to_capture(edits)
+        prompts = self._to_capture(edits)
+        if captured and captured.prompts != prompts:
+            raise UsageError("captured: belongs to other records than those to edit.")
         if captured is None and len(prompts) > hp.edit_block:
-            network, in_force, solve_at = self._sweep_blocks(prompts, weights, unfinished)
+            network, solve_with = self._sweep_blocks(prompts, weights, unfinished)
         else:
-            captured = captured or self._read(prompts)
-            if _texts(captured.predicted) != _texts(edits.flat("edit")):
-                raise UsageError("captured: belongs to other records than those to edit.")
-            network, in_force, solve_at = self._sweep(captured)
+            network, solve_with = self._sweep(captured or self._read(prompts))
+        in_force = self._in_force(network) if self._is_on_top else None
+
+        def solve_at(share: float) -> dict[str, torch.Tensor]:
+            return solve_with(replace(hp, edit_ridge=share), self.roots, in_force)
+
         tensors, budget = self._within_budget(solve_at, in_force, edits)
         about = {
             "name": name or self._new_name(),
@@ -249,7 +268,7 @@ class HorseEditor:
         delta = EditDelta(tensors, edits.records, about)
         with self._all_or_nothing() as before:
             self._add(delta, before)
-            if not any(share > 0 for share in about["moved"].values()):
+            if not (in_force or any(share > 0 for share in about["moved"].values())):
                 raise HorseError(
                     "the edit moved no weight: its shifts are smaller than the weights' precision. "
                     "Load the model in fp32, or allow a larger edit (strength, edit_ridge, "
@@ -258,26 +277,19 @@ class HorseEditor:
             about["seconds"] = time.perf_counter() - start
         return delta
 
-    def _sweep(self, captured: Capture) -> tuple[HyperNetwork, InForce | None, SolveAt]:
-        """Gather the residuals of an edit; return what solves Eq. 2 under a ridge term."""
+    def _sweep(self, captured: Capture) -> tuple[HyperNetwork, SolveWith]:
+        """Gather the residuals of an edit; return what solves Eq. 2 for it."""
         network = self.network or self.untrained_network(captured)
-        is_on_top = any(p.in_force for p in captured.prompts)
-        in_force = self._in_force(network, captured) if is_on_top else None
         mus = edit_mus(network, self.hparams)
         warn_if_crowded(ridge_of(0, self.backbone, captured, mus, self.roots), self.hparams)
-        parts = self.backbone, network, captured, self.hparams, self.roots, in_force
-        ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)  # the last sweep
-        parts = self.backbone, network, captured, residuals
-
-        def solve_at(share: float) -> dict[str, torch.Tensor]:
-            changed = replace(self.hparams, edit_ridge=share)
-            return solve(*parts, changed, self.roots, in_force)
-
-        return network, in_force, solve_at
+        parts = self.backbone, network, captured, self.hparams, self.roots
+        with self._below():
+            ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)  # the last one
+        return network, functools.partial(solve, self.backbone, network, captured, residuals)
 
     def _sweep_blocks(
         self, prompts: Sequence[Prompt], weights: dict[str, str], folder: Path | None
-    ) -> tuple[HyperNetwork, None, SolveAt]:
+    ) -> tuple[HyperNetwork, SolveWith]:
         """Do what :meth:`_sweep` does, block by block.
 
         Args:
@@ -287,27 +299,24 @@ class HorseEditor:
             raise UsageError("edit_block: several processes edit at once; raise it.")
         backbone, hp = self.backbone, self.hparams
         block = prompts[: hp.edit_block]
-        check_memory(backbone, block, hp)
-        network = self.network or self.untrained_network(capture(backbone, block))
-        about = [[[p.ids, p.start, p.subject, p.still, p.in_force] for p in prompts], hp.to_dict()]
+        network = self.network or self.untrained_network(self._read(block))
+        about = [[[p.ids, p.start, p.subject, p.still] for p in prompts], hp.to_dict()]
         about += [weights, tensors_digest(network.state_dict(), {})]
         with contextlib.ExitStack() as stack:
             folder = folder or stack.enter_context(tempfile.TemporaryDirectory())
             mine = stack.enter_context(files_of(Path(folder), json_digest(about)))
-            sums = sums_of_blocks(backbone, network, prompts, hp, self.roots, mine)
+            roots = self.roots
+            stack.enter_context(self._below())
+            sums = sums_of_blocks(backbone, network, prompts, hp, roots, mine)
+        return network, functools.partial(solve_sums, backbone, network, sums)
 
-        def solve_at(share: float) -> dict[str, torch.Tensor]:
-            return solve_sums(backbone, network, sums, replace(hp, edit_ridge=share), self.roots)
-
-        return network, None, solve_at
-
-    def _in_force(self, network: HyperNetwork, captured: Capture) -> InForce:
-        """Return what the edits in force write, for an edit on top of them."""
+    def _in_force(self, network: HyperNetwork) -> InForce:
+        """Return the edits under a new one."""
         shifts = [
             sum(delta.shift(name, self.backbone.edit_device) for delta in self._state.edits)
             for name in self.backbone.modules
         ]
-        return InForce.of(shifts, captured, edit_mus(network, self.hparams), self.roots)
+        return InForce(shifts, edit_mus(network, self.hparams))
 
     def _within_budget(
         self, solve_at: SolveAt, in_force: InForce | None, edits: PreparedEdits
@@ -619,11 +628,3 @@ def _name_no_code(folder: Path):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("auto_map", None):
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _texts(prompts: Iterable[Prompt]) -> list[tuple]:
-    """Return prompts as tokens, each once, wherever they have their keys.
-
-    A fact that shares its subject with one in force has them elsewhere than in an edit of its own.
-    """
-    return list(dict.fromkeys((p.ids, p.start) for p in prompts))

@@ -16,18 +16,24 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def check_memory(
-    backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHyperParams, training: bool = False
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    hparams: HORSEHyperParams,
+    training: bool = False,
+    on_top: bool = False,
 ):
     """Refuse an edit or a training step that would take more memory than is allowed, or is free.
 
     Args:
         hparams: ``edit_memory_gb`` is the most that it may take; None is what is free.
         training: whether it is a training step.
+        on_top: whether edits are in force that it keeps.
 
     Raises:
         HorseError: it would take more; the message says how much.
     """
-    needed, limit = needed_bytes(backbone, prompts, hparams, training), hparams.edit_memory_gb
+    needed = needed_bytes(backbone, prompts, hparams, training, on_top)
+    limit = hparams.edit_memory_gb
     allowed = free_bytes(backbone.edit_device) if limit is None else limit * GB
     if allowed is None or needed <= allowed:
         return
@@ -40,39 +46,45 @@ def check_memory(
 
 
 def needed_bytes(
-    backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHyperParams, training: bool = False
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    hparams: HORSEHyperParams,
+    training: bool = False,
+    on_top: bool = False,
 ) -> float:
     """Return the bytes that an edit or a training step takes beside the model, about.
 
     Args:
         prompts: those that it captures.
+        on_top: whether edits are in force that it keeps.
     """
     local = [prompts[i] for i in distributed.local_indices(prompts)]
     n = sum(len(p.keys_at) for p in local)
     if training:
         return training_bytes(backbone, n, hparams)
-    return edit_bytes(backbone, n, hparams, sum(len(p.keys_at) for p in local if p.in_force))
+    return edit_bytes(backbone, n, hparams, on_top)
 
 
-def edit_bytes(backbone: Backbone, n: int, hparams: HORSEHyperParams, below: int = 0) -> float:
+def edit_bytes(
+    backbone: Backbone, n: int, hparams: HORSEHyperParams, on_top: bool = False
+) -> float:
     """Return the bytes that an edit of n answer tokens takes beside the model, about.
 
     Counted are keys and gradients (Sec. 2.1), residuals (Eq. 4), the metric, the largest system of
     Eq. 2 or a pass of the network if that is larger, the shifts, and the weights as they were. An
-    edit on top of others also takes their shifts and what they ask for, and solves in float64 for
-    that. A pass of the model, which ``batch_tokens`` bounds, is left out.
+    edit on top of others also takes their shifts and what they write at its keys. A pass of the
+    model, which ``batch_tokens`` bounds, is left out.
 
     Args:
-        below: how many of the tokens are of edits in force.
+        on_top: whether edits are in force that it keeps.
     """
     item, shapes = torch.finfo(backbone.edit_dtype).bits // 8, backbone.shapes
     captures = 1 if hparams.edit_sweeps == 1 else 2  # the earlier one, while the next is made
     rows = captures * (_captured(backbone) + item * sum(1 + d_out for _, d_out in shapes))
     systems = [_system(n, *shape) for shape in shapes]
     shifts = sum(min(n * (d + d_out), d * d_out) for d, d_out in shapes)
-    if below:
-        rows += item * sum(2 * d_out for _, d_out in shapes)
-        systems += [2 * _system(below, *shape) for shape in shapes]
+    if on_top:
+        rows += item * 2 * max(d_out for _, d_out in shapes)
         shifts = sum(2 * d * d_out for d, d_out in shapes)  # none is kept as factors
     metric = sum(d * d for d, _ in shapes) if hparams.preserve != "none" else 0
     numbers = max(*systems, _chunk(backbone, n, hparams)) + shifts + metric

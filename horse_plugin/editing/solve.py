@@ -166,8 +166,7 @@ def solve(
     and holds better under a smaller one.
 
     Args:
-        residuals: R' of each edit module, n×d'; at the facts of edits in force, what is asked for
-            beyond what their own edits did.
+        residuals: R' of each edit module, n×d'.
         roots: as in :func:`calibrate`.
         in_force: the edits under this one.
 
@@ -175,16 +174,13 @@ def solve(
         HorseError: a system cannot be solved, or a shift is not finite; the message names the
             module and a record.
     """
-    if in_force:
-        kept = in_force.residuals(captured)
-        residuals = [r + k for r, k in zip(residuals, kept, strict=True)]
     tensors = {}
     mus = edit_mus(network, hparams)
     for l, (name, r) in enumerate(zip(backbone.modules, residuals, strict=True)):
         ridge = ridge_of(l, backbone, captured, mus, roots)
         if in_force:
-            pulled = in_force.mus[l] / mus[l] * ridge.anchored(in_force.shifts[l])
-            solved = {"shift": ridge.shift(r) - pulled}
+            r = r - captured.keys[l].to(r) @ in_force.shifts[l]
+            solved = {"shift": ridge.shift(r) - in_force.pulled(l, ridge)}
         else:
             solved = ridge.smallest_form(r)
         if not all(t.isfinite().all() for t in solved.values()):

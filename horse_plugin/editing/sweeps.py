@@ -8,7 +8,6 @@ import torch
 
 from horse_plugin.distributed import sum_over_ranks
 from horse_plugin.editing.delta import EditDelta
-from horse_plugin.editing.in_force import InForce
 from horse_plugin.editing.solve import Roots, edit_residuals, solve
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
@@ -26,7 +25,6 @@ def sweeps(
     captured: Capture,
     hparams: HORSEHyperParams,
     roots: Roots,
-    in_force: InForce | None = None,
 ) -> Iterator[tuple[Capture, list[torch.Tensor]]]:
     """Yield, at most ``edit_sweeps`` times, a capture and the sum of the residuals up to it.
 
@@ -40,11 +38,9 @@ def sweeps(
         captured: the capture of the edit prompts and the contrasts on the model as it is now, the
             first to be yielded.
         roots: as in :func:`horse_plugin.editing.solve.calibrate`.
-        in_force: the edits under this one.
 
     Yields:
-        The capture, and Σ R'_1 … Σ R'_T over the sweeps so far, n×d' each; at the facts of edits in
-        force, more than their own edits asked for.
+        The capture, and Σ R'_1 … Σ R'_T over the sweeps so far, n×d' each.
     """
     total = edit_residuals(backbone, network, captured, hparams)
     yield captured, total
@@ -53,7 +49,7 @@ def sweeps(
         if n > 1:
             backbone.cache_trunk_states(captured.prompts, progress=False)
         for _ in range(1, n):
-            tensors = solve(backbone, network, captured, total, hparams, roots, in_force)
+            tensors = solve(backbone, network, captured, total, hparams, roots)
             with backbone.weights.shifted(EditDelta(tensors, []).lazy_shifts()):
                 captured = capture(backbone, captured.prompts, captured)
             captured = replace(captured, still=captured.still | captured.holds)

@@ -54,13 +54,11 @@ class Capture(Notes):
             is asked for.
         record_of_row: n, the index of the record that each row belongs to, on the CPU; records of
             edits in force come after those of the edit.
-        still: n, on the CPU, whether the edit must do nothing at the row: at a contrast, or where
-            an edit in force holds.
-        in_force: n, on the CPU, whether the row is of an edit in force.
+        still: n, on the CPU, whether the edit must do nothing at the row, as at a contrast.
         losses: n, on the CPU, what the token of each row costs, in nats; of a token that follows an
             answer, what it costs more than it may.
         predicted: prompt → the tokens that the model predicts for its answer, on the CPU; contrasts
-            and the prompts of edits in force are left out.
+            are left out.
         seconds: how long the capture took.
     """
 
@@ -69,7 +67,6 @@ class Capture(Notes):
     grads: list[torch.Tensor]
     record_of_row: torch.Tensor
     still: torch.Tensor
-    in_force: torch.Tensor
     losses: torch.Tensor
     predicted: dict[Prompt, torch.Tensor]
     seconds: float
@@ -84,7 +81,7 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
     token that follows an answer counts as far as it exceeds what it may cost.
 
     Prompts that are likely to need no more run forward first, and backward only if they do: those
-    that held in the earlier capture, those of edits in force, and contrasts.
+    that held in the earlier capture, and contrasts.
 
     Args:
         earlier: the last capture of the same prompts in the same edit, or its notes.
@@ -110,12 +107,9 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
     else:
         followed = torch.zeros(len(local), dtype=torch.long)
         allowed = torch.zeros(len(local), dtype=backbone.edit_dtype)
-    in_force = torch.tensor([prompts[i].in_force for i in local], dtype=torch.bool)
     row_losses = torch.zeros(len(record_of_row), dtype=backbone.edit_dtype)
     still_rows, predicted = still.repeat_interleave(sizes), [None] * len(local)
-    likely = still | in_force
-    if earlier:
-        likely |= earlier.holds[first_rows]
+    likely = still | earlier.holds[first_rows] if earlier else still
 
     def read(of_prompts: list[int], backward: bool):
         """Run some of this process's prompts; the host reads what came of them after the loop."""
@@ -163,7 +157,6 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
         read(likely.nonzero()[:, 0].tolist(), backward=False)
         read((~likely | ~(holds | still)).nonzero()[:, 0].tolist(), backward=True)
         holds |= still
-        still_rows |= (holds & in_force).repeat_interleave(sizes)
         for name, module_rows in captured.items():
             for what, values in (("keys", module_rows.keys), ("gradient", module_rows.grads)):
                 bad = ~values.isfinite().all(-1).cpu()
@@ -183,14 +176,11 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
         value_norms=norms,
         record_of_row=record_of_row,
         still=still_rows,
-        in_force=in_force.repeat_interleave(sizes),
         losses=row_losses,
         holds=holds.repeat_interleave(sizes),
         followed=(followed, allowed),
         predicted={
-            replace(p, ends=False): a
-            for p, a in zip(prompts, answers, strict=True)
-            if not (p.still or p.in_force)
+            replace(p, ends=False): a for p, a in zip(prompts, answers, strict=True) if not p.still
         },
         seconds=time.perf_counter() - start,
     )

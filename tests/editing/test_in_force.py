@@ -1,4 +1,4 @@
-"""An edit on top of others: recursive least squares, and facts in force that stay written."""
+"""An edit on top of others: one of all facts from the unedited weights, less what is there."""
 
 import math
 from dataclasses import replace
@@ -9,6 +9,7 @@ import torch
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.in_force import InForce
 from horse_plugin.editing.solve import edit_residuals, solve
+from horse_plugin.errors import UsageError
 from horse_plugin.evaluation.metrics import predict
 from horse_plugin.method.metric import inverse_root, metric_of
 from horse_plugin.method.ridge import Ridge
@@ -17,30 +18,15 @@ from tests import tiny
 from tests.numbers import arrays, close
 
 
-@pytest.mark.parametrize("n", [3, 20])
-@pytest.mark.parametrize("preserve", [False, True])
-def test_one_edit_after_the_other_ends_where_both_at_once_end(n, preserve):
-    """With keys that stay: D of the first n rows, then ΔW of n more, is Eq. 2 of all 2n."""
-    h, r, x = map(torch.tensor, arrays(3, (2 * n, 12), (2 * n, 5), (40, 12)))
-    root = inverse_root(metric_of(x.T @ x, 0.1)) if preserve else None
-    shift = Ridge(h[:n], 0.4, root).shift(r[:n])
-    captured = tiny.capture_of([h], in_force=torch.arange(2 * n) < n)
-    below = InForce.of([shift], captured, torch.tensor([0.4]), [root])
-    new = torch.where(captured.in_force[:, None], 0, r) + below.residuals(captured)[0]
-    new[n:] -= h[n:] @ shift  # what is asked for at the new keys, over what D writes there
-    ridge = Ridge(h, 0.4, root)
-    together = shift + ridge.shift(new) - ridge.anchored(shift)
-    close(together, Ridge(h, 0.4, root).shift(r), 2e-3)
-
-
 @pytest.mark.parametrize("n", [4, 30])
-def test_the_anchor_pulls_as_the_equation_says(n):
+@pytest.mark.parametrize("preserve", [False, True])
+def test_an_edit_on_top_pulls_as_the_equation_says(n, preserve):
+    """e^λ (HᵀH + μC̄)⁻¹C̄D, for μ above e^λ, as under a budget."""
     h, d, x = map(torch.tensor, arrays(5, (n, 12), (12, 5), (40, 12)))
-    metric = metric_of(x.T @ x, 0.1)
-    want = 0.7 * torch.linalg.solve(h.T @ h + 0.7 * metric, metric @ d)
-    close(Ridge(h, 0.7, inverse_root(metric)).anchored(d), want)
-    want = 0.7 * torch.linalg.solve(h.T @ h + 0.7 * torch.eye(12, dtype=d.dtype), d)
-    close(Ridge(h, 0.7).anchored(d), want)
+    metric = metric_of(x.T @ x, 0.1) if preserve else torch.eye(12, dtype=d.dtype)
+    ridge = Ridge(h, 0.7, inverse_root(metric) if preserve else None)
+    want = 0.2 * torch.linalg.solve(h.T @ h + 0.7 * metric, metric @ d)
+    close(InForce([d], torch.tensor([0.2])).pulled(0, ridge), want)
 
 
 def editor(**changes):
@@ -52,6 +38,25 @@ def editor(**changes):
 def held(e, records):
     prompts = e.backbone.prepare(records, ["edit"]).flat()
     return sum(t.tolist() == list(p.answer) for p, t in predict(e.backbone, prompts).items())
+
+
+def weights(e):
+    return [m.weight.detach().clone() for m in e.backbone.modules.values()]
+
+
+@pytest.mark.parametrize("block", [8192, 3])
+def test_one_edit_after_the_other_ends_where_all_at_once_end(block):
+    records = tiny.records(9)
+    one, other = editor(edit_block=block), editor(edit_block=block)
+    for i in range(0, 9, 3):
+        one.edit(records[i : i + 3])
+    # An edit reads its own facts first, and then those in force, oldest first.
+    other.edit([*records[6:], *records[:6]])
+    for found, want, before in zip(
+        weights(one), weights(other), other.original_weights.values(), strict=True
+    ):
+        moved = (want - before).abs().max()
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-4 * moved)
 
 
 def test_facts_in_force_hold_after_further_edits():
@@ -72,6 +77,24 @@ def test_an_edit_of_the_same_prompt_takes_the_place_of_the_one_in_force():
     assert held(e, [other, *records[1:3]]) == 3
 
 
+def test_an_edit_that_replaces_all_others_leaves_nothing_of_them():
+    e, alone, records = editor(), editor(), tiny.records(4)
+    others = [replace(r, target_new=records[3].target_new) for r in records[:3]]
+    e.edit(records[:3])
+    e.edit(others)
+    alone.edit(others)
+    for found, want in zip(weights(e), weights(alone), strict=True):
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
+
+
+def test_a_capture_made_before_another_edit_is_refused():
+    e, records = editor(), tiny.records(6)
+    captured = e.capture(records[3:])
+    e.edit(records[:3])
+    with pytest.raises(UsageError, match="other records"):
+        e.edit(records[3:], captured=captured)
+
+
 def test_a_first_edit_is_the_same_with_and_without():
     a, b = (editor(keep_edits=keep).edit(tiny.records()) for keep in (True, False))
     assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
@@ -83,8 +106,7 @@ def test_a_larger_ridge_term_charges_the_new_shift_alone():
     captured = e.capture(tiny.records(6)[3:])
     network = e.untrained_network(captured)
     residuals = edit_residuals(e.backbone, network, captured, e.hparams)
-    mus = network.lamda.detach().exp()
-    below = InForce.of(list(first.shifts.values()), captured, mus, e.roots)
+    below = InForce(list(first.shifts.values()), network.lamda.detach().exp())
     parts = e.backbone, network, captured, residuals
 
     def length(share):

@@ -6,7 +6,6 @@ import torch
 from horse_plugin import HorseEditor, HorseError, HORSETrainer
 from horse_plugin.editing import editor as editing
 from horse_plugin.editing import memory
-from horse_plugin.editing.in_force import InForce
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
 from tests.peak import Peak
@@ -49,22 +48,20 @@ def test_the_estimate_covers_what_an_edit_keeps(n, sweeps):
 
 @pytest.mark.parametrize("n", [2, 30])
 def test_the_estimate_covers_what_an_edit_on_top_of_others_keeps(n, monkeypatch):
-    e, needed, below = editor(keep_edits=True), [], []
-    of, check = InForce.of, memory.check_memory
-    monkeypatch.setattr(InForce, "of", lambda *parts: below.append(of(*parts)) or below[0])
-    monkeypatch.setattr(
-        editing,
-        "check_memory",
-        lambda *parts: needed.append(memory.needed_bytes(*parts)) or check(*parts),
-    )
+    e, needed, check = editor(keep_edits=True), [], memory.check_memory
+
+    def checked(*parts, on_top):
+        needed.append(memory.needed_bytes(*parts, on_top=on_top))
+        check(*parts, on_top=on_top)
+
+    monkeypatch.setattr(editing, "check_memory", checked)
     records = tiny.records(2 * n)
     e.edit(records[:n])
     captured = e.capture(records[n:])
     e.edit(records[n:], captured=captured)
-    asked = below[0].shifts + 2 * below[0].asked  # T, and T − HD of the same shape
     weights = [m.weight for m in e.backbone.modules.values()]
-    residuals, shifts = captured.grads, e.history[1].tensors.values()
-    tensors = [*captured.keys, *captured.grads, *residuals, *asked, *shifts, *weights]
+    residuals, shifts = captured.grads, 2 * list(e.history[1].tensors.values())  # D, and ΔW
+    tensors = [*captured.keys, *captured.grads, *residuals, *shifts, *weights]
     kept = sum(t.nbytes for t in tensors)
     assert kept < needed[1] < 4 * kept
 
