@@ -23,10 +23,7 @@ AT_MOST = {
 }
 HARM = {GOOD: "unharmed", FAIR: "somewhat changed", BAD: "damaged"}
 MORE_FACTS = "To hold more facts, try a trained archive, more edit_sweeps or a smaller edit_ridge."
-LESS_HARM = (
-    "To spare the model, try a trained archive, max_drift: 0.05 or fewer facts at once. Where "
-    "edits lie on top of others, take them back and edit all facts in one."
-)
+LESS_HARM = "To spare the model, try a trained archive, max_drift: 0.05 or fewer facts."
 
 
 @dataclass(frozen=True)
