@@ -10,6 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, Phase, settings
@@ -369,9 +370,11 @@ OneModel.TestCase.settings = settings(
 )
 
 
+@pytest.mark.slow
 class TestOneModel(OneModel.TestCase):
     """Half of the sequences."""
 
 
+@pytest.mark.slow
 class TestOneModelBesideIt(OneModel.TestCase):
     """The other half, which another worker may run."""

@@ -65,6 +65,7 @@ def test_floors_count_the_operations():
     }
 
 
+@pytest.mark.slow
 def test_a_config_alone_is_enough(tmp_path):
     config = tiny.CONFIGS["llama"]()
     config.architectures = ["LlamaForCausalLM"]

@@ -219,6 +219,7 @@ def test_more_edits_than_records_are_refused_before_anything_runs(plan):
         plan({}, (7,))
 
 
+@pytest.mark.slow
 def test_the_tables_are_of_all_that_was_measured_into_a_folder(yamls, tmp_path):
     facts = tiny.records(18)
     data = [DataSet("facts", facts[:6], facts[6:12], facts[12:])]

@@ -46,12 +46,12 @@ def weights(e):
 
 @pytest.mark.parametrize("block", [8192, 3])
 def test_one_edit_after_the_other_ends_where_all_at_once_end(block):
-    records = tiny.records(9)
+    records = tiny.records(6)
     one, other = editor(edit_block=block), editor(edit_block=block)
-    for i in range(0, 9, 3):
-        one.edit(records[i : i + 3])
+    for i in range(0, 6, 2):
+        one.edit(records[i : i + 2])
     # An edit reads its own facts first, and then those in force, oldest first.
-    other.edit([*records[6:], *records[:6]])
+    other.edit([*records[4:], *records[:4]])
     for found, want, before in zip(
         weights(one), weights(other), other.original_weights.values(), strict=True
     ):

@@ -66,6 +66,7 @@ def test_the_estimate_covers_what_an_edit_on_top_of_others_keeps(n, monkeypatch)
     assert kept < needed[1] < 4 * kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [32, 8192])
 @pytest.mark.parametrize("changes", [{}, {"edit_sweeps": 2}, {"token": "subject"}])
 def test_the_estimate_covers_a_training_step_and_is_near_it(tmp_path, rows, changes):
