@@ -168,6 +168,7 @@ AS_PRINTED = {
     "train_sweeps": None,
     "edit_ridge": 1.0,
     "keep_next": False,
+    "full_loss": None,
     "normalizer": "feature",
     "residual_cap": None,
     "preserve": "none",
