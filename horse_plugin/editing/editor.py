@@ -179,6 +179,8 @@ class HorseEditor:
 
     def _read(self, prompts: Sequence[Prompt]) -> Capture:
         check_memory(self.backbone, prompts, self.hparams, on_top=self._is_on_top)
+        if self.hparams.edit_sweeps > 1:  # each reads the same states
+            self.backbone.cache_trunk_states(prompts, progress=False)
         with self._below():
             return capture(self.backbone, prompts)
 
@@ -245,7 +247,8 @@ class HorseEditor:
         if captured is None and len(prompts) > hp.edit_block:
             network, solve_with = self._sweep_blocks(prompts, weights, unfinished)
         else:
-            network, solve_with = self._sweep(captured or self._read(prompts))
+            with self.backbone.trunk_cache.for_a_while():
+                network, solve_with = self._sweep(captured or self._read(prompts))
         in_force = self._in_force(network) if self._is_on_top else None
 
         def solve_at(share: float) -> dict[str, torch.Tensor]:
