@@ -178,13 +178,15 @@ class OneModel(RuleBasedStateMachine):
 
     # What is done with edits.
 
-    @rule(target=made, indices=some, around=around)
+    @rule(target=made, indices=st.none() | some, around=around)
     def edit(self, indices, around):
+        """Of some facts, or of those in force, anew."""
         self.count += 1
-        kept = None
-        with self.refused(bool(self.edits) and self.foreign):
+        kept, records = None, indices and [RECORDS[i] for i in indices]
+        nothing = records is None and not any(m.delta.records for m in self.edits)
+        with self.refused(nothing or (bool(self.edits) and self.foreign)):
             with around():
-                delta = self.editor.edit([RECORDS[i] for i in indices], f"e{self.count}")
+                delta = self.editor.edit(records, f"e{self.count}")
             kept = self.keep(delta)
             self.foreign = False
         return kept

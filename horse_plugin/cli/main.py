@@ -162,7 +162,9 @@ def train(
 
 @app.command()
 def edit(
-    data: Data,
+    data: Annotated[
+        str | None, typer.Option(help="Facts; none, with --onto: those in force, anew.")
+    ] = None,
     hparams: Hparams = DEFAULT_MODEL,
     out: Annotated[Path | None, typer.Option(help="Folder for the edit, by itself.")] = None,
     onto: Annotated[Path | None, typer.Option(help="Chain of edits to put it on top of.")] = None,
@@ -181,7 +183,11 @@ def edit(
     heldout: Annotated[Path | None, typer.Option(help="Text for drift and perplexity.")] = None,
     max_rise: Annotated[float, typer.Option(help="Perplexity's rise without warning, %.")] = 20.0,
 ):
-    """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto."""
+    """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto.
+
+    With --onto and no --data, write the facts in force anew, some of which may have fallen when
+    an edit under theirs was undone.
+    """
     from horse_plugin.cli import show
     from horse_plugin.data.formats import load_records
     from horse_plugin.distributed import is_main_process
@@ -195,8 +201,10 @@ def edit(
 
     if (out is None) == (onto is None):
         raise UsageError("edit: give --out for an edit by itself, or --onto for a chain of edits.")
+    if data is None and (out or n_edits):
+        raise UsageError("edit: give --data; only --onto works without, on the facts in force.")
     settings = _hparams(hparams, archive=archive and str(archive), max_drift=max_drift)
-    records = load_records(data, n_edits)
+    records = load_records(data, n_edits) if data else None
     with contextlib.ExitStack() as stack:
         if save_model:
             stack.enter_context(reserved(save_model))
@@ -211,7 +219,7 @@ def edit(
         editor = HorseEditor.from_hparams(settings, progress=True)
         if chain:
             editor.apply_chain(chain.deltas())
-        dataset = visible(Path(data).stem)
+        dataset = visible(Path(data).stem) if data else "facts in force"
         options = dataset, name, strict, heldout, max_rise
         delta, rows = checked_edit(editor, records, *options, unfinished=folder)
         delta.about["command"] = _command()

@@ -7,6 +7,7 @@ from horse_plugin.editing.chain import Chain
 from horse_plugin.editing.checked import checked_edit
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
+from horse_plugin.editing.standing import UNSETTLED, is_unsettled
 from horse_plugin.errors import HorseError, UsageError, not_installed, visible
 from horse_plugin.evaluation.verdict import judge
 
@@ -35,18 +36,25 @@ class Session:
         return {e["name"]: self._label(e["name"]) for e in self.chain.entries}
 
     def _label(self, name: str) -> str:
-        first, *more = EditDelta.load(self.chain.folder / name).records
+        records = EditDelta.load(self.chain.folder / name).records
+        if not records:
+            return f"{name}: the facts of the edits before it, anew"
+        first, *more = records
         told = f"{name}: {first.prompt} → {first.target_new}"
         return visible(f"{told}, and {len(more):,} more" if more else told)
 
-    def switch(self, on: Collection[str]):
-        """Have exactly these edits in force; the weights are those of the chain, bit for bit."""
+    def switch(self, on: Collection[str]) -> str:
+        """Have exactly these edits in force; the weights are those of the chain, bit for bit.
+
+        Return what to know of it, if anything.
+        """
         for entry in self.chain.entries:
             if entry["undone"] and entry["name"] in on:
                 self.chain.redo(entry["name"])
             elif not entry["undone"] and entry["name"] not in on:
                 self.chain.undo(entry["name"])
         self._follow()
+        return UNSETTLED if is_unsettled(self.chain) else ""
 
     def _follow(self):
         """Bring the model to where the chain is."""
@@ -62,7 +70,14 @@ class Session:
         record = {key: text.strip() for key, text in fact.items() if text.strip()}
         if missing := [key for key in ("prompt", "target_new") if key not in record]:
             raise UsageError(f"A fact needs a prompt and an answer: {missing[0]} is empty.")
-        delta, rows = checked_edit(self._editor, [record], "facts", self.chain.new_name())
+        return self._edit([record])
+
+    def write_anew(self) -> str:
+        """Write the facts of all edits that are on anew, and return the verdict in words."""
+        return self._edit(None)
+
+    def _edit(self, records: list | None) -> str:
+        delta, rows = checked_edit(self._editor, records, "facts", self.chain.new_name())
         try:
             self.chain.add(delta, rows)
         except BaseException:
@@ -100,9 +115,8 @@ def page_of(session: Session, title: str):
             return "", "", str(error)
 
     def switch(on, prompt):
-        said = ""
         try:
-            session.switch(on)
+            said = session.switch(on)
         except HorseError as error:
             said = str(error)
         return edits(), *ask(prompt, said)
@@ -115,6 +129,13 @@ def page_of(session: Session, title: str):
             said = str(error)
         return edits(), prompt, *ask(prompt, said)
 
+    def write_anew(prompt):
+        try:
+            said = session.write_anew()
+        except HorseError as error:
+            said = str(error)
+        return edits(), *ask(prompt, said)
+
     with gr.Blocks(analytics_enabled=False, title=f"HORSE: {title}") as page:
         gr.Markdown("# HORSE")
         prompt = gr.Textbox(label=f"Ask {title}", placeholder="The capital of Norway is")
@@ -123,6 +144,7 @@ def page_of(session: Session, title: str):
             before = gr.Textbox(label="Before: the unedited model", lines=4)
             after = gr.Textbox(label="After: with the edits that are on", lines=4)
         switches = gr.CheckboxGroup(label="Edits, oldest first")
+        anew = gr.Button("Write the facts of all that are on anew")
         said = gr.Textbox(label="What happened", lines=2)
         with gr.Accordion("Add a fact"):
             fact = [gr.Textbox(label=name, placeholder=text) for name, text in FIELDS.values()]
@@ -131,6 +153,7 @@ def page_of(session: Session, title: str):
         page.load(edits, None, switches, **MODEL)
         gr.on([asking.click, prompt.submit], ask, prompt, answers, **MODEL)
         switches.input(switch, [switches, prompt], [switches, *answers], **MODEL)
+        anew.click(write_anew, prompt, [switches, *answers], **MODEL)
         adding.click(add, [prompt, *fact], [switches, prompt, *answers], **MODEL)
     return page
 

@@ -12,7 +12,7 @@ from horse_plugin.editing.chain import Chain
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.export import Adapter
 from horse_plugin.editing.memory import free_bytes
-from horse_plugin.editing.standing import Since, stale
+from horse_plugin.editing.standing import UNSETTLED, Since, is_unsettled, stale
 from horse_plugin.errors import visible
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import ALL_FIGURES
@@ -95,11 +95,14 @@ def outcome(delta: EditDelta) -> list:
 
 
 def stale_in(chain: Chain) -> list[Text]:
-    """Return a sentence that names the edits whose figures are of another set of edits, if any."""
-    if not (found := stale(chain)):
-        return []
-    told = f"Stale since: the figures of {', '.join(found)}."
-    return [_styled(f"{told} `horse eval --delta {chain.folder}` measures them again.", "yellow")]
+    """Return what to know of a chain that changed: figures that are stale, facts that may fall."""
+    said = []
+    if found := stale(chain):
+        said.append(f"Stale since: the figures of {', '.join(found)}.")
+        said[-1] += f" `horse eval --delta {chain.folder}` measures them again."
+    if is_unsettled(chain):
+        said.append(f"{UNSETTLED} `horse edit --onto {chain.folder}` writes all of them anew.")
+    return [_styled(line, "yellow") for line in said]
 
 
 def edit(
@@ -118,7 +121,7 @@ def edit(
         ("edit", delta.name),
         ("made", about.get("made") or "–"),
         ("onto", ", ".join(about.get("onto") or ()) or "–"),
-        ("facts", f"{len(delta.records):,}"),
+        ("facts", f"{len(delta.records):,}" if delta.records else "those before it, anew"),
         ("model", describe(about["model"])),
         ("method", about["hparams"]["alg_name"]),
         ("archive", str(about["hparams"].get("archive") or "untrained")),
@@ -145,7 +148,7 @@ def edit(
     layers = Table(["module", "form", "moved, ‖ΔW‖/‖W‖"], layers, "Weights")
     records = [[r.prompt, r.target_new] for r in delta.records[first : first + n_records]]
     shown = f"Facts {first + 1:,} to {first + len(records):,} of {len(delta.records):,}"
-    records = Table(["prompt", "answer"], records, shown, is_text=True)
+    records = [printed(Table(["prompt", "answer"], records, shown, is_text=True))]
     overview = RichTable(box=box.SIMPLE, show_header=False)
     for line in facts:
         overview.add_row(*line)
@@ -157,7 +160,7 @@ def edit(
         printed(layers),
         *tables,
         *outcome(delta),
-        printed(records),
+        *(records if delta.records else []),
     ]
 
 

@@ -57,7 +57,7 @@ def _of_edit(delta: EditDelta, folder: Path) -> report.Report:
     figures = delta.about.get("figures")
     return report.of_edit(
         {"name": delta.name, **delta.about},
-        len(delta.records),
+        len(delta.records or facts),
         judge(figures) if figures else None,
         facts,
     )

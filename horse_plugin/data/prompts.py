@@ -98,6 +98,11 @@ class PreparedEdits:
     errors: dict[int, UsageError] = field(default_factory=dict)
     contrasts: list[tuple[Prompt, ...]] = field(default_factory=list)
 
+    @classmethod
+    def of_none(cls) -> "PreparedEdits":
+        """Return the prompts of no record."""
+        return cls([], {kind: [] for kind in KINDS})
+
     def __len__(self) -> int:
         return len(self.records)
 

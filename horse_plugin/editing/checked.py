@@ -32,7 +32,8 @@ def checked_edit(
 
     Args:
         records: prepared edits, edit records, or anything that
-            :func:`horse_plugin.load_records` takes.
+            :func:`horse_plugin.load_records` takes; None writes the facts in force anew, as
+            :meth:`HorseEditor.edit` does, and measures those.
         dataset: the name of what the records came from, for the rows.
         name: the name of the edit; None is a number.
         strict: whether to refuse records with conflicts (:mod:`horse_plugin.editing.conflicts`),
@@ -61,21 +62,23 @@ def checked_edit(
             warnings.warn(line, stacklevel=4)
         return {name: n for name, indices in asdict(found).items() if (n := len(indices))}
 
-    edits = backbone.prepare(records)
-    earlier = [r for delta in editor.history for r in delta.records]
+    earlier = editor.facts_in_force
+    edits = PreparedEdits.of_none() if records is None else backbone.prepare(records)
     conflicts = report(find_conflicts(edits, backbone.tokenizer.unk_token_id, earlier))
     edits.check()
+    written = edits if records is not None else backbone.prepare(earlier, warn=False)
 
-    with backbone.one_job("edit", _tokens(editor, edits, pieces)):
-        backbone.cache_trunk_states(edits.flat())
+    with backbone.one_job("edit", _tokens(editor, written, pieces)):
+        backbone.cache_trunk_states(written.flat())
         captured = editor.capture_at_once(edits)
         # A capture predicts the edit prompts' answers on its way, in the unedited model.
-        known = captured.predicted if captured and not earlier else None
+        known = captured.predicted if captured and not editor.history else None
         text = editor.ordinary_text(pieces)
-        now = text.measure() if earlier else text.before
-        evaluator = Evaluator(backbone, edits, known=known, text=text, writing=True)
+        now = text.measure() if editor.history else text.before
+        evaluator = Evaluator(backbone, written, known=known, text=text, writing=True)
         evaluator.before.cost = now
-        conflicts |= report(known_facts(evaluator.before))
+        if records is not None:
+            conflicts |= report(known_facts(evaluator.before))
 
         delta = editor.edit(edits, name, captured, unfinished)
         del captured  # gigabytes, for a large edit of a large model
@@ -92,13 +95,13 @@ def checked_edit(
             stacklevel=3,
         )
     delta.about["figures"] = figures_of(evaluator.before, after) | {"conflicts": conflicts}
-    delta.facts = fact_rows(edits, backbone.tokenizer, evaluator.before, after)
+    delta.facts = fact_rows(written, backbone.tokenizer, evaluator.before, after)
     verdict = judge(delta.about["figures"])
     if strict and verdict.level == BAD:
         editor.undo()
         raise HorseError(f"--strict: undone. {verdict.sentence} {' '.join(verdict.advice)}")
     rows = [
-        results.row("before" if earlier else "unedited", dataset, hp, evaluator.before),
+        results.row("before" if editor.history[:-1] else "unedited", dataset, hp, evaluator.before),
         results.row(hp.alg_name, dataset, hp, after, delta.about["seconds"]),
     ]
     return delta, rows

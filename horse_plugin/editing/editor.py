@@ -18,6 +18,7 @@ import torch
 from horse_plugin import distributed
 from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import PreparedEdits, Prompt
+from horse_plugin.data.records import EditRecord
 from horse_plugin.distributed import is_main_process
 from horse_plugin.editing.archive import as_trained, check_made_for, load_network, network_form
 from horse_plugin.editing.blocks import files_of, solve_sums, sums_of_blocks
@@ -156,6 +157,11 @@ class HorseEditor:
         return list(self._state.edits)
 
     @property
+    def facts_in_force(self) -> list[EditRecord]:
+        """The facts of all edits in the model; of several with one prompt, the last one."""
+        return list({r.prompt: r for delta in self._state.edits for r in delta.records}.values())
+
+    @property
     def original_weights(self) -> dict[str, torch.Tensor]:
         return self._state.original_weights
 
@@ -196,13 +202,10 @@ class HorseEditor:
     def _to_capture(self, edits: PreparedEdits) -> list[Prompt]:
         """Return the prompts that an edit of these records reads."""
         edits.check()
-        in_force = {}
-        if self._is_on_top:
-            in_force = {r.prompt: r for delta in self._state.edits for r in delta.records}
-        for record in edits.records:  # an edit of the same prompt takes its place
-            in_force.pop(record.prompt, None)
-        if in_force:
-            earlier = self.backbone.prepare(list(in_force.values()), ["edit"], warn=False)
+        replaced = {record.prompt for record in edits.records}
+        kept = [r for r in self.facts_in_force if r.prompt not in replaced]
+        if self._is_on_top and kept:
+            earlier = self.backbone.prepare(kept, ["edit"], warn=False)
             edits = self.backbone.place_keys(edits.on_top_of(earlier))
         return edits.to_capture(self.hparams.keep_next)
 
@@ -221,7 +224,8 @@ class HorseEditor:
 
         Args:
             records: prepared edits, edit records, or anything that
-                :func:`horse_plugin.load_records` takes.
+                :func:`horse_plugin.load_records` takes. None writes the facts in force anew, which
+                may have fallen when an edit was undone that theirs was made on top of.
             name: the name of the edit, which :meth:`undo` takes; None is a number.
             captured: what :meth:`capture` returned for these records on the model as it is now;
                 None captures it.
@@ -233,15 +237,20 @@ class HorseEditor:
             The delta, already applied; ``about["seconds"]`` is the time it took, with the capture.
 
         Raises:
-            UsageError: a record's prompt cannot be tokenised, or ``captured`` is of other records.
+            UsageError: a record's prompt cannot be tokenised, ``captured`` is of other records, or
+                there is neither a record nor, with ``keep_edits``, a fact in force.
             HorseError: no ridge term keeps to ``max_drift``, memory is too small, the weights were
                 changed from outside since this editor's last edit, or a number is not finite; the
                 message names the module and the record. The model is as it was.
         """
         start = time.perf_counter() - (captured.seconds if captured else 0.0)
-        edits = self.backbone.prepare(records, kinds=["edit"])
+        if records is None:
+            edits = PreparedEdits.of_none()
+        else:
+            edits = self.backbone.prepare(records, kinds=["edit"])
         hp, weights = self.hparams, self._current_digests()
-        prompts = self._to_capture(edits)
+        if not (prompts := self._to_capture(edits)):
+            raise UsageError("edit: there is no fact to write, and none in force to write anew.")
         if captured and captured.prompts != prompts:
             raise UsageError("captured: belongs to other records than those to edit.")
         if captured is None and len(prompts) > hp.edit_block:
@@ -328,6 +337,7 @@ class HorseEditor:
         hp = self.hparams
         if hp.max_drift is None:
             return solve_at(hp.edit_ridge), None
+        asked = edits if edits.records else self.backbone.prepare(self.facts_in_force, ["edit"])
 
         def predicted(tensors) -> float:
             return predicted_cost(self.backbone, tensors, self.roots, in_force)
@@ -337,7 +347,7 @@ class HorseEditor:
                 return measure()
 
         def efficacy() -> float:
-            found = predict(self.backbone, edits.flat("edit")).items()
+            found = predict(self.backbone, asked.flat("edit")).items()
             shares = ((t == torch.tensor(p.answer)).double().mean() for p, t in found)
             return 100 * mean(share.item() for share in shares)
 

@@ -109,7 +109,8 @@ def said(delta: EditDelta) -> str:
     """Return a line on one edit: how many facts hold, and what they cost the model."""
     figures = delta.about.get("figures")
     verdict = judge(figures).sentence if figures else "Not measured."
-    return f"- {delta.name}: {len(delta.records):,} facts. {verdict}"
+    facts = f"{len(delta.records):,} facts" if delta.records else "the facts before it, anew"
+    return f"- {delta.name}: {facts}. {verdict}"
 
 
 def _head(about: dict, tag: str, title: str) -> list[str]:
@@ -140,7 +141,7 @@ def _card_of_edits(deltas: Sequence[EditDelta], name: str) -> str:
         f'    horse ask "…" --delta {name}',
         "\n".join(map(said, deltas)),
     ]
-    for delta in deltas:
+    for delta in (d for d in deltas if d.records):
         facts = [[r.prompt, r.target_new] for r in delta.records[:SHOWN]]
         caption = f"{delta.name}: the first {len(facts):,} of {len(delta.records):,} facts"
         lines.append(Table(["prompt", "answer"], facts, caption, is_text=True).markdown())

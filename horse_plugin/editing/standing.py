@@ -12,6 +12,10 @@ from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.evaluation.metrics import Evaluator
 from horse_plugin.model.guard import guarded
 
+UNSETTLED = (
+    "Edits now lie on others than they were made on, and some of their facts may hold no more."
+)
+
 
 @dataclass(frozen=True)
 class Since:
@@ -50,6 +54,17 @@ def stale(chain: Chain) -> dict[str, Since]:
     return {name: changed for name, changed in found.items() if changed}
 
 
+def is_unsettled(chain: Chain) -> bool:
+    """Return whether edits in force lie on others than they were made on.
+
+    The last one was made with all under it in place. If some of them were undone since, or put
+    back, facts may hold no more, until an edit on top of all writes them anew.
+    """
+    names = chain.in_force
+    onto = {e["name"]: e.get("onto") for e in chain.entries}
+    return bool(names) and onto[names[-1]] not in (None, names[:-1])
+
+
 @guarded
 def measure_again(editor: HorseEditor, deltas: Sequence[EditDelta]) -> list[dict]:
     """Put a chain into an unedited model, and return a row of figures for the facts of each edit.
@@ -64,11 +79,12 @@ def measure_again(editor: HorseEditor, deltas: Sequence[EditDelta]) -> list[dict
         raise UsageError("no edit is in force: there are no facts to measure.")
     backbone = editor.backbone
     text = OrdinaryText(backbone, heldout_pieces())
-    evaluators = [Evaluator(backbone, d.records) for d in deltas]
+    of_facts = [d for d in deltas if d.records]  # one that wrote others' facts anew has none
+    evaluators = [Evaluator(backbone, d.records) for d in of_facts]
     editor.apply_chain(deltas)
     cost = text.measure()
     rows = []
-    for delta, evaluator in zip(deltas, evaluators, strict=True):
+    for delta, evaluator in zip(of_facts, evaluators, strict=True):
         found = replace(evaluator.evaluate(), cost=cost)
         rows.append(results.row(delta.name, "facts of each edit", editor.hparams, found))
     return rows

@@ -43,6 +43,16 @@ def test_switches_take_edits_out_and_put_them_back_bit_for_bit(session):
     assert weights(session) == everything
 
 
+def test_facts_above_one_that_is_switched_off_are_written_anew(session):
+    for name in ("Lima", "Kyoto"):
+        session.add(FACT | {"prompt": f"the capital of {name} is", "target_new": name})
+    assert "may hold no more" in session.switch(["002"])
+    assert "of 1 facts hold" in session.write_anew()
+    assert Chain(session.chain.folder).in_force == ["002", "003"]
+    assert session.labels()["003"] == "003: the facts of the edits before it, anew"
+    assert session.switch(["002", "003"]) == ""
+
+
 def test_a_page_begins_with_what_is_in_force_in_the_chain(session):
     session.add(FACT)
     session.add(FACT | {"target_new": "Rome"})

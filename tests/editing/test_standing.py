@@ -1,15 +1,20 @@
 """Chains that tell the truth: whose figures are stale, and what they are now."""
 
 import pytest
+import torch
 
 from horse_plugin import Chain, HorseEditor, UsageError
 from horse_plugin.editing.checked import checked_edit
-from horse_plugin.editing.standing import Since, measure_again, since, stale
+from horse_plugin.editing.standing import Since, is_unsettled, measure_again, since, stale
 from tests import tiny
 
 
 def editor():
     return HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams(strength=5000.0))
+
+
+def weights(e):
+    return [m.weight.detach().clone() for m in e.backbone.modules.values()]
 
 
 @pytest.fixture
@@ -60,3 +65,35 @@ def test_the_last_edit_of_a_chain_measured_again_has_the_figures_that_it_was_mad
     made = chain.deltas()[2].about["figures"]["after"]
     for figure in ("efficacy", "generalization", "specificity", "drift", "perplexity"):
         assert rows[2][figure] == pytest.approx(made[figure]), figure
+
+
+def test_facts_above_an_edit_that_is_undone_are_written_anew(chain):
+    """Then the weights are those of an edit of what is left alone."""
+    assert not is_unsettled(chain)
+    chain.undo("c")
+    assert not is_unsettled(chain)
+    chain.redo("c")
+    chain.undo("a")
+    assert is_unsettled(chain)
+    e, alone = editor(), editor()
+    e.apply_chain(chain.deltas())
+    delta, rows = checked_edit(e, None, "facts in force", "anew", max_rise=1e9)
+    assert delta.records == [] and rows[1]["n_edits"] == len(delta.facts) == 8
+    chain.add(delta, rows)
+    assert not is_unsettled(chain)
+    assert chain.deltas()[-1].about["onto"] == ["b", "c"]
+    alone.edit(e.facts_in_force)
+    for found, want, before in zip(
+        weights(e), weights(alone), alone.original_weights.values(), strict=True
+    ):
+        moved = (want - before).abs().max()
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-3 * moved)
+    rows = measure_again(editor(), chain.deltas())
+    assert [row["method"] for row in rows] == ["b", "c"]
+    chain.undo("anew")
+    assert is_unsettled(chain)
+
+
+def test_without_a_fact_in_force_there_is_nothing_to_write_anew():
+    with pytest.raises(UsageError, match="none in force"):
+        editor().edit(None)
