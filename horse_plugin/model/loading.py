@@ -35,7 +35,7 @@ def load_model(hparams):
     if hparams.shard_trunk:
         check_shards(hparams)
     trust = hparams.trust_remote_code
-    dtype = _dtype(hparams, device)
+    dtype = dtype_of(hparams, device)
     places = "auto" if hparams.model_parallel else {"": device}  # past the host's memory
     with quiet_transformers():
         tokenizer = _load(
@@ -94,7 +94,7 @@ def random_model(config: str, hparams):
         with device, torch.random.fork_rng():
             torch.manual_seed(hparams.seed)  # several processes make the same model
             model = transformers.AutoModelForCausalLM.from_config(
-                made, dtype=_dtype(hparams, device), trust_remote_code=trust
+                made, dtype=dtype_of(hparams, device), trust_remote_code=trust
             )
     return model, tokenizer
 
@@ -161,7 +161,7 @@ def resolve_device(device) -> torch.device:
     return device
 
 
-def _dtype(hparams, device: torch.device) -> torch.dtype:
+def dtype_of(hparams, device: torch.device) -> torch.dtype:
     """Return bf16 where the hardware multiplies it faster than fp32, or what the hparams say."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if hparams.dtype:
@@ -173,6 +173,9 @@ def _dtype(hparams, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
+    """Return whether the CPU has bf16, and torch may use it (``ATEN_CPU_CAPABILITY``)."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 

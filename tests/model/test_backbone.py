@@ -11,7 +11,7 @@ from horse_plugin.data.prompts import Prompt, batches
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import UNFUSED, Backbone
 from horse_plugin.model.capture import capture
-from horse_plugin.model.loading import resolve_device
+from horse_plugin.model.loading import dtype_of, resolve_device
 from tests import tiny
 
 MIDDLE = [f"model.layers.{i}.mlp.down_proj" for i in (3, 4)]
@@ -227,6 +227,18 @@ def test_the_dtype_asked_for_is_loaded(tmp_path, dtype):
     backbone = Backbone.load(tiny.hparams(model_name=str(tmp_path), dtype=dtype))
     assert backbone.model.dtype is wanted
     assert backbone.edit_dtype is torch.float32
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_cpu_computes_in_bf16_where_it_has_it_and_torch_may_use_it(
+    monkeypatch, capability, has_bf16
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    found = dtype_of(tiny.hparams(dtype=None), torch.device("cpu"))
+    assert found == (torch.bfloat16 if has_bf16 and capability == "AVX512" else torch.float32)
 
 
 @pytest.mark.parametrize("device", [None, "cpu", "auto"])
