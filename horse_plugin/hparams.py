@@ -109,8 +109,8 @@ class HORSEHyperParams:
     # what the residuals so far write; 1: the paper's single step
     train_sweeps: int | None = None  # ... in a training step; null: edit_sweeps
     keep_next: bool = False  # sweeps also keep likely what followed an answer before the edit
-    keep_edits: bool | None = None  # an edit on top of others reads their facts, too, and writes
-    # again those that it would undo; MALMEN false
+    keep_edits: bool | None = None  # an edit on top of others is one of all facts then in force;
+    # MALMEN false
     edit_block: int = 8192  # prompts whose keys are in memory at once; a larger edit sums them up
     # block by block
     residual_cap: float | None = None  # greatest row norm of R over the mean one of the module's

@@ -204,7 +204,7 @@ def edit(
     if data is None and (out or n_edits):
         raise UsageError("edit: give --data; only --onto works without, on the facts in force.")
     settings = _hparams(hparams, archive=archive and str(archive), max_drift=max_drift)
-    records = load_records(data, n_edits) if data else None
+    records = None if data is None else load_records(data, n_edits)
     with contextlib.ExitStack() as stack:
         if save_model:
             stack.enter_context(reserved(save_model))
@@ -219,7 +219,7 @@ def edit(
         editor = HorseEditor.from_hparams(settings, progress=True)
         if chain:
             editor.apply_chain(chain.deltas())
-        dataset = visible(Path(data).stem) if data else "facts in force"
+        dataset = "facts in force" if data is None else visible(Path(data).stem)
         options = dataset, name, strict, heldout, max_rise
         delta, rows = checked_edit(editor, records, *options, unfinished=folder)
         delta.about["command"] = _command()

@@ -101,7 +101,8 @@ def stale_in(chain: Chain) -> list[Text]:
         said.append(f"Stale since: the figures of {', '.join(found)}.")
         said[-1] += f" `horse eval --delta {chain.folder}` measures them again."
     if is_unsettled(chain):
-        said.append(f"{UNSETTLED} `horse edit --onto {chain.folder}` writes all of them anew.")
+        again = f"`horse edit --onto {chain.folder}`, with the options of the last edit"
+        said.append(f"{UNSETTLED} {again}, writes all of them anew.")
     return [_styled(line, "yellow") for line in said]
 
 

@@ -87,7 +87,7 @@ class Chain:
         return [e["name"] for e in self.entries if not e["undone"]]
 
     def save_now(self, rows: Sequence[dict]):
-        """Keep figures of the edits in force, one row of ``results.json`` for each of them.
+        """Keep figures of the edits in force, one row of ``results.json`` for each with facts.
 
         Raises:
             HorseError: another process writes into the folder, or has changed the chain.

@@ -1,9 +1,10 @@
 """An edit with checks: find conflicts, measure, edit, measure again."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from horse_plugin.data.prompts import PreparedEdits
+from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.editing.conflicts import Conflicts, find_conflicts, known_facts
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
@@ -62,13 +63,13 @@ def checked_edit(
             warnings.warn(line, stacklevel=4)
         return {name: n for name, indices in asdict(found).items() if (n := len(indices))}
 
-    earlier = editor.facts_in_force
+    earlier = editor.facts_in_force if records is not None else editor.facts_to_write_anew()
     edits = PreparedEdits.of_none() if records is None else backbone.prepare(records)
     conflicts = report(find_conflicts(edits, backbone.tokenizer.unk_token_id, earlier))
     edits.check()
     written = edits if records is not None else backbone.prepare(earlier, warn=False)
 
-    with backbone.one_job("edit", _tokens(editor, written, pieces)):
+    with backbone.one_job("edit", _tokens(editor, written, editor.to_capture(edits), pieces)):
         backbone.cache_trunk_states(written.flat())
         captured = editor.capture_at_once(edits)
         # A capture predicts the edit prompts' answers on its way, in the unedited model.
@@ -125,10 +126,17 @@ def figures_of(before: Evaluation, after: Evaluation) -> dict:
     return figures | {"verdict": judge(figures).to_dict()}
 
 
-def _tokens(editor: HorseEditor, edits: PreparedEdits, pieces: Pieces) -> dict[str, int]:
-    """Return step → an estimate of the tokens that an edit with its figures takes there."""
+def _tokens(
+    editor: HorseEditor, edits: PreparedEdits, prompts: Sequence[Prompt], pieces: Pieces
+) -> dict[str, int]:
+    """Return step → an estimate of the tokens that an edit with its figures takes there.
+
+    Args:
+        edits: what is measured.
+        prompts: what is captured.
+    """
     hp = editor.hparams
-    read, every = (sum(len(p.ids) for p in of) for of in (edits.to_capture(), edits.flat()))
+    read, every = (sum(len(p.ids) for p in of) for of in (prompts, edits.flat()))
     held_out = sum(len(text) for _, text in pieces) // 4  # characters in a token, about
     return {
         "trunk": every + held_out,

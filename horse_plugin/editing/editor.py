@@ -53,6 +53,8 @@ from horse_plugin.model.weights import on_host
 from horse_plugin.storage.digest import json_digest, matches, tensors_digest
 from horse_plugin.storage.files import new_folder
 
+# Settings by which facts become prompts.
+WRITTEN_BY = "token", "chat_template", "system_prompt", "append_eos", "separator"
 # From settings, the metric and the edits in force to the tensors of an edit.
 SolveWith = Callable[[HORSEHyperParams, Roots, InForce | None], dict[str, torch.Tensor]]
 # From a share of e^λ to them.
@@ -161,6 +163,18 @@ class HorseEditor:
         """The facts of all edits in the model; of several with one prompt, the last one."""
         return list({r.prompt: r for delta in self._state.edits for r in delta.records}.values())
 
+    def facts_to_write_anew(self) -> list[EditRecord]:
+        """Return :attr:`facts_in_force`, for an edit that writes them anew.
+
+        Raises:
+            UsageError: there is none, or ``keep_edits`` is off.
+        """
+        if not self.hparams.keep_edits:
+            raise UsageError("keep_edits: with it off, facts in force are not written anew.")
+        if not (facts := self.facts_in_force):
+            raise UsageError("edit: no fact is in force that could be written anew.")
+        return facts
+
     @property
     def original_weights(self) -> dict[str, torch.Tensor]:
         return self._state.original_weights
@@ -175,20 +189,21 @@ class HorseEditor:
         Raises:
             HorseError: the edit would take more memory than ``edit_memory_gb``, or than is free.
         """
-        return self._read(self._to_capture(self.backbone.prepare(records, kinds=["edit"])))
+        return self._read(self.to_capture(self.backbone.prepare(records, kinds=["edit"])))
 
     @guarded
     def capture_at_once(self, records) -> Capture | None:
         """Return :meth:`capture`'s, or None if an edit of these records is one in blocks."""
-        prompts = self._to_capture(self.backbone.prepare(records, kinds=["edit"]))
+        prompts = self.to_capture(self.backbone.prepare(records, kinds=["edit"]))
         return self._read(prompts) if len(prompts) <= self.hparams.edit_block else None
 
     def _read(self, prompts: Sequence[Prompt]) -> Capture:
-        check_memory(self.backbone, prompts, self.hparams, on_top=self._is_on_top)
-        if self.hparams.edit_sweeps > 1:  # each reads the same states
-            self.backbone.cache_trunk_states(prompts, progress=False)
+        self._check_memory(prompts)
         with self._below():
             return capture(self.backbone, prompts)
+
+    def _check_memory(self, prompts: Sequence[Prompt]):
+        check_memory(self.backbone, prompts, self.hparams, on_top=self._is_on_top)
 
     @property
     def _is_on_top(self) -> bool:
@@ -199,13 +214,15 @@ class HorseEditor:
         """Have the model as an edit begins from it for the length of a ``with``."""
         return self._unedited() if self._is_on_top else contextlib.nullcontext()
 
-    def _to_capture(self, edits: PreparedEdits) -> list[Prompt]:
+    def to_capture(self, edits: PreparedEdits) -> list[Prompt]:
         """Return the prompts that an edit of these records reads."""
         edits.check()
         replaced = {record.prompt for record in edits.records}
         kept = [r for r in self.facts_in_force if r.prompt not in replaced]
         if self._is_on_top and kept:
             earlier = self.backbone.prepare(kept, ["edit"], warn=False)
+            for error in earlier.errors.values():
+                raise UsageError(f"a fact in force cannot be written again: {error}")
             edits = self.backbone.place_keys(edits.on_top_of(earlier))
         return edits.to_capture(self.hparams.keep_next)
 
@@ -245,99 +262,141 @@ class HorseEditor:
         """
         start = time.perf_counter() - (captured.seconds if captured else 0.0)
         if records is None:
-            edits = PreparedEdits.of_none()
+            asked, edits = self.facts_to_write_anew(), PreparedEdits.of_none()
         else:
             edits = self.backbone.prepare(records, kinds=["edit"])
+            asked = edits.records
         hp, weights = self.hparams, self._current_digests()
-        if not (prompts := self._to_capture(edits)):
-            raise UsageError("edit: there is no fact to write, and none in force to write anew.")
+        prompts = self.to_capture(edits)
         if captured and captured.prompts != prompts:
             raise UsageError("captured: belongs to other records than those to edit.")
-        if captured is None and len(prompts) > hp.edit_block:
-            network, solve_with = self._sweep_blocks(prompts, weights, unfinished)
-        else:
-            with self.backbone.trunk_cache.for_a_while():
-                network, solve_with = self._sweep(captured or self._read(prompts))
-        in_force = self._in_force(network) if self._is_on_top else None
+        anew = {(r.prompt, r.target_new) for r in self.facts_in_force}
+        asks_more = any((r.prompt, r.target_new) not in anew for r in asked)
+        self._warn_of_other_settings()
+        with contextlib.ExitStack() as files:  # of an edit in blocks, until it is made
+            if captured is None and len(prompts) > hp.edit_block:
+                folder = unfinished or files.enter_context(tempfile.TemporaryDirectory())
+                network, solve_with = self._sweep_blocks(prompts, weights, Path(folder), files)
+            else:
+                network, solve_with = self._sweep(prompts, captured)
+            in_force = None
+            if self._is_on_top:
+                mus = None if records is None else edit_mus(network, hp)
+                in_force = InForce(self._shifts_in_force(), mus)
 
-        def solve_at(share: float) -> dict[str, torch.Tensor]:
-            return solve_with(replace(hp, edit_ridge=share), self.roots, in_force)
+            def solve_at(share: float) -> dict[str, torch.Tensor]:
+                return solve_with(replace(hp, edit_ridge=share), self.roots, in_force)
 
-        tensors, budget = self._within_budget(solve_at, in_force, edits)
-        about = {
+            tensors, budget = self._within_budget(solve_at, in_force, asked)
+            about = self._described(name, weights, network, budget)
+            delta = EditDelta(tensors, edits.records, about)
+            with self._all_or_nothing() as before:
+                self._add(delta, before)
+                if asks_more and not any(share > 0 for share in about["moved"].values()):
+                    raise HorseError(
+                        "the edit moved no weight: its shifts are smaller than the weights' "
+                        "precision. Load the model in fp32, or allow a larger edit (strength, "
+                        "edit_ridge, max_drift)."
+                    )
+        about["seconds"] = time.perf_counter() - start
+        return delta
+
+    def _shifts_in_force(self) -> list[torch.Tensor]:
+        """Return D of each edit module, the sum of the shifts in the model, d×d'."""
+        where = {"device": self.backbone.edit_device, "dtype": self.backbone.edit_dtype}
+        total = [torch.zeros(shape, **where) for shape in self.backbone.shapes]
+        for delta in self._state.edits:
+            for name, shift in zip(self.backbone.modules, total, strict=True):
+                shift += delta.shift(name, where["device"])
+        return total
+
+    def _described(
+        self,
+        name: str | None,
+        weights: dict[str, str],
+        network: HyperNetwork,
+        budget: Budget | None,
+    ) -> dict:
+        """Return ``about`` of an edit that is about to be made on weights of these digests."""
+        edits = self._state.edits
+        return {
             "name": name or self._new_name(),
-            "onto": [d.name for d in self._state.edits],
+            "onto": [d.name for d in edits],
             "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "model": self.backbone.fingerprint(),
             "modules": list(self.backbone.modules),
             "weights": weights,
-            "original": self._state.edits[0].about["original"] if self._state.edits else weights,
+            "original": edits[0].about["original"] if edits else weights,
             "network": network_form(network),
-            "hparams": hp.to_dict(),
+            "hparams": self.hparams.to_dict(),
             "budget": budget.to_dict() if budget else None,
             "versions": versions(),
         }
-        delta = EditDelta(tensors, edits.records, about)
-        with self._all_or_nothing() as before:
-            self._add(delta, before)
-            if not (in_force or any(share > 0 for share in about["moved"].values())):
-                raise HorseError(
-                    "the edit moved no weight: its shifts are smaller than the weights' precision. "
-                    "Load the model in fp32, or allow a larger edit (strength, edit_ridge, "
-                    "max_drift)."
-                )
-            about["seconds"] = time.perf_counter() - start
-        return delta
 
-    def _sweep(self, captured: Capture) -> tuple[HyperNetwork, SolveWith]:
+    def _warn_of_other_settings(self):
+        """Warn where facts in force were written as other prompts than they are now."""
+        for key in WRITTEN_BY if self._is_on_top else ():
+            now = getattr(self.hparams, key)
+            before = {d.name: d.about.get("hparams", {}).get(key, now) for d in self._state.edits}
+            if others := [name for name, value in before.items() if value != now]:
+                warnings.warn(
+                    f"{key}: {', '.join(others)} had another than {now!r}, with which this edit "
+                    "writes their facts again",
+                    stacklevel=3,
+                )
+
+    def _sweep(
+        self, prompts: Sequence[Prompt], captured: Capture | None
+    ) -> tuple[HyperNetwork, SolveWith]:
         """Gather the residuals of an edit; return what solves Eq. 2 for it."""
-        network = self.network or self.untrained_network(captured)
-        mus = edit_mus(network, self.hparams)
-        warn_if_crowded(ridge_of(0, self.backbone, captured, mus, self.roots), self.hparams)
-        parts = self.backbone, network, captured, self.hparams, self.roots
-        with self._below():
-            ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)  # the last one
+        with self.backbone.trunk_cache.for_a_while():
+            if self.hparams.edit_sweeps > 1:  # each reads the same states
+                self._check_memory(prompts)
+                self.backbone.cache_trunk_states(prompts, progress=False)
+            captured = captured or self._read(prompts)
+            network = self.network or self.untrained_network(captured)
+            mus = edit_mus(network, self.hparams)
+            warn_if_crowded(ridge_of(0, self.backbone, captured, mus, self.roots), self.hparams)
+            parts = self.backbone, network, captured, self.hparams, self.roots
+            with self._below():
+                # The last one; the others are not kept.
+                ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)
         return network, functools.partial(solve, self.backbone, network, captured, residuals)
 
     def _sweep_blocks(
-        self, prompts: Sequence[Prompt], weights: dict[str, str], folder: Path | None
+        self,
+        prompts: Sequence[Prompt],
+        weights: dict[str, str],
+        folder: Path,
+        files: contextlib.ExitStack,
     ) -> tuple[HyperNetwork, SolveWith]:
         """Do what :meth:`_sweep` does, block by block.
 
         Args:
             weights: their digests.
+            folder: for the files, which are gone when ``files`` is closed.
         """
         if distributed.world_size() > 1:
             raise UsageError("edit_block: several processes edit at once; raise it.")
-        backbone, hp = self.backbone, self.hparams
+        backbone, hp, roots = self.backbone, self.hparams, self.roots
         block = prompts[: hp.edit_block]
+        self._check_memory(block)
         network = self.network or self.untrained_network(self._read(block))
         about = [[[p.ids, p.start, p.subject, p.still] for p in prompts], hp.to_dict()]
         about += [weights, tensors_digest(network.state_dict(), {})]
-        with contextlib.ExitStack() as stack:
-            folder = folder or stack.enter_context(tempfile.TemporaryDirectory())
-            mine = stack.enter_context(files_of(Path(folder), json_digest(about)))
-            roots = self.roots
-            stack.enter_context(self._below())
+        mine = files.enter_context(files_of(folder, json_digest(about)))
+        with self._below():
             sums = sums_of_blocks(backbone, network, prompts, hp, roots, mine)
         return network, functools.partial(solve_sums, backbone, network, sums)
 
-    def _in_force(self, network: HyperNetwork) -> InForce:
-        """Return the edits under a new one."""
-        shifts = [
-            sum(delta.shift(name, self.backbone.edit_device) for delta in self._state.edits)
-            for name in self.backbone.modules
-        ]
-        return InForce(shifts, edit_mus(network, self.hparams))
-
     def _within_budget(
-        self, solve_at: SolveAt, in_force: InForce | None, edits: PreparedEdits
+        self, solve_at: SolveAt, in_force: InForce | None, asked: Sequence[EditRecord]
     ) -> tuple[dict[str, torch.Tensor], Budget | None]:
         """Return the tensors of an edit (Eq. 2), under a larger ridge term if the budget asks."""
         hp = self.hparams
         if hp.max_drift is None:
             return solve_at(hp.edit_ridge), None
-        asked = edits if edits.records else self.backbone.prepare(self.facts_in_force, ["edit"])
+        edits = self.backbone.prepare(asked, ["edit"], warn=False)
 
         def predicted(tensors) -> float:
             return predicted_cost(self.backbone, tensors, self.roots, in_force)
@@ -347,7 +406,7 @@ class HorseEditor:
                 return measure()
 
         def efficacy() -> float:
-            found = predict(self.backbone, asked.flat("edit")).items()
+            found = predict(self.backbone, edits.flat("edit")).items()
             shares = ((t == torch.tensor(p.answer)).double().mean() for p, t in found)
             return 100 * mean(share.item() for share in shares)
 

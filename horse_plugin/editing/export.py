@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.sharing import front, portable, said
+from horse_plugin.errors import UsageError
 from horse_plugin.evaluation.metrics import Evaluator
 from horse_plugin.method.metric import whitened
 from horse_plugin.model.guard import guarded
@@ -69,7 +70,8 @@ def to_rank(
         UsageError: the edits were made for another model.
     """
     backbone = editor.backbone
-    records = [r for delta in deltas for r in delta.records]
+    if not (records := [r for delta in deltas for r in delta.records]):
+        raise UsageError("export: no edit has facts, by which the adapter could be measured.")
     evaluator = Evaluator(backbone, backbone.prepare(records, kinds=["edit"]))
     editor.apply_chain(deltas)
     try:

@@ -84,7 +84,7 @@ def edit_bytes(
     systems = [_system(n, *shape) for shape in shapes]
     shifts = sum(min(n * (d + d_out), d * d_out) for d, d_out in shapes)
     if on_top:
-        rows += item * 2 * max(d_out for _, d_out in shapes)
+        rows += item * max(d + 2 * d_out for d, d_out in shapes)
         shifts = sum(2 * d * d_out for d, d_out in shapes)  # none is kept as factors
     metric = sum(d * d for d, _ in shapes) if hparams.preserve != "none" else 0
     numbers = max(*systems, _chunk(backbone, n, hparams)) + shifts + metric

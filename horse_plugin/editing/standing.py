@@ -48,8 +48,10 @@ def since(name: str, onto: Sequence[str] | None, in_force: Sequence[str]) -> Sin
 def stale(chain: Chain) -> dict[str, Since]:
     """Return those edits in force whose figures are of another set of edits, and what changed."""
     names = chain.in_force
-    found = {
-        e["name"]: since(e["name"], e.get("onto"), names) for e in chain.entries if not e["undone"]
+    found = {  # one that wrote others' facts anew has no facts to measure
+        e["name"]: since(e["name"], e.get("onto"), names)
+        for e in chain.entries
+        if not e["undone"] and e["n_edits"]
     }
     return {name: changed for name, changed in found.items() if changed}
 
@@ -73,10 +75,10 @@ def measure_again(editor: HorseEditor, deltas: Sequence[EditDelta]) -> list[dict
     unedited model.
 
     Raises:
-        UsageError: no edit is in force.
+        UsageError: no edit with facts is in force.
     """
-    if not deltas:
-        raise UsageError("no edit is in force: there are no facts to measure.")
+    if not any(delta.records for delta in deltas):
+        raise UsageError("no edit is in force that has facts to measure.")
     backbone = editor.backbone
     text = OrdinaryText(backbone, heldout_pieces())
     of_facts = [d for d in deltas if d.records]  # one that wrote others' facts anew has none

@@ -54,8 +54,7 @@ class Ridge:
 
     @classmethod
     def of_sum(cls, gram: torch.Tensor, n: int, mu, root: torch.Tensor | None = None) -> "Ridge":
-        """Return the primal of n keys whose sum HᵀH, d×d, is known; it has :meth:`shift_of` and
-        :meth:`crowding` only.
+        """Return the primal of n keys whose sum HᵀH, d×d, is known; what needs H it has not.
 
         Args:
             mu, root: as in :class:`Ridge`.

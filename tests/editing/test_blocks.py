@@ -9,6 +9,7 @@ from horse_plugin import HorseEditor, HorseError, UsageError
 from horse_plugin.editing import blocks
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.capture import capture
 from tests import tiny
 
 SETTINGS = {"edit_sweeps": 4, "normalizer": "scale", "residual_cap": 0.5, "full_loss": 0.7}
@@ -112,7 +113,8 @@ def test_facts_in_force_are_part_of_the_sums(network):
         one = editor(network, edit_block=size)
         one.edit(facts[:3])
         one.edit(facts[3:])
-        losses = one.capture(facts[:3]).losses[:3]
+        prompts = one.backbone.prepare(facts[:3], ["edit"]).to_capture()
+        losses = capture(one.backbone, prompts).losses
         results[name] = losses.mean().item()
     assert results["in blocks"] == pytest.approx(results["at once"], rel=0.2)
 

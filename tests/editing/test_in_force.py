@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from horse_plugin.editing import editor as editing
+from horse_plugin.editing.checked import checked_edit
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.in_force import InForce
 from horse_plugin.editing.solve import edit_residuals, solve
@@ -44,19 +46,69 @@ def weights(e):
     return [m.weight.detach().clone() for m in e.backbone.modules.values()]
 
 
-@pytest.mark.parametrize("block", [8192, 3])
-def test_one_edit_after_the_other_ends_where_all_at_once_end(block):
-    records = tiny.records(6)
-    one, other = editor(edit_block=block), editor(edit_block=block)
-    for i in range(0, 6, 2):
-        one.edit(records[i : i + 2])
-    # An edit reads its own facts first, and then those in force, oldest first.
-    other.edit([*records[4:], *records[:4]])
+def assert_same_edit(one, other, tolerance):
+    """The weights of both editors are the same, by a share of the greatest shift."""
     for found, want, before in zip(
         weights(one), weights(other), other.original_weights.values(), strict=True
     ):
         moved = (want - before).abs().max()
-        torch.testing.assert_close(found, want, rtol=0, atol=1e-4 * moved)
+        torch.testing.assert_close(found, want, rtol=0, atol=tolerance * moved)
+
+
+@pytest.mark.parametrize("preserve", ["none", "shipped"])
+@pytest.mark.parametrize("block", [8192, 3])
+def test_one_edit_after_the_other_ends_where_all_at_once_end(block, preserve):
+    records = tiny.records(6)
+    settings = {"edit_block": block, "preserve": preserve, "preserve_tokens": 200}
+    one, other = editor(**settings), editor(**settings)
+    for i in range(0, 6, 2):
+        one.edit(records[i : i + 2])
+    # An edit reads its own facts first, and then those in force, oldest first.
+    other.edit([*records[4:], *records[:4]])
+    assert_same_edit(one, other, 1e-4)
+
+
+def test_a_budget_on_what_is_written_anew_charges_all_of_it():
+    """Under a larger ridge term the weights are those of an edit of all facts under it."""
+    records = tiny.records(6)
+    one, other = editor(), editor()
+    one.edit(records[:3])
+    one.edit(records[3:])
+    one.undo(0)
+
+    def dear(solve_at, *parts):  # a budget that takes a ridge term of 50 times
+        return solve_at(50.0), None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one, "_within_budget", dear)
+        one.edit(None)
+        patch.setattr(other, "_within_budget", dear)
+        other.edit(records[3:])
+    assert_same_edit(one, other, 1e-4)
+
+
+def test_other_settings_of_facts_in_force_are_named():
+    e, records = editor(), tiny.records(4)
+    e.edit(records[:2])
+    e.use(e.backbone, replace(e.hparams, separator=" - "))
+    with pytest.warns(UserWarning, match="separator: 001 had another than ' - '"):
+        e.edit(records[2:])
+
+
+def test_an_edit_in_blocks_that_fails_at_the_solve_keeps_its_files(tmp_path, monkeypatch):
+    e, records = editor(edit_block=3), tiny.records(6)
+    monkeypatch.setattr(editing, "solve_sums", lambda *parts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        e.edit(records, unfinished=tmp_path)
+    assert list(tmp_path.iterdir())
+
+
+def test_without_keep_edits_nothing_is_written_anew():
+    e = editor(keep_edits=False)
+    e.edit(tiny.records(2))
+    for write_anew in (e.edit, lambda records: checked_edit(e, records, "facts")):
+        with pytest.raises(UsageError, match="keep_edits"):
+            write_anew(None)
 
 
 def test_facts_in_force_hold_after_further_edits():

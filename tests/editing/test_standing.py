@@ -5,6 +5,7 @@ import torch
 
 from horse_plugin import Chain, HorseEditor, UsageError
 from horse_plugin.editing.checked import checked_edit
+from horse_plugin.editing.export import to_rank
 from horse_plugin.editing.standing import Since, is_unsettled, measure_again, since, stale
 from tests import tiny
 
@@ -95,5 +96,19 @@ def test_facts_above_an_edit_that_is_undone_are_written_anew(chain):
 
 
 def test_without_a_fact_in_force_there_is_nothing_to_write_anew():
-    with pytest.raises(UsageError, match="none in force"):
+    with pytest.raises(UsageError, match="no fact is in force"):
         editor().edit(None)
+
+
+def test_where_only_an_edit_without_facts_is_left_it_is_said(chain):
+    chain.undo("a")
+    e = editor()
+    e.apply_chain(chain.deltas())
+    chain.add(*checked_edit(e, None, "facts in force", "anew", max_rise=1e9))
+    chain.undo("b")
+    chain.undo("c")
+    assert stale(chain) == {}
+    with pytest.raises(UsageError, match="has facts to measure"):
+        measure_again(editor(), chain.deltas())
+    with pytest.raises(UsageError, match="no edit has facts"):
+        to_rank(editor(), chain.deltas())
