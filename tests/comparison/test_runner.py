@@ -145,7 +145,7 @@ def test_batches_are_edited_one_on_top_of_the_other_and_measured_after_each(plan
     facts = one.datasets[0].records
     for batch in (facts[:2], facts[2:4], facts[4:5]):
         editor.edit(batch)
-    assert text.measure().summary()["drift"] == pytest.approx(row["drift"], rel=1e-3)
+    assert text.measure().summary()["drift"] == pytest.approx(row["drift"], rel=1e-2)
 
     # Edits at once stand in the same folder, and a second run measures neither again.
     both = runner.run(plan({"HORSE": engine}, (5,)), progress=False)
