@@ -262,10 +262,10 @@ class HorseEditor:
         """
         start = time.perf_counter() - (captured.seconds if captured else 0.0)
         if records is None:
-            asked, edits = self.facts_to_write_anew(), PreparedEdits.of_none()
+            edits = PreparedEdits.of_none()
         else:
             edits = self.backbone.prepare(records, kinds=["edit"])
-            asked = edits.records
+        asked = edits.records or self.facts_to_write_anew()
         hp, weights = self.hparams, self._current_digests()
         prompts = self.to_capture(edits)
         if captured and captured.prompts != prompts:
@@ -281,7 +281,7 @@ class HorseEditor:
                 network, solve_with = self._sweep(prompts, captured)
             in_force = None
             if self._is_on_top:
-                mus = None if records is None else edit_mus(network, hp)
+                mus = edit_mus(network, hp) if edits.records else None
                 in_force = InForce(self._shifts_in_force(), mus)
 
             def solve_at(share: float) -> dict[str, torch.Tensor]:

@@ -68,7 +68,10 @@ def test_one_edit_after_the_other_ends_where_all_at_once_end(block, preserve):
     assert_same_edit(one, other, 1e-4)
 
 
-def test_a_budget_on_what_is_written_anew_charges_all_of_it():
+@pytest.mark.parametrize(
+    "write_anew", [lambda e: e.edit(None), lambda e: checked_edit(e, None, "facts", max_rise=1e9)]
+)
+def test_a_budget_on_what_is_written_anew_charges_all_of_it(write_anew):
     """Under a larger ridge term the weights are those of an edit of all facts under it."""
     records = tiny.records(6)
     one, other = editor(), editor()
@@ -81,7 +84,7 @@ def test_a_budget_on_what_is_written_anew_charges_all_of_it():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(one, "_within_budget", dear)
-        one.edit(None)
+        write_anew(one)
         patch.setattr(other, "_within_budget", dear)
         other.edit(records[3:])
     assert_same_edit(one, other, 1e-4)
