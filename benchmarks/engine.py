@@ -74,7 +74,7 @@ class Pair:
         self.trainer = HORSETrainer(
             hp, self.records, self.records, "unused", self.backbone, progress=False
         )
-        _ = self.trainer.roots  # reads text, where there is a metric
+        self.trainer.roots = self.roots  # else it would read the text again, inside the clock
 
     def keep(self):
         """Keep the trunk states of all prompts, as a training run does before its first step."""

@@ -114,12 +114,17 @@ def page_of(session: Session, title: str):
         except HorseError as error:
             return "", "", str(error)
 
-    def switch(on, prompt):
+    def told(change, *args) -> str:
         try:
-            said = session.switch(on)
+            return change(*args)
         except HorseError as error:
-            said = str(error)
-        return edits(), *ask(prompt, said)
+            return str(error)
+
+    def switch(on, prompt):
+        return edits(), *ask(prompt, told(session.switch, on))
+
+    def write_anew(prompt):
+        return edits(), *ask(prompt, told(session.write_anew))
 
     def add(prompt, *fact):
         try:
@@ -128,13 +133,6 @@ def page_of(session: Session, title: str):
         except HorseError as error:
             said = str(error)
         return edits(), prompt, *ask(prompt, said)
-
-    def write_anew(prompt):
-        try:
-            said = session.write_anew()
-        except HorseError as error:
-            said = str(error)
-        return edits(), *ask(prompt, said)
 
     with gr.Blocks(analytics_enabled=False, title=f"HORSE: {title}") as page:
         gr.Markdown("# HORSE")

@@ -147,9 +147,12 @@ def edit(
         moved = (about.get("moved") or {}).get(module, float("nan"))
         layers.append([module, form, f"{moved:.2e}"])
     layers = Table(["module", "form", "moved, ‖ΔW‖/‖W‖"], layers, "Weights")
-    records = [[r.prompt, r.target_new] for r in delta.records[first : first + n_records]]
-    shown = f"Facts {first + 1:,} to {first + len(records):,} of {len(delta.records):,}"
-    records = [printed(Table(["prompt", "answer"], records, shown, is_text=True))]
+    if delta.records:
+        lines = [[r.prompt, r.target_new] for r in delta.records[first : first + n_records]]
+        shown = f"Facts {first + 1:,} to {first + len(lines):,} of {len(delta.records):,}"
+        records = [printed(Table(["prompt", "answer"], lines, shown, is_text=True))]
+    else:
+        records = []
     overview = RichTable(box=box.SIMPLE, show_header=False)
     for line in facts:
         overview.add_row(*line)
@@ -161,7 +164,7 @@ def edit(
         printed(layers),
         *tables,
         *outcome(delta),
-        *(records if delta.records else []),
+        *records,
     ]
 
 

@@ -68,10 +68,11 @@ def checked_edit(
     conflicts = report(find_conflicts(edits, backbone.tokenizer.unk_token_id, earlier))
     edits.check()
     written = edits if records is not None else backbone.prepare(earlier, warn=False)
+    prompts = editor.to_capture(edits)
 
-    with backbone.one_job("edit", _tokens(editor, written, editor.to_capture(edits), pieces)):
+    with backbone.one_job("edit", _tokens(editor, written, prompts, pieces)):
         backbone.cache_trunk_states(written.flat())
-        captured = editor.capture_at_once(edits)
+        captured = editor.capture_at_once(prompts)
         # A capture predicts the edit prompts' answers on its way, in the unedited model.
         known = captured.predicted if captured and not editor.history else None
         text = editor.ordinary_text(pieces)

@@ -192,13 +192,19 @@ class HorseEditor:
         return self._read(self.to_capture(self.backbone.prepare(records, kinds=["edit"])))
 
     @guarded
-    def capture_at_once(self, records) -> Capture | None:
-        """Return :meth:`capture`'s, or None if an edit of these records is one in blocks."""
-        prompts = self.to_capture(self.backbone.prepare(records, kinds=["edit"]))
+    def capture_at_once(self, prompts: Sequence[Prompt]) -> Capture | None:
+        """Return :meth:`capture`'s, or None if an edit that reads these prompts is one in blocks.
+
+        Args:
+            prompts: what :meth:`to_capture` returned.
+        """
         return self._read(prompts) if len(prompts) <= self.hparams.edit_block else None
 
     def _read(self, prompts: Sequence[Prompt]) -> Capture:
         self._check_memory(prompts)
+        return self._read_below(prompts)
+
+    def _read_below(self, prompts: Sequence[Prompt]) -> Capture:
         with self._below():
             return capture(self.backbone, prompts)
 
@@ -350,10 +356,11 @@ class HorseEditor:
     ) -> tuple[HyperNetwork, SolveWith]:
         """Gather the residuals of an edit; return what solves Eq. 2 for it."""
         with self.backbone.trunk_cache.for_a_while():
-            if self.hparams.edit_sweeps > 1:  # each reads the same states
+            if captured is None:
                 self._check_memory(prompts)
-                self.backbone.cache_trunk_states(prompts, progress=False)
-            captured = captured or self._read(prompts)
+                if self.hparams.edit_sweeps > 1:  # each reads the same states
+                    self.backbone.cache_trunk_states(prompts, progress=False)
+                captured = self._read_below(prompts)
             network = self.network or self.untrained_network(captured)
             mus = edit_mus(network, self.hparams)
             warn_if_crowded(ridge_of(0, self.backbone, captured, mus, self.roots), self.hparams)
@@ -381,7 +388,7 @@ class HorseEditor:
         backbone, hp, roots = self.backbone, self.hparams, self.roots
         block = prompts[: hp.edit_block]
         self._check_memory(block)
-        network = self.network or self.untrained_network(self._read(block))
+        network = self.network or self.untrained_network(self._read_below(block))
         about = [[[p.ids, p.start, p.subject, p.still] for p in prompts], hp.to_dict()]
         about += [weights, tensors_digest(network.state_dict(), {})]
         mine = files.enter_context(files_of(folder, json_digest(about)))

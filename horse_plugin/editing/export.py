@@ -67,7 +67,7 @@ def to_rank(
         max_error: the largest :attr:`Adapter.error`, for which the least rank is found; or None.
 
     Raises:
-        UsageError: the edits were made for another model.
+        UsageError: the edits were made for another model, or none of them has facts.
     """
     backbone = editor.backbone
     if not (records := [r for delta in deltas for r in delta.records]):

@@ -127,7 +127,7 @@ def test_every_method_starts_from_the_same_weights_and_records(plan):
 
 def test_batches_are_edited_one_on_top_of_the_other_and_measured_after_each(plan, tmp_path):
     """The last state is that of an editor which made the same edits, and the model comes back."""
-    engine = Engine(trained=False, changes={"strength": 30.0})
+    engine = Engine(trained=False, changes={"strength": 300.0})
     rows = runner.run(plan({"unedited": Counted(), "HORSE": engine}, (5,), batch=2), progress=False)
     unedited, row = rows
     assert [len(b["efficacy"]) for b in row["batches"]] == [1, 2, 3]
@@ -140,12 +140,12 @@ def test_batches_are_edited_one_on_top_of_the_other_and_measured_after_each(plan
 
     one = plan({})
     hparams = HORSEHyperParams.from_hparams(one.models["tiny"])
-    editor = HorseEditor.from_hparams(replace(hparams, strength=30.0, archive=None))
+    editor = HorseEditor.from_hparams(replace(hparams, strength=300.0, archive=None))
     text = OrdinaryText(editor.backbone, heldout_pieces())
     facts = one.datasets[0].records
     for batch in (facts[:2], facts[2:4], facts[4:5]):
         editor.edit(batch)
-    assert text.measure().summary()["drift"] == pytest.approx(row["drift"], rel=1e-2)
+    assert text.measure().summary()["drift"] == pytest.approx(row["drift"], rel=1e-3)
 
     # Edits at once stand in the same folder, and a second run measures neither again.
     both = runner.run(plan({"HORSE": engine}, (5,)), progress=False)

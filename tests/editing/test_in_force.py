@@ -17,7 +17,7 @@ from horse_plugin.method.metric import inverse_root, metric_of
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
-from tests.numbers import arrays, close
+from tests.numbers import arrays, assert_same_edit, close, weights
 
 
 @pytest.mark.parametrize("n", [4, 30])
@@ -40,19 +40,6 @@ def editor(**changes):
 def held(e, records):
     prompts = e.backbone.prepare(records, ["edit"]).flat()
     return sum(t.tolist() == list(p.answer) for p, t in predict(e.backbone, prompts).items())
-
-
-def weights(e):
-    return [m.weight.detach().clone() for m in e.backbone.modules.values()]
-
-
-def assert_same_edit(one, other, tolerance):
-    """The weights of both editors are the same, by a share of the greatest shift."""
-    for found, want, before in zip(
-        weights(one), weights(other), other.original_weights.values(), strict=True
-    ):
-        moved = (want - before).abs().max()
-        torch.testing.assert_close(found, want, rtol=0, atol=tolerance * moved)
 
 
 @pytest.mark.parametrize("preserve", ["none", "shipped"])
