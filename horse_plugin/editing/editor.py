@@ -4,13 +4,12 @@ import collections
 import contextlib
 import datetime
 import functools
-import itertools
 import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +19,8 @@ from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.data.records import EditRecord
 from horse_plugin.distributed import is_main_process
-from horse_plugin.editing.archive import as_trained, check_made_for, load_network, network_form
+from horse_plugin.editing.applied import AppliedEdits
+from horse_plugin.editing.archive import as_trained, load_network, network_form
 from horse_plugin.editing.blocks import files_of, solve_sums, sums_of_blocks
 from horse_plugin.editing.budget import Budget, smallest_ridge
 from horse_plugin.editing.crowding import warn_if_crowded
@@ -49,8 +49,7 @@ from horse_plugin.model.capture import Capture, capture
 from horse_plugin.model.guard import guarded
 from horse_plugin.model.loading import quiet_transformers
 from horse_plugin.model.preserve import Preserve
-from horse_plugin.model.weights import on_host
-from horse_plugin.storage.digest import json_digest, matches, tensors_digest
+from horse_plugin.storage.digest import json_digest, tensors_digest
 from horse_plugin.storage.files import new_folder
 
 # Settings by which facts become prompts.
@@ -61,26 +60,8 @@ SolveWith = Callable[[HORSEHyperParams, Roots, InForce | None], dict[str, torch.
 SolveAt = Callable[[float], dict[str, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class _State:
-    """What an editor has done to its model, remembered in one piece.
-
-    Attributes:
-        edits: those in force, oldest first.
-        digests: of the weights as the editor left them.
-        original_weights: module name → weight before the first edit, on the CPU.
-    """
-
-    edits: tuple[EditDelta, ...] = ()
-    digests: dict[str, str] = field(default_factory=dict)
-    original_weights: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-class HorseEditor:
+class HorseEditor(AppliedEdits):
     """Edits a model with HORSE; every edit can be taken back, bit for bit.
-
-    The weights are always the original ones plus the edits in :attr:`history`, added in that
-    order. Undoing an edit, the last or any other, sets them to the original ones plus the rest.
 
     Without an archive the hypernetwork is untrained: such an edit harms the model more and
     generalises less. The normaliser and η are then set by the facts of each edit.
@@ -92,7 +73,6 @@ class HorseEditor:
     Attributes:
         backbone: the model as :class:`horse_plugin.Backbone`.
         network: the trained hypernetwork, or None.
-        original_weights: module name → weight before the first edit in force, on the CPU.
 
     Raises:
         UsageError: the archive is for another model or other modules.
@@ -134,7 +114,6 @@ class HorseEditor:
                 network, preserve, about = load_network(hparams.archive, backbone)
             hparams = as_trained(hparams, about)
         self.use(backbone, hparams, network, preserve, roots)
-        self._state = _State()
 
     def use(self, backbone: Backbone, hparams, network=None, preserve=None, roots=None):
         """Go on with other settings or another network, on top of the edits in force.
@@ -153,16 +132,6 @@ class HorseEditor:
             network.tf32 = hparams.network_tf32
         self._metric, self._preserve, self._roots = metric, preserve, roots
 
-    @property
-    def history(self) -> list[EditDelta]:
-        """The edits that are in the model now, oldest first."""
-        return list(self._state.edits)
-
-    @property
-    def facts_in_force(self) -> list[EditRecord]:
-        """The facts of all edits in the model; of several with one prompt, the last one."""
-        return list({r.prompt: r for delta in self._state.edits for r in delta.records}.values())
-
     def facts_to_write_anew(self) -> list[EditRecord]:
         """Return :attr:`facts_in_force`, for an edit that writes them anew.
 
@@ -174,10 +143,6 @@ class HorseEditor:
         if not (facts := self.facts_in_force):
             raise UsageError("edit: no fact is in force that could be written anew.")
         return facts
-
-    @property
-    def original_weights(self) -> dict[str, torch.Tensor]:
-        return self._state.original_weights
 
     @guarded
     def capture(self, records) -> Capture:
@@ -214,11 +179,11 @@ class HorseEditor:
     @property
     def _is_on_top(self) -> bool:
         """Whether an edit is one of all facts, with those in force."""
-        return self.hparams.keep_edits and bool(self._state.edits)
+        return self.hparams.keep_edits and bool(self.history)
 
     def _below(self) -> contextlib.AbstractContextManager:
         """Have the model as an edit begins from it for the length of a ``with``."""
-        return self._unedited() if self._is_on_top else contextlib.nullcontext()
+        return self.unedited() if self._is_on_top else contextlib.nullcontext()
 
     def to_capture(self, edits: PreparedEdits) -> list[Prompt]:
         """Return the prompts that an edit of these records reads."""
@@ -272,7 +237,7 @@ class HorseEditor:
         else:
             edits = self.backbone.prepare(records, kinds=["edit"])
         asked = edits.records or self.facts_to_write_anew()
-        hp, weights = self.hparams, self._current_digests()
+        hp, weights = self.hparams, self.current_digests()
         prompts = self.to_capture(edits)
         if captured and captured.prompts != prompts:
             raise UsageError("captured: belongs to other records than those to edit.")
@@ -288,7 +253,7 @@ class HorseEditor:
             in_force = None
             if self._is_on_top:
                 mus = edit_mus(network, hp) if edits.records else None
-                in_force = InForce(self._shifts_in_force(), mus)
+                in_force = InForce(self.shifts_in_force(), mus)
 
             def solve_at(share: float) -> dict[str, torch.Tensor]:
                 return solve_with(replace(hp, edit_ridge=share), self.roots, in_force)
@@ -296,8 +261,8 @@ class HorseEditor:
             tensors, budget = self._within_budget(solve_at, in_force, asked)
             about = self._described(name, weights, network, budget)
             delta = EditDelta(tensors, edits.records, about)
-            with self._all_or_nothing() as before:
-                self._add(delta, before)
+            with self.all_or_nothing() as before:
+                self.put_on(delta, before)
                 if asks_more and not any(share > 0 for share in about["moved"].values()):
                     raise HorseError(
                         "the edit moved no weight: its shifts are smaller than the weights' "
@@ -307,15 +272,6 @@ class HorseEditor:
         about["seconds"] = time.perf_counter() - start
         return delta
 
-    def _shifts_in_force(self) -> list[torch.Tensor]:
-        """Return D of each edit module, the sum of the shifts in the model, d×d'."""
-        where = {"device": self.backbone.edit_device, "dtype": self.backbone.edit_dtype}
-        total = [torch.zeros(shape, **where) for shape in self.backbone.shapes]
-        for delta in self._state.edits:
-            for name, shift in zip(self.backbone.modules, total, strict=True):
-                shift += delta.shift(name, where["device"])
-        return total
-
     def _described(
         self,
         name: str | None,
@@ -324,9 +280,9 @@ class HorseEditor:
         budget: Budget | None,
     ) -> dict:
         """Return ``about`` of an edit that is about to be made on weights of these digests."""
-        edits = self._state.edits
+        edits = self.history
         return {
-            "name": name or self._new_name(),
+            "name": name or self.new_name(),
             "onto": [d.name for d in edits],
             "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "model": self.backbone.fingerprint(),
@@ -343,7 +299,7 @@ class HorseEditor:
         """Warn where facts in force were written as other prompts than they are now."""
         for key in WRITTEN_BY if self._is_on_top else ():
             now = getattr(self.hparams, key)
-            before = {d.name: d.about.get("hparams", {}).get(key, now) for d in self._state.edits}
+            before = {d.name: d.about.get("hparams", {}).get(key, now) for d in self.history}
             if others := [name for name, value in before.items() if value != now]:
                 warnings.warn(
                     f"{key}: {', '.join(others)} had another than {now!r}, with which this edit "
@@ -442,7 +398,7 @@ class HorseEditor:
         Args:
             pieces: (kind, text) of each piece.
         """
-        with self._unedited():
+        with self.unedited():
             return OrdinaryText(self.backbone, pieces)
 
     @property
@@ -455,7 +411,7 @@ class HorseEditor:
         if self._roots is None and self.hparams.preserve == "none":
             self._roots = [None] * len(self.backbone.modules)
         elif self._roots is None:
-            with self._unedited():
+            with self.unedited():
                 self._preserve = self._preserve or Preserve.of(self.backbone, self.hparams)
                 self._roots = self._preserve.roots(self.backbone, self.hparams.stats_dir)
         return self._roots
@@ -468,24 +424,9 @@ class HorseEditor:
             return 0
         if self._preserve is None and hp.preserve == "model":  # which writes its text first
             return hp.preserve_tokens
-        with self._unedited():
+        with self.unedited():
             self._preserve = self._preserve or Preserve.of(self.backbone, hp)
             return self._preserve.unread(self.backbone, hp.stats_dir)
-
-    @contextlib.contextmanager
-    def _unedited(self) -> Iterator[None]:
-        """Put the original weights into the model for the length of a ``with``."""
-        before = self.backbone.weights.clones()
-        try:
-            self.backbone.weights.restore(self.original_weights)
-            yield
-        finally:
-            self.backbone.weights.restore(before)
-
-    def _new_name(self) -> str:
-        names = {d.name for d in self._state.edits}
-        numbers = (f"{i:03d}" for i in itertools.count(len(names) + 1))
-        return next(n for n in numbers if n not in names)
 
     @guarded
     def untrained_network(self, captured: Capture) -> HyperNetwork:
@@ -503,145 +444,6 @@ class HorseEditor:
             )
         return network
 
-    def apply(self, delta: EditDelta):
-        """Add a delta to the model, such as a loaded one.
-
-        It must have been made on the weights as they are now, or as they were before all edits of
-        this editor, so that several edits of one model can be combined. A model in another dtype
-        will do if its weights round to the very weights that the edit was made on, such as a bf16
-        model that was loaded in fp32.
-
-        Raises:
-            UsageError: the delta was made for another model, other modules or other weights.
-            HorseError: the weights were changed from outside since this editor's last edit.
-        """
-        self._apply([delta], "weights")
-
-    def apply_chain(self, deltas: Sequence[EditDelta]):
-        """Add deltas that were made one on top of the other, all of them or none.
-
-        The first must have been made on the weights as they are now; undone edits are left out.
-
-        Raises:
-            UsageError, HorseError: as :meth:`apply`.
-        """
-        self._apply(deltas, "original")
-
-    @guarded
-    def _apply(self, deltas: Sequence[EditDelta], made_on: str):
-        now, done = self._current_digests(), self.history
-        known = [now, *(d.about["original"] for d in done[:1])]
-        here = [{name: m.weight for name, m in self.backbone.modules.items()}]
-        here += [self.original_weights] if done else []
-        for delta in deltas:
-            check_made_for(delta.name, delta.about, self.backbone)
-            wanted = delta.about[made_on]
-            if wanted not in known and not any(_differing(w, wanted) is None for w in here):
-                module = _differing(here[0], wanted)
-                dtype = str(wanted.get(module)).partition(":")[0]
-                raise UsageError(
-                    f"{delta.name}: made on other {dtype} weights of {module} than this model "
-                    "has. Load the model in that dtype, and apply first what it was made on top of."
-                )
-            known.append(wanted)
-        with self._all_or_nothing() as before:
-            for i, delta in enumerate(deltas):
-                self._add(delta, self.backbone.weights.clones() if i else before)
-
-    @property
-    @guarded
-    def changed(self) -> str | None:
-        """The name of an edit module whose weight others changed since the last edit, or None."""
-        return self._changed(self.backbone.weights.digests())
-
-    def _changed(self, now: dict[str, str]) -> str | None:
-        left = self._state.digests
-        return next((m for m in now if left and now[m] != left[m]), None)
-
-    def _current_digests(self) -> dict[str, str]:
-        """Return the digests of the weights now, which must be as this editor left them."""
-        now = self.backbone.weights.digests()
-        if module := self._changed(now):
-            raise HorseError(
-                f"{module}: its weight was changed by others since this editor's last edit. "
-                "undo(force=True) overwrites the change; a new HorseEditor starts from it."
-            )
-        return now
-
-    @contextlib.contextmanager
-    def _all_or_nothing(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield copies of the weights; after an exception weights and history are as before."""
-        state = self._state
-        try:
-            with self.backbone.weights.all_or_nothing() as before:
-                yield before
-        except BaseException:
-            self._state = state
-            raise
-
-    def _add(self, delta: EditDelta, before: dict[str, torch.Tensor]):
-        """Put a delta on top, inside :meth:`_all_or_nothing`.
-
-        Args:
-            before: copies of the weights as they are now.
-        """
-        edits, original = self._state.edits, self.original_weights
-        self.backbone.weights.move(delta.lazy_shifts(self.backbone.edit_device))
-        original = original if edits else on_host(before)
-        delta.tensors = {name: t.cpu() for name, t in delta.tensors.items()}
-        delta.about.setdefault("moved", self._moved(before))
-        self._state = _State((*edits, delta), self.backbone.weights.digests(), original)
-
-    def _moved(self, before: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Return how far each weight moved: ‖W − W before‖/‖W before‖ (Frobenius)."""
-        dtype, modules = self.backbone.edit_dtype, self.backbone.modules
-        return {
-            name: (
-                (modules[name].weight.to(dtype) - w.to(dtype)).norm() / w.to(dtype).norm()
-            ).item()
-            for name, w in before.items()
-        }
-
-    @guarded
-    def undo(self, which: int | str = -1, force: bool = False) -> EditDelta:
-        """Take an edit back.
-
-        Every bit is as if the other edits had been applied to the original model in their order;
-        without other edits, as before the first edit.
-
-        Args:
-            which: the edit's index in :attr:`history`, or its name; the last one by default.
-            force: undo even if others changed the weights meanwhile; their change is lost.
-
-        Returns:
-            The delta that was taken back.
-
-        Raises:
-            UsageError: there is no such edit.
-            HorseError: there is no edit to undo, or the weights were changed from outside since
-                this editor's last edit.
-        """
-        edits = self._state.edits
-        if not edits:
-            raise HorseError("undo: this editor has made no edit.")
-        names = [d.name for d in edits]
-        if which in names:
-            index = len(names) - 1 - names[::-1].index(which)
-        elif isinstance(which, int) and -len(names) <= which < len(names):
-            index = which % len(names)
-        else:
-            raise UsageError(f"undo: no edit {which!r}; there are {', '.join(names)}.")
-        if not force:
-            self._current_digests()
-        with self._all_or_nothing():
-            self.backbone.weights.restore(self.original_weights)
-            left = (*edits[:index], *edits[index + 1 :])
-            for delta in left:
-                self.backbone.weights.move(delta.lazy_shifts(self.backbone.edit_device))
-            digests = self.backbone.weights.digests()
-            self._state = _State(left, digests, self.original_weights) if left else _State()
-        return edits[index]
-
     @guarded
     def ask(
         self, prompts: str | Sequence[str], n_tokens: int = 50, before: bool = False, streamer=None
@@ -658,7 +460,7 @@ class HorseEditor:
             UsageError: a prompt is empty, or leaves no room for an answer.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        with self._unedited() if before else contextlib.nullcontext():
+        with self.unedited() if before else contextlib.nullcontext():
             return answers(self.backbone, prompts, n_tokens, streamer)
 
     @guarded
@@ -689,16 +491,6 @@ class HorseEditor:
                 part.save_pretrained(made)
                 if not type(part).__module__.startswith("transformers_modules"):
                     _name_no_code(made)
-
-    @staticmethod
-    def load_delta(folder) -> EditDelta:
-        """Return a delta that :meth:`EditDelta.save` wrote; :meth:`apply` puts it into a model."""
-        return EditDelta.load(folder)
-
-
-def _differing(weights: dict[str, torch.Tensor], digests: dict[str, str]) -> str | None:
-    """Return the first module whose weight, rounded to its digest's dtype, has another digest."""
-    return next((m for m, w in weights.items() if not matches(w, digests.get(m))), None)
 
 
 def _name_no_code(folder: Path):
