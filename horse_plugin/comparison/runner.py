@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,7 +39,8 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
     """Measure what ``results.json`` does not hold yet, and return all rows that the plan asks for.
 
     A row is held if it was measured with the same settings on the same records. A method that fails
-    leaves a row with its ``reason`` and no figures, and is tried again next time.
+    leaves a row with its ``reason`` and no figures, and is tried again next time. So does one that
+    is stopped between batches, with what was measured after each of them.
 
     Raises:
         UsageError: the model cannot be loaded.
@@ -49,6 +50,12 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
         # Without EasyEdit it fails here, and not in every row.
         from horse_plugin.comparison.baselines import check  # noqa: F401
     rows, wanted = held_rows(plan.out), []
+
+    def keep(row: dict):
+        nonlocal rows
+        rows = [r for r in rows if _cell(r) != _cell(row)] + [row]
+        results.save(plan.out / RESULTS, rows)
+
     total = len(plan.models) * len(plan.cells())
     hidden = None if progress else True  # None: where nobody watches
     with tqdm(total=total, desc="compare", unit="cell", disable=hidden) as bar:
@@ -57,11 +64,14 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
             for data, n, seed, name in plan.cells():
                 cell = visible(f"{name}, {data.name}, {n} edits, seed {seed}")
                 bar.set_postfix_str(cell)
-                row = measured.measure(rows, data, n, seed, name, cell, bar)
-                same = [r for r in rows if _cell(r) == _cell(row)]
-                if row not in same:
-                    rows = [r for r in rows if r not in same] + [row]
-                    results.save(plan.out / RESULTS, rows)
+
+                def after_batch(row: dict, cell=cell):
+                    keep(row)
+                    bar.set_postfix_str(f"{cell}, {len(row['batches'])} batches")
+
+                row = measured.measure(rows, data, n, seed, name, after_batch)
+                if row not in rows:
+                    keep(row)
                 wanted.append(row)
                 bar.update()
     return wanted
@@ -90,11 +100,19 @@ class _MeasuredModel:
         self.hparams = HORSEHyperParams.from_hparams(plan.models[model])
         self.backbone = self.evaluator = self.text = self._evaluates = None
 
-    def measure(self, rows, data: DataSet, n: int, seed: int, name: str, cell: str, bar) -> dict:
+    def measure(
+        self,
+        rows: list[dict],
+        data: DataSet,
+        n: int,
+        seed: int,
+        name: str,
+        after_batch: Callable[[dict], None],
+    ) -> dict:
         """Return the row of one cell: a held one, or a new one.
 
         Args:
-            cell: what the cell is called on the bar.
+            after_batch: gets the row as it is after each batch, if there are several.
         """
         method, hparams = self.plan.methods[name], dataclasses.replace(self.hparams, seed=seed)
         records = data.records[:n], data.train, data.val
@@ -115,26 +133,45 @@ class _MeasuredModel:
                 return row
         self._load(task)
         results.reset_peak_memory()
+        known = {"settings": settings, "command": self.plan.command}
+        known |= {"batch": task.batch} if task.batch else {}
+
+        batches = []
+
+        def failed(error: Exception) -> dict:
+            row = self._failed(name, task, error) | known
+            return row | ({"batches": list(batches)} if batches else {})
+
+        def measured(batch: dict):
+            batches.append(batch)
+            done = f"stopped after batch {len(batches)} of {len(task.batches)}"
+            after_batch(failed(HorseError(done)))
+
         try:
             with contextlib.closing(method(task)) as states:
-                row = self._row(name, task, states, lambda i: bar.set_postfix_str(f"{cell}, {i}"))
+                row = self._row(name, task, states, measured) | known
+                row |= {"batches": batches} if batches else {}
         except Exception as error:  # whatever a method of others raises: the row says so
             if distributed.world_size() > 1 and not isinstance(error, HorseError):
                 raise  # in this process alone, maybe: it no longer works as one with the others
-            row = self._failed(name, task, error)
+            row = failed(error)
         if weights_digest(self.backbone) != self.digest:
             raise HorseError(f"{name}: the model's weights are not what they were before it ran.")
-        row |= {"settings": settings, "command": self.plan.command}
-        return row | ({"batch": task.batch} if task.batch else {})
+        return row
 
-    def _row(self, name: str, task: Task, states: Iterator[Edited], tell) -> dict:
-        """Measure the model after each batch that is edited, and all of it after the last."""
-        seconds, after = [], []
+    def _row(
+        self, name: str, task: Task, states: Iterator[Edited], measured: Callable[[dict], None]
+    ) -> dict:
+        """Measure the model after each batch that is edited, and all of it after the last.
+
+        Args:
+            measured: gets what is measured after each batch, if there are several.
+        """
+        seconds = []
         for edited in states:
             seconds.append(edited.edit_seconds)
             if task.batch:
-                after.append(self._after_batch(task, edited.backbone, len(seconds)))
-                tell(f"batch {len(seconds)} of {len(task.batches)}")
+                measured(self._after_batch(task, edited.backbone, len(seconds)))
             if len(seconds) == len(task.batches):
                 break  # the method holds the edited model until it is closed
         evaluation = self.evaluator.evaluate(edited.backbone)
@@ -145,8 +182,7 @@ class _MeasuredModel:
         if self.plan.probabilities:
             with contextlib.suppress(UsageError):  # no record of these has what they compare
                 row["probabilities"] = success_and_magnitude(edited.backbone, task.records)
-        row |= {"train_seconds": edited.train_seconds, "budget": edited.budget}
-        return row | ({"batches": after} if after else {})
+        return row | {"train_seconds": edited.train_seconds, "budget": edited.budget}
 
     def _after_batch(self, task: Task, edited: Backbone, n_batches: int) -> dict:
         """Return what is left of each batch so far, in percent, and what ordinary text paid."""

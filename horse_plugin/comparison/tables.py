@@ -173,7 +173,8 @@ def retention(rows: list[dict], page: Page) -> dict[str, dict[str, dict[str, lis
     """Return what happened over the batches of a page, as means over the seeds.
 
     It is data set → method → ``by age``, the efficacy of each batch after the last one, oldest
-    first; ``so far``, the efficacy of all batches after each one; and ``drift`` after each one.
+    first; ``so far``, the efficacy of all batches after each one; and ``drift`` after each one. A
+    method that stopped has fewer batches.
     """
     found = {}
     for r in of_page(rows, page):
@@ -181,12 +182,12 @@ def retention(rows: list[dict], page: Page) -> dict[str, dict[str, dict[str, lis
             found.setdefault(r["dataset"], {}).setdefault(r["method"], []).append(r["batches"])
 
     def over_seeds(runs, of) -> list[float]:
-        return [mean(of(b) for b in at) for at in zip(*runs, strict=True)]
+        return [mean(of(b) for b in at) for at in zip(*runs, strict=False)]
 
     return {
         dataset: {
             method: {
-                "by age": [mean(at) for at in zip(*(r[-1]["efficacy"] for r in runs), strict=True)],
+                "by age": over_seeds([r[-1]["efficacy"] for r in runs], lambda held: held),
                 "so far": over_seeds(runs, lambda after: mean(after["efficacy"])),
                 "drift": over_seeds(runs, lambda after: after["drift"]),
             }
@@ -203,9 +204,12 @@ def retention_table(rows: list[dict], page: Page) -> Table:
     n = -(-page.n_edits // (page.batch or page.n_edits))
     shown = sorted({round(i * (n - 1) / (AGES - 1)) for i in range(AGES)})
     columns = [(of, i) for of in found.values() for i in shown]
-    lines = [
-        [m, *(number(of[m]["by age"][i]) if m in of else "–" for of, i in columns)] for m in methods
-    ]
+
+    def left(method: str, of: dict, i: int) -> str:
+        held = of.get(method, {"by age": []})["by age"]
+        return number(held[i]) if len(held) == n else "–"  # else it stopped before the last
+
+    lines = [[m, *(left(m, of, i) for of, i in columns)] for m in methods]
     caption = f"Efficacy of each batch after the last, the oldest first; {page.heading}."
     names = ["method", *(f"batch {i + 1}" for _, i in columns)]
     return Table(names, lines, caption, [(dataset, len(shown)) for dataset in found])
@@ -260,8 +264,9 @@ def means(rows: list[dict], page: Page) -> dict[str, dict]:
 
 
 def _first(row: dict) -> float | None:
-    """Return the efficacy that is left of the first batch after the last."""
-    return row["batches"][-1]["efficacy"][0] if row.get("batches") else None
+    """Return the efficacy that is left of the first batch after the last, if it came to that."""
+    whole = row.get("batches") and not row.get("reason")
+    return row["batches"][-1]["efficacy"][0] if whole else None
 
 
 def perplexities(rows: list[dict], page: Page, dataset: str) -> dict[str, float]:

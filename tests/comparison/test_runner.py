@@ -1,5 +1,7 @@
 """The comparison on a tiny model: every cell once, from the same weights, into honest tables."""
 
+import contextlib
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +14,7 @@ from horse_plugin.comparison.experiments import ablate
 from horse_plugin.comparison.methods import ABLATIONS, METHODS, Engine
 from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
+from horse_plugin.comparison.tables import pages, retention, retention_table
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.editing.archive import read_network
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
@@ -152,6 +155,34 @@ def test_batches_are_edited_one_on_top_of_the_other_and_measured_after_each(plan
     assert "batches" not in both[0]
     assert runner.run(plan({"HORSE": engine}, (5,), batch=2), progress=False) == [row]
     assert len(json.loads((tmp_path / "out/results.json").read_text())) == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_method_that_stops_between_batches_leaves_what_was_measured(plan, tmp_path, error):
+    class Stops(methods.Unedited):
+        def __call__(self, task):
+            yield from itertools.islice(super().__call__(task), 2)
+            raise error("the power went")
+
+    table = {"unedited": methods.Unedited(), "FT": Stops()}
+    with contextlib.suppress(KeyboardInterrupt):
+        runner.run(plan(table, (5,), batch=2), progress=False)
+    whole, stopped = runner.held_rows(tmp_path / "out")
+    killed = error is KeyboardInterrupt
+    reason = "stopped after batch 2 of 3" if killed else "RuntimeError: the power went"
+    assert (stopped["reason"], stopped["efficacy"]) == (reason, None)
+    assert stopped["batches"] == whole["batches"][:2]
+
+    write_output(tmp_path / "out", [whole, stopped])
+    page = pages([whole])[0]
+    drawn = retention([whole, stopped], page)["facts"]
+    assert [len(drawn[m]["drift"]) for m in table] == [3, 2]
+    lines = {line[0]: line[1:] for line in retention_table([whole, stopped], page).lines}
+    assert "–" not in lines["unedited"] and set(lines["FT"]) == {"–"}
+
+    table["FT"] = methods.Unedited()
+    *_, again = runner.run(plan(table, (5,), batch=2), progress=False)
+    assert "reason" not in again and again["batches"] == whole["batches"]
 
 
 def test_a_method_that_leaves_the_model_changed_is_named(plan):
