@@ -46,8 +46,8 @@ AT_LEAST = dict.fromkeys(
 )
 PATHS = "model_name tokenizer_name archive preserve trunk_dir results_dir stats_dir".split()
 ABOVE_0 = """edit_memory_gb strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
-    preserve_rho residual_cap full_loss""".split()
-AT_MOST_1 = ("preserve_mix", "preserve_rho")
+    preserve_rho residual_cap full_loss edit_step""".split()
+AT_MOST_1 = ("preserve_mix", "preserve_rho", "edit_step")
 # The methods that our engine runs, and the settings that make it run them.
 METHODS = {
     "HORSE": {
@@ -108,6 +108,8 @@ class HORSEHyperParams:
     edit_sweeps: int = 1  # most times that keys and gradients are read, each time in the model with
     # what the residuals so far write; 1: the paper's single step
     train_sweeps: int | None = None  # ... in a training step; null: edit_sweeps
+    edit_step: float | None = None  # share of its residual that a row gets in a sweep of an edit;
+    # null: 1, or less where keys crowd
     keep_next: bool = False  # sweeps also keep likely what followed an answer before the edit
     keep_edits: bool | None = None  # an edit on top of others is one of all facts then in force;
     # MALMEN false
@@ -222,7 +224,7 @@ class HORSEHyperParams:
             if value is not None and not value > 0:
                 raise UsageError(f"{key}: must be above 0, got {value}.")
         for key in AT_MOST_1:
-            if getattr(self, key) > 1:
+            if (getattr(self, key) or 0) > 1:
                 raise UsageError(f"{key}: must be at most 1, got {getattr(self, key)}.")
         if not self.edit_coef + self.gen_coef + self.loc_coef > 0:
             raise UsageError("edit_coef, gen_coef and loc_coef are all 0: nothing to train on.")

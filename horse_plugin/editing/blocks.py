@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.editing.crowding import warn_if_crowded
+from horse_plugin.editing.crowding import Crowding
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.in_force import InForce
 from horse_plugin.editing.solve import Roots, edit_mus, edit_residuals
@@ -44,21 +44,24 @@ class Sums:
 
     Attributes:
         grams: HᵀH of each edit module, d×d, in float64.
-        rights: HᵀR of each edit module, d×d', in float64.
+        rights: HᵀR of each edit module, d×d', in float64, before the step.
         counts: as :func:`horse_plugin.editing.sweeps.counts_of` has them.
+        step: the share of its residual that a row gets in a sweep, known after the first.
     """
 
     grams: list[torch.Tensor]
     rights: list[torch.Tensor]
     counts: torch.Tensor
+    step: float = 1.0
 
     @classmethod
-    def none(cls, backbone: Backbone) -> "Sums":
+    def none(cls, backbone: Backbone, step: float = 1.0) -> "Sums":
         where = {"dtype": torch.float64, "device": backbone.edit_device}
         return cls(
             [torch.zeros(d, d, **where) for d, _ in backbone.shapes],
             [torch.zeros(*shape, **where) for shape in backbone.shapes],
             torch.zeros(3, dtype=torch.float64),
+            step,
         )
 
     def add(self, captured: Capture, residuals: Sequence[torch.Tensor]):
@@ -74,16 +77,17 @@ class Sums:
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {f"gram.{l}": t for l, t in enumerate(self.grams)}
         named |= {f"right.{l}": t for l, t in enumerate(self.rights)}
-        return named | {"counts": self.counts}
+        step = torch.tensor(self.step, dtype=torch.float64)
+        return named | {"counts": self.counts, "step": step}
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], device) -> "Sums":
         """Return the sums that :meth:`tensors` described."""
-        n = len(tensors) // 2
+        n = len(tensors) // 2 - 1  # the others are no sums
         grams, rights = (
             [tensors[f"{part}.{l}"].to(device) for l in range(n)] for part in ("gram", "right")
         )
-        return cls(grams, rights, tensors["counts"])
+        return cls(grams, rights, tensors["counts"], tensors["step"].item())
 
 
 def solve_sums(
@@ -101,7 +105,7 @@ def solve_sums(
     """
     tensors, mus = {}, edit_mus(network, hparams)
     for l, name in enumerate(backbone.modules):
-        ridge, right = _ridge_of(l, backbone, sums, mus, roots), sums.rights[l]
+        ridge, right = _ridge_of(l, backbone, sums, mus, roots), sums.step * sums.rights[l]
         if in_force:
             shift = in_force.shifts[l].to(right)
             shift = ridge.shift_of(right - sums.grams[l] @ shift) - in_force.pulled(l, ridge)
@@ -168,10 +172,12 @@ def sums_of_blocks(
             lacking = made.counts[-1].item() if made and sweep > 1 else math.inf
             if made and is_over(sums.counts.tolist(), lacking):
                 break
-            made, sums, done = sums, Sums.none(backbone), 0
             if sweep == 0:
                 mus = edit_mus(network, hparams)
-                warn_if_crowded(_ridge_of(0, backbone, made, mus, roots), hparams)
+                crowding = Crowding.of(_ridge_of(0, backbone, sums, mus, roots))
+                crowding.warn(hparams)
+                sums.step = crowding.step(hparams)
+            made, sums, done = sums, Sums.none(backbone, sums.step), 0
     return made
 
 

@@ -23,7 +23,7 @@ from horse_plugin.editing.applied import AppliedEdits
 from horse_plugin.editing.archive import as_trained, load_network, network_form
 from horse_plugin.editing.blocks import files_of, solve_sums, sums_of_blocks
 from horse_plugin.editing.budget import Budget, smallest_ridge
-from horse_plugin.editing.crowding import warn_if_crowded
+from horse_plugin.editing.crowding import Crowding
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.in_force import InForce
 from horse_plugin.editing.memory import check_memory
@@ -319,11 +319,13 @@ class HorseEditor(AppliedEdits):
                 captured = self._read_below(prompts)
             network = self.network or self.untrained_network(captured)
             mus = edit_mus(network, self.hparams)
-            warn_if_crowded(ridge_of(0, self.backbone, captured, mus, self.roots), self.hparams)
+            crowding = Crowding.of(ridge_of(0, self.backbone, captured, mus, self.roots))
+            crowding.warn(self.hparams)
             parts = self.backbone, network, captured, self.hparams, self.roots
+            step = crowding.step(self.hparams)
             with self._below():
                 # The last one; the others are not kept.
-                ((captured, residuals),) = collections.deque(sweeps(*parts), maxlen=1)
+                ((captured, residuals),) = collections.deque(sweeps(*parts, step), maxlen=1)
         return network, functools.partial(solve, self.backbone, network, captured, residuals)
 
     def _sweep_blocks(

@@ -25,6 +25,7 @@ def sweeps(
     captured: Capture,
     hparams: HORSEHyperParams,
     roots: Roots,
+    step: float = 1.0,
 ) -> Iterator[tuple[Capture, list[torch.Tensor]]]:
     """Yield, at most ``edit_sweeps`` times, a capture and the sum of the residuals up to it.
 
@@ -38,11 +39,13 @@ def sweeps(
         captured: the capture of the edit prompts and the contrasts on the model as it is now, the
             first to be yielded.
         roots: as in :func:`horse_plugin.editing.solve.calibrate`.
+        step: the share of its residual that a row gets in a sweep
+            (:meth:`horse_plugin.editing.crowding.Crowding.step`).
 
     Yields:
         The capture, and Σ R'_1 … Σ R'_T over the sweeps so far, n×d' each.
     """
-    total = edit_residuals(backbone, network, captured, hparams)
+    total = [step * r for r in edit_residuals(backbone, network, captured, hparams)]
     yield captured, total
     lacking, n = math.inf, hparams.edit_sweeps
     with backbone.trunk_cache.for_a_while():
@@ -58,7 +61,7 @@ def sweeps(
                 return
             lacking = counts[-1]
             more = edit_residuals(backbone, network, captured, hparams)
-            total = [r + m for r, m in zip(total, more, strict=True)]
+            total = [r + step * m for r, m in zip(total, more, strict=True)]
             yield captured, total
 
 

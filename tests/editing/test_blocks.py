@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from horse_plugin import HorseEditor, HorseError, UsageError
-from horse_plugin.editing import blocks
+from horse_plugin.editing import blocks, crowding
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
@@ -41,14 +41,18 @@ def test_sums_solve_eq_2(n, metric):
     assert found.crowding() == pytest.approx(Ridge(keys, mu, root).crowding())
 
 
-def test_blocks_write_what_one_block_writes(network):
+@pytest.mark.parametrize("too_crowded", [0.35, 10.0])
+def test_blocks_write_what_one_block_writes(network, monkeypatch, too_crowded):
     """Without Eq. 6, which is taken block by block, and with keys that are summed in float64."""
-    network.spread = "uniform"
-    at_once = editor(network).edit(tiny.records())
-    in_blocks = editor(network, edit_block=3).edit(tiny.records())
+    monkeypatch.setattr(crowding, "TOO_CROWDED", too_crowded)
+    network.spread, facts = "uniform", tiny.records()
+    at_once = editor(network).edit(facts)
+    in_blocks = editor(network, edit_block=3).edit(facts)
+    whole = editor(network, edit_step=1.0).edit(facts)
     network.spread = "orthogonal"
     for name, shift in at_once.shifts.items():
         torch.testing.assert_close(in_blocks.shifts[name], shift, rtol=1e-3, atol=1e-6)
+        assert torch.equal(whole.shifts[name], shift) == (too_crowded < 1)
     assert f"{name}.shift" in in_blocks.tensors
 
 
@@ -68,7 +72,8 @@ def test_a_stopped_edit_goes_on_and_ends_with_the_same_bits(
 ):
     """Whether the sums were saved after each block, or at the end of a sweep only."""
     monkeypatch.setattr(blocks, "SECONDS", seconds)
-    whole = editor(network, edit_block=3).edit(tiny.records())
+    changes = {"edit_block": 3, "edit_step": 0.7}
+    whole = editor(network, **changes).edit(tiny.records())
     ran, read = [], blocks.capture
 
     def counted(*args):
@@ -78,7 +83,7 @@ def test_a_stopped_edit_goes_on_and_ends_with_the_same_bits(
         return read(*args)
 
     monkeypatch.setattr(blocks, "capture", counted)
-    one = editor(network, edit_block=3)
+    one = editor(network, **changes)
     with pytest.raises(KeyboardInterrupt):
         one.edit(tiny.records(), unfinished=tmp_path)
     assert not one.history
@@ -87,7 +92,7 @@ def test_a_stopped_edit_goes_on_and_ends_with_the_same_bits(
     assert done or stop_at == 1
     n_blocks = -(-len(tiny.records()) // 3)
     stop_at = 0  # from now on, all run
-    again = editor(network, edit_block=3).edit(tiny.records(), unfinished=tmp_path)
+    again = editor(network, **changes).edit(tiny.records(), unfinished=tmp_path)
     assert not list(tmp_path.iterdir())
     for name, tensor in whole.tensors.items():
         assert torch.equal(again.tensors[name], tensor)

@@ -7,42 +7,48 @@ import pytest
 import torch
 
 from horse_plugin import HorseEditor
-from horse_plugin.editing.crowding import warn_if_crowded
+from horse_plugin.editing.crowding import TOO_CROWDED, Crowding
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
 
 
 def rows(n, mu=0.5):
-    return Ridge(torch.ones(n, 5), mu)
+    return Crowding.of(Ridge(torch.ones(n, 5), mu))
 
 
 def test_rows_with_one_key_share_what_one_would_move():
-    assert rows(20).crowding() == pytest.approx((100 / 100.5 / 20, 5 / 5.5))
+    crowding = rows(20)
+    assert (crowding.share, crowding.alone) == pytest.approx((100 / 100.5 / 20, 5 / 5.5))
+
+
+def test_the_more_rows_share_a_key_the_shorter_are_the_steps():
+    sweeps = tiny.hparams(edit_sweeps=3)
+    steps = [rows(n).step(sweeps) for n in (1, 2, 5, 20)]
+    assert steps[:2] == [1, 1] and 1 > steps[2] > steps[3]
+    assert steps[3] == pytest.approx(100 / 100.5 / 20 / (5 / 5.5) / TOO_CROWDED)
+    assert rows(20).step(tiny.hparams(edit_sweeps=1)) == 1  # the paper's
+    assert rows(20).step(tiny.hparams(edit_sweeps=3, edit_step=0.4)) == 0.4
+    assert rows(1, mu=1e12).step(sweeps) == 1
 
 
 def test_the_sweeps_it_asks_for_are_enough():
     with pytest.warns(UserWarning, match="2 answer tokens crowd .* 48% .* 91% alone") as found:
-        warn_if_crowded(rows(2), tiny.hparams(edit_sweeps=3))
+        rows(2).warn(tiny.hparams(edit_sweeps=3))
     needed = int(re.search(r"Try edit_sweeps: (\d+)", str(found[0].message))[1])
     with pytest.warns(UserWarning, match="crowd"):
-        warn_if_crowded(rows(2), tiny.hparams(edit_sweeps=needed - 1))
+        rows(2).warn(tiny.hparams(edit_sweeps=needed - 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_crowded(rows(2), tiny.hparams(edit_sweeps=needed))
-
-
-def test_where_answers_undo_each_other_no_sweeps_are_promised():
-    with pytest.warns(UserWarning, match="20 answer tokens crowd .* Try more modules"):
-        warn_if_crowded(rows(20), tiny.hparams(edit_sweeps=100))
+        rows(2).warn(tiny.hparams(edit_sweeps=needed))
 
 
 def test_a_large_ridge_term_is_not_taken_for_a_crowd():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_crowded(rows(1), tiny.hparams())
-        warn_if_crowded(rows(20, mu=1e4), tiny.hparams())
-        warn_if_crowded(rows(20, mu=1e12), tiny.hparams(edit_sweeps=12))  # of which 0 is left
+        rows(1).warn(tiny.hparams())
+        rows(20, mu=1e4).warn(tiny.hparams())
+        rows(20, mu=1e12).warn(tiny.hparams(edit_sweeps=12))  # of which 0 is left
 
 
 @pytest.mark.parametrize("block", [20, 100])
