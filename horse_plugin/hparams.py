@@ -46,8 +46,8 @@ AT_LEAST = dict.fromkeys(
 )
 PATHS = "model_name tokenizer_name archive preserve trunk_dir results_dir stats_dir".split()
 ABOVE_0 = """edit_memory_gb strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
-    preserve_rho residual_cap full_loss edit_step""".split()
-AT_MOST_1 = ("preserve_mix", "preserve_rho", "edit_step")
+    preserve_rho residual_cap full_loss edit_step edit_holds""".split()
+AT_MOST_1 = ("preserve_mix", "preserve_rho", "edit_step", "edit_holds")
 # The methods that our engine runs, and the settings that make it run them.
 METHODS = {
     "HORSE": {
@@ -108,6 +108,8 @@ class HORSEHyperParams:
     edit_sweeps: int = 1  # most times that keys and gradients are read, each time in the model with
     # what the residuals so far write; 1: the paper's single step
     train_sweeps: int | None = None  # ... in a training step; null: edit_sweeps
+    edit_holds: float | None = None  # the probability of an answer's token from which on sweeps of
+    # an edit ask for no more; null: 0.9
     edit_step: float | None = None  # share of its residual that a row gets in a sweep of an edit;
     # null: 1, or less where keys crowd
     keep_next: bool = False  # sweeps also keep likely what followed an answer before the edit

@@ -158,7 +158,7 @@ def sums_of_blocks(
             with backbone.weights.shifted(EditDelta(tensors, []).lazy_shifts()):
                 for i in range(done, len(blocks)):
                     at, earlier, residuals = store.block(i, sweep)
-                    captured = capture(backbone, blocks[i], earlier)
+                    captured = capture(backbone, blocks[i], earlier, hparams.edit_holds)
                     if at != sweep:  # else it stopped between the block and the sums
                         if earlier:
                             captured.still |= captured.holds

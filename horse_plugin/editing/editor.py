@@ -171,7 +171,7 @@ class HorseEditor(AppliedEdits):
 
     def _read_below(self, prompts: Sequence[Prompt]) -> Capture:
         with self._below():
-            return capture(self.backbone, prompts)
+            return capture(self.backbone, prompts, holds_from=self.hparams.edit_holds)
 
     def _check_memory(self, prompts: Sequence[Prompt]):
         check_memory(self.backbone, prompts, self.hparams, on_top=self._is_on_top)

@@ -54,7 +54,7 @@ def sweeps(
         for _ in range(1, n):
             tensors = solve(backbone, network, captured, total, hparams, roots)
             with backbone.weights.shifted(EditDelta(tensors, []).lazy_shifts()):
-                captured = capture(backbone, captured.prompts, captured)
+                captured = capture(backbone, captured.prompts, captured, hparams.edit_holds)
             captured = replace(captured, still=captured.still | captured.holds)
             counts, before = sum_over_ranks(counts_of(captured)).tolist(), lacking
             if is_over(counts, before):

@@ -15,7 +15,7 @@ from horse_plugin.method.losses import cross_entropy
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded, hooked
 
-HOLDS = 0.9  # the probability from which on an answer token needs no more
+HOLDS = 0.9  # the probability from which on an answer token needs no more, if no other is given
 KEPT = 0.5  # ... and the token that follows it, as a share of its probability before the edit
 
 
@@ -26,7 +26,7 @@ class Notes:
     Attributes:
         value_norms: the mean norm of a row of each edit module's outputs before the edit.
         holds: n, on the CPU, whether the row's prompt needs no more: the model gives each token of
-            the answer a probability of at least ``HOLDS``, and the token that followed it at least
+            the answer the probability that was asked for, and the token that followed it at least
             ``KEPT`` of the one it had. Where the edit must do nothing, there is no more to do.
         followed: what followed each answer before the edit, if it is read: the likeliest token, and
             the most that it may cost after the edit, in nats. On the CPU, one per prompt of this
@@ -73,7 +73,12 @@ class Capture(Notes):
 
 
 @guarded
-def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None = None) -> Capture:
+def capture(
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    earlier: Notes | None = None,
+    holds_from: float | None = None,
+) -> Capture:
     """Run the prompts through the model as it is, forward and backward.
 
     The graph starts at the lowest edit module's output, since nothing below it needs a gradient.
@@ -85,6 +90,7 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
 
     Args:
         earlier: the last capture of the same prompts in the same edit, or its notes.
+        holds_from: the probability from which on an answer token needs no more; None is ``HOLDS``.
 
     Raises:
         HorseError: a key or a gradient is not finite; the message names the record and the module.
@@ -145,7 +151,7 @@ def capture(backbone: Backbone, prompts: Sequence[Prompt], earlier: Notes | None
         rows, of, end, losses, tokens, next_tokens, may_cost = parts
         followed[of[end]], allowed[of[end]] = next_tokens, may_cost
         row_losses[rows] = losses  # a prompt has as many rows as tokens to predict
-        lacking = losses > torch.where(end, 0, -math.log(HOLDS))
+        lacking = losses > torch.where(end, 0, -math.log(holds_from or HOLDS))
         holds[of[lacking]] = False
         done = of[end & (losses == 0)]
         still_rows[first_rows[done] + sizes[done] - 1] = True

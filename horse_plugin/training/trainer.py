@@ -251,7 +251,8 @@ class HORSETrainer:
         captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps
-        hp = replace(self.hparams, edit_sweeps=n, edit_ridge=1.0)  # only edits take a share
+        whole = {"edit_ridge": 1.0, "edit_holds": None}  # only edits take less
+        hp = replace(self.hparams, edit_sweeps=n, **whole)
         parts = self.backbone, self.network, captured, hp, self.roots
         captures, residuals = [], []
         for each, total in sweeps(*parts):

@@ -86,6 +86,24 @@ def test_the_end_comes_when_few_are_left_and_a_sweep_gains_little(editor, monkey
     assert len(found) == n_captures == 2 < everything
 
 
+@pytest.mark.parametrize("block", [3, 8192])
+def test_an_edit_asks_for_the_probability_that_it_is_told(editor, monkeypatch, block):
+    facts, limit = tiny.records(), between(editor, monkeypatch)
+
+    def shift(probability, **changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(capture_module, "HOLDS", probability)
+            hparams = replace(editor.hparams, edit_block=block, **changes)
+            one = HorseEditor.from_backbone(editor.backbone, hparams)
+            (shift, *_) = one.edit(facts).shifts.values()
+            one.undo()
+        return shift
+
+    told = shift(0.9, edit_holds=limit)
+    assert torch.equal(told, shift(limit))
+    assert not torch.equal(told, shift(0.9))
+
+
 def test_a_token_that_costs_little_asks_for_little(editor):
     captured = editor.capture(tiny.records())
     network, row = editor.untrained_network(captured), torch.arange(len(captured.losses)) == 0
