@@ -47,6 +47,17 @@ def test_every_parameter_moves_in_the_first_steps(tmp_path, loc_loss, train_spre
         assert moved == (name != "spread_strength" or train_spread), name
 
 
+def test_what_an_edit_takes_less_of_a_training_step_takes_whole(tmp_path):
+    less = {"edit_ridge": 0.1, "edit_step": 0.3, "edit_holds": 1e-6}
+    bits = []
+    for name, changes in (("whole", {}), ("less", less)):
+        t = trainer(tmp_path / name, edit_sweeps=3, **changes)
+        for i in range(2):
+            t.train_step(t.batch(i))
+        bits.append([p.detach().clone() for p in t.network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+
+
 @pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path):
     t = trainer(tmp_path, max_epochs=20, meta_lr=3e-3)
