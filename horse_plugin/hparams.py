@@ -110,8 +110,8 @@ class HORSEHyperParams:
     train_sweeps: int | None = None  # ... in a training step; null: edit_sweeps
     edit_holds: float | None = None  # the probability of an answer's token from which on sweeps of
     # an edit ask for no more; null: 0.9
-    edit_step: float | None = None  # share of its residual that a row gets in a sweep of an edit;
-    # null: 1, or less where keys crowd
+    edit_step: float | None = None  # share of its residual that a row gets in a sweep of an edit
+    # of several; null: 1, or less where keys crowd
     keep_next: bool = False  # sweeps also keep likely what followed an answer before the edit
     keep_edits: bool | None = None  # an edit on top of others is one of all facts then in force;
     # MALMEN false

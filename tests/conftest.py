@@ -7,6 +7,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from horse_plugin.assets import CALIBRATION, HELDOUT
+from horse_plugin.evaluation.generation import LENGTH
 from tests import tiny
 
 
@@ -19,5 +20,6 @@ def short_text(tmp_path_factory):
 @pytest.fixture
 def shipped_text(monkeypatch):
     """Put the shipped text back."""
+    monkeypatch.setattr("horse_plugin.evaluation.generation.LENGTH", LENGTH)
     monkeypatch.setattr("horse_plugin.data.corpus.HELDOUT", HELDOUT)
     monkeypatch.setattr("horse_plugin.data.corpus.CALIBRATION", CALIBRATION)

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from horse_plugin.data.records import EditRecord
+from horse_plugin.editing.crowding import Crowding
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.editing.solve import solve
+from horse_plugin.editing.solve import edit_mus, ridge_of, solve
 from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.evaluation.metrics import Evaluator
 from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, timed, versions
@@ -90,7 +91,8 @@ def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) 
 
         spread = clock("residual and spread", residuals)
         if hp.edit_sweeps > 1:
-            parts = backbone, network, captured, hp, roots
+            ridge = ridge_of(0, backbone, captured, edit_mus(network, hp), roots)
+            parts = backbone, network, captured, hp, roots, Crowding.of(ridge).step(hp)
             last = clock("further sweeps", lambda: collections.deque(sweeps(*parts), maxlen=1))
             captured, spread = last[0]
         tensors = clock("solve", lambda: solve(backbone, network, captured, spread, hp, roots))

@@ -31,7 +31,7 @@ ROW |= dict.fromkeys(("reason", "budget", "settings", "command"), TEXT)
 ROW |= {"check": Maybe({"records": count, "ours": {str: NUMBER}, "easyedit": {str: NUMBER}})}
 ROW |= {"probabilities": Maybe({str: NUMBER})}
 ROW |= {"versions": Maybe({str: str}), "batch": Maybe(count)}
-AFTER_BATCH = {"efficacy": [(int, float)], "drift": (int, float), "perplexity": (int, float)}
+AFTER_BATCH = {"efficacy": [(int, float)], "drift": NUMBER, "perplexity": NUMBER}
 ROW |= {"batches": Maybe([AFTER_BATCH])}
 
 
@@ -40,7 +40,8 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
 
     A row is held if it was measured with the same settings on the same records. A method that fails
     leaves a row with its ``reason`` and no figures, and is tried again next time. So does one that
-    is stopped between batches, with what was measured after each of them.
+    is stopped between batches, with what was measured after each of them; from then on a row that
+    has less of the same does not take its place.
 
     Raises:
         UsageError: the model cannot be loaded.
@@ -51,10 +52,12 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
         from horse_plugin.comparison.baselines import check  # noqa: F401
     rows, wanted = held_rows(plan.out), []
 
-    def keep(row: dict):
+    def keep(row: dict, is_done: bool = True):
         nonlocal rows
-        rows = [r for r in rows if _cell(r) != _cell(row)] + [row]
-        results.save(plan.out / RESULTS, rows)
+        same = [r for r in rows if _cell(r) == _cell(row)]
+        if row not in same and all(_replaces(row, r, is_done) for r in same):
+            rows = [r for r in rows if r not in same] + [row]
+            results.save(plan.out / RESULTS, rows)
 
     total = len(plan.models) * len(plan.cells())
     hidden = None if progress else True  # None: where nobody watches
@@ -66,12 +69,11 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
                 bar.set_postfix_str(cell)
 
                 def after_batch(row: dict, cell=cell):
-                    keep(row)
-                    bar.set_postfix_str(f"{cell}, {len(row['batches'])} batches")
+                    keep(row, is_done=False)
+                    bar.set_postfix_str(f"{cell}, {row['reason']}")
 
                 row = measured.measure(rows, data, n, seed, name, after_batch)
-                if row not in rows:
-                    keep(row)
+                keep(row)
                 wanted.append(row)
                 bar.update()
     return wanted
@@ -90,6 +92,24 @@ def held_rows(out: Path) -> list[dict]:
 def _cell(row: dict) -> tuple:
     key = tuple(row[k] for k in ("method", "dataset", "model", "n_edits", "seed"))
     return *key, row.get("batch")
+
+
+def _replaces(row: dict, held: dict, is_done: bool) -> bool:
+    """Return whether a row takes the place of a held one of the same cell.
+
+    Args:
+        is_done: whether the row is the last word on its cell, and not one between two batches.
+    """
+    if not row.get("reason"):
+        return True
+    is_same = row.get("settings") == held.get("settings")
+    if not held.get("reason"):  # whole
+        return is_done and not is_same
+    return not is_same or len(row.get("batches", ())) >= len(held.get("batches", ()))
+
+
+class _Unkept(Exception):
+    """What was measured after a batch could not be kept, which is no fault of the method."""
 
 
 class _MeasuredModel:
@@ -112,7 +132,7 @@ class _MeasuredModel:
         """Return the row of one cell: a held one, or a new one.
 
         Args:
-            after_batch: gets the row as it is after each batch, if there are several.
+            after_batch: gets the row as it is after each batch of ``--sequential``.
         """
         method, hparams = self.plan.methods[name], dataclasses.replace(self.hparams, seed=seed)
         records = data.records[:n], data.train, data.val
@@ -144,13 +164,19 @@ class _MeasuredModel:
 
         def measured(batch: dict):
             batches.append(batch)
-            done = f"stopped after batch {len(batches)} of {len(task.batches)}"
-            after_batch(failed(HorseError(done)))
+            done, n_batches = len(batches), len(task.batches)
+            what = f"batch {done} of {n_batches}" if done < n_batches else "the last batch"
+            try:
+                after_batch(failed(HorseError(f"stopped after {what}")))
+            except Exception as error:
+                raise _Unkept from error
 
         try:
             with contextlib.closing(method(task)) as states:
                 row = self._row(name, task, states, measured) | known
                 row |= {"batches": batches} if batches else {}
+        except _Unkept as error:
+            raise error.__cause__ from None
         except Exception as error:  # whatever a method of others raises: the row says so
             if distributed.world_size() > 1 and not isinstance(error, HorseError):
                 raise  # in this process alone, maybe: it no longer works as one with the others
@@ -165,7 +191,7 @@ class _MeasuredModel:
         """Measure the model after each batch that is edited, and all of it after the last.
 
         Args:
-            measured: gets what is measured after each batch, if there are several.
+            measured: gets what is measured after each batch of ``--sequential``.
         """
         seconds = []
         for edited in states:

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,28 +175,35 @@ def retention(rows: list[dict], page: Page) -> dict[str, dict[str, dict[str, lis
     """Return what happened over the batches of a page, as means over the seeds.
 
     It is data set → method → ``by age``, the efficacy of each batch after the last one, oldest
-    first; ``so far``, the efficacy of all batches after each one; and ``drift`` after each one. A
-    method that stopped has fewer batches.
+    first; ``so far``, the efficacy of all batches after each one; and ``drift`` after each one. Of
+    a seed that stopped, the latter two have the batches that there are, and the first nothing.
     """
     found = {}
     for r in of_page(rows, page):
         if r.get("batches"):
-            found.setdefault(r["dataset"], {}).setdefault(r["method"], []).append(r["batches"])
+            found.setdefault(r["dataset"], {}).setdefault(r["method"], []).append(r)
 
-    def over_seeds(runs, of) -> list[float]:
-        return [mean(of(b) for b in at) for at in zip(*runs, strict=False)]
+    def over_seeds(runs: list[list[float]]) -> list[float]:
+        known = ([v for v in at if v is not None] for at in itertools.zip_longest(*runs))
+        return [mean(values) if values else math.nan for values in known]
+
+    def of_method(runs: list[dict]) -> dict[str, list[float]]:
+        after = [r["batches"] for r in runs]
+        return {
+            "by age": over_seeds([r["batches"][-1]["efficacy"] for r in runs if is_whole(r)]),
+            "so far": over_seeds([[mean(a["efficacy"]) for a in run] for run in after]),
+            "drift": over_seeds([[a["drift"] for a in run] for run in after]),
+        }
 
     return {
-        dataset: {
-            method: {
-                "by age": over_seeds([r[-1]["efficacy"] for r in runs], lambda held: held),
-                "so far": over_seeds(runs, lambda after: mean(after["efficacy"])),
-                "drift": over_seeds(runs, lambda after: after["drift"]),
-            }
-            for method, runs in methods.items()
-        }
+        dataset: {method: of_method(runs) for method, runs in methods.items()}
         for dataset, methods in found.items()
     }
+
+
+def is_whole(row: dict) -> bool:
+    """Return whether a row has figures: its method neither failed nor stopped."""
+    return not row.get("reason")
 
 
 def retention_table(rows: list[dict], page: Page) -> Table:
@@ -207,7 +216,7 @@ def retention_table(rows: list[dict], page: Page) -> Table:
 
     def left(method: str, of: dict, i: int) -> str:
         held = of.get(method, {"by age": []})["by age"]
-        return number(held[i]) if len(held) == n else "–"  # else it stopped before the last
+        return number(held[i]) if held else "–"
 
     lines = [[m, *(left(m, of, i) for of, i in columns)] for m in methods]
     caption = f"Efficacy of each batch after the last, the oldest first; {page.heading}."
@@ -265,8 +274,8 @@ def means(rows: list[dict], page: Page) -> dict[str, dict]:
 
 def _first(row: dict) -> float | None:
     """Return the efficacy that is left of the first batch after the last, if it came to that."""
-    whole = row.get("batches") and not row.get("reason")
-    return row["batches"][-1]["efficacy"][0] if whole else None
+    known = is_whole(row) and row.get("batches")
+    return row["batches"][-1]["efficacy"][0] if known else None
 
 
 def perplexities(rows: list[dict], page: Page, dataset: str) -> dict[str, float]:

@@ -4,9 +4,10 @@
     in_force    what edits under a new one write, and how it stays written
     sweeps      residuals gathered in several captures of an edit
     blocks      an edit in blocks: sums instead of rows, and files to go on from
-    crowding    whether the modules can hold so many facts
+    crowding    how keys crowd: a warning, and how long the steps of sweeps may be
     memory      what an edit takes beside the model, estimated before the work
-    editor      HorseEditor: edit a model, undo, apply
+    applied     the edits in a model: put on and taken back
+    editor      HorseEditor: how an edit is made
     delta       EditDelta: one edit as an object that can be saved, loaded and applied
     budget      the smallest ridge term that keeps drift within a budget
     archive     the trained hypernetwork on disk, and what it was made for

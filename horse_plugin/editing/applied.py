@@ -18,7 +18,7 @@ from horse_plugin.storage.digest import matches
 
 
 @dataclass(frozen=True)
-class State:
+class _State:
     """What was done to a model, remembered in one piece.
 
     Attributes:
@@ -38,13 +38,15 @@ class AppliedEdits:
     The weights are always the original ones plus the edits in :attr:`history`, added in that
     order. Undoing an edit, the last or any other, sets them to the original ones plus the rest.
 
+    What is not guarded here is for callers that hold the model's guard (``model/guard.py``).
+
     Attributes:
         backbone: the model as :class:`horse_plugin.Backbone`.
         original_weights: module name → weight before the first edit in force, on the CPU.
     """
 
     backbone: Backbone
-    _state = State()
+    _state = _State()
 
     @property
     def history(self) -> list[EditDelta]:
@@ -176,7 +178,7 @@ class AppliedEdits:
         original = original if edits else on_host(before)
         delta.tensors = {name: t.cpu() for name, t in delta.tensors.items()}
         delta.about.setdefault("moved", self._moved(before))
-        self._state = State((*edits, delta), self.backbone.weights.digests(), original)
+        self._state = _State((*edits, delta), self.backbone.weights.digests(), original)
 
     def _moved(self, before: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return how far each weight moved: ‖W − W before‖/‖W before‖ (Frobenius)."""
@@ -225,7 +227,7 @@ class AppliedEdits:
             for delta in left:
                 self.backbone.weights.move(delta.lazy_shifts(self.backbone.edit_device))
             digests = self.backbone.weights.digests()
-            self._state = State(left, digests, self.original_weights) if left else State()
+            self._state = _State(left, digests, self.original_weights) if left else _State()
         return edits[index]
 
     @staticmethod

@@ -170,7 +170,7 @@ def sums_of_blocks(
                     store.save(sweep, i + 1, made, sums, due=i + 1 == len(blocks))
                     bar.update()
             lacking = made.counts[-1].item() if made and sweep > 1 else math.inf
-            if made and is_over(sums.counts.tolist(), lacking):
+            if made and is_over(sums.counts.tolist(), lacking, sums.step):
                 break
             if sweep == 0:
                 mus = edit_mus(network, hparams)

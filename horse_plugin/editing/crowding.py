@@ -35,13 +35,14 @@ class Crowding:
     @property
     def ratio(self) -> float:
         """``share`` over ``alone``; 1 where the ridge term leaves nothing to compare."""
-        return self.share / self.alone if self.share > 0 else 1.0
+        return self.share / self.alone if min(self.share, self.alone) > 0 else 1.0
 
     def step(self, hparams: HORSEHyperParams) -> float:
         """Return the share of its residual that a row gets in a sweep: ``edit_step``, or by these.
 
         What facts have in common is moved whole in each sweep, and what one has of its own by
-        ``share``. The more they crowd, the shorter the steps, so that the latter keeps up.
+        ``share``. The more they crowd, the shorter the steps, so that the latter keeps up. A single
+        sweep is whole.
         """
         if hparams.edit_sweeps == 1:
             return 1.0
@@ -50,9 +51,14 @@ class Crowding:
     def warn(self, hparams: HORSEHyperParams):
         """Warn where the sweeps of an edit will not write all of its facts."""
         n, needed = hparams.edit_sweeps, math.ceil(SWEEPS / self.ratio)
-        if self.ratio >= CROWDED or n >= needed:
+        if self.ratio >= CROWDED or (self.ratio >= TOO_CROWDED and n >= needed):
             return
-        more = f"edit_sweeps: {needed}" if n > 1 else "sweeps (token: subject, edit_sweeps)"
+        if n == 1:
+            more = "sweeps (token: subject, edit_sweeps)"
+        elif self.ratio >= TOO_CROWDED:
+            more = f"edit_sweeps: {needed}"
+        else:  # a number was not measured
+            more = "more edit_sweeps with a smaller edit_ridge"
         warnings.warn(
             f"{self.n_rows:,} answer tokens crowd the edit modules: each moves {self.share:.0%} of "
             f"what it asks for, and {self.alone:.0%} alone. With edit_sweeps: {n} some facts will "

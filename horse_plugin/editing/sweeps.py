@@ -15,7 +15,7 @@ from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, capture
 
 FEW = 0.2  # share of the rows that are few
-LITTLE = 0.9  # share of the nats they lacked before that is little gained
+LITTLE = 0.1  # share of the nats they lacked before that is little gained by whole residuals
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def sweeps(
                 captured = capture(backbone, captured.prompts, captured, hparams.edit_holds)
             captured = replace(captured, still=captured.still | captured.holds)
             counts, before = sum_over_ranks(counts_of(captured)).tolist(), lacking
-            if is_over(counts, before):
+            if is_over(counts, before, step):
                 return
             lacking = counts[-1]
             more = edit_residuals(backbone, network, captured, hparams)
@@ -71,12 +71,13 @@ def counts_of(captured: Capture) -> torch.Tensor:
     return torch.stack([left.sum(), torch.tensor(len(left)), captured.losses[left].sum()])
 
 
-def is_over(counts: Sequence[float], before: float) -> bool:
+def is_over(counts: Sequence[float], before: float, step: float) -> bool:
     """Return whether all answers hold, or few are left and a sweep gained little on them.
 
     Args:
         counts: as :func:`counts_of` has them.
         before: the nats that were lacking a sweep ago.
+        step: as in :func:`sweeps`; half a residual need gain half as much.
     """
     n_left, n_rows, lacking = counts
-    return not n_left or (n_left <= FEW * n_rows and lacking > LITTLE * before)
+    return not n_left or (n_left <= FEW * n_rows and lacking > (1 - step * LITTLE) * before)

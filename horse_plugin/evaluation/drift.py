@@ -125,7 +125,7 @@ def _cost(totals: torch.Tensor) -> dict[str, float]:
     drift, nats, count = totals
     # A mean of many roundings may come out below 0, where the smallest true value is 0.
     return {
-        "drift": max(0.0, (drift / count).item()),
+        "drift": (drift / count).clamp(min=0).item(),  # which leaves what is no number
         "perplexity": (nats / count).exp().item(),
     }
 

@@ -1,7 +1,8 @@
 """Training the hypernetwork: steps of Eq. 7, validations, the best archive.
 
-A step edits ``edits_per_step`` records as :class:`horse_plugin.HorseEditor` would, but with all of
-the ridge term where an edit takes its share ``edit_ridge``. It measures the edited model on the
+A step edits ``edits_per_step`` records as :class:`horse_plugin.HorseEditor` would, but whole: with
+all of the ridge term and of each residual, until answers hold to 0.9 (an edit has ``edit_ridge``,
+``edit_step`` and ``edit_holds``). It measures the edited model on the
 edit, the rephrased and the unrelated prompts, and turns the gradient at the edited weights into
 one for the network, η and λ, without keeping the model's graph.
 """

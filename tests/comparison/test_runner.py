@@ -1,12 +1,14 @@
 """The comparison on a tiny model: every cell once, from the same weights, into honest tables."""
 
 import contextlib
+import copy
 import itertools
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from horse_plugin import HorseEditor, HorseError, HORSEHyperParams, UsageError
 from horse_plugin.comparison import experiments, methods, runner
@@ -20,6 +22,7 @@ from horse_plugin.editing.archive import read_network
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.evaluation.probability import success_and_magnitude
 from horse_plugin.method.spread import SPREADS
+from horse_plugin.model.backbone import Backbone
 from tests import ROOT, tiny
 
 
@@ -157,14 +160,23 @@ def test_batches_are_edited_one_on_top_of_the_other_and_measured_after_each(plan
     assert len(json.loads((tmp_path / "out/results.json").read_text())) == 3
 
 
+class Stops(methods.Unedited):
+    """Does nothing, and stops after some of its batches."""
+
+    def __init__(self, after, error=KeyboardInterrupt, settings=None):
+        self.after, self.error, self.about = after, error, settings or {}
+
+    def settings(self, task):
+        return self.about
+
+    def __call__(self, task):
+        yield from itertools.islice(super().__call__(task), self.after)
+        raise self.error("the power went")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_method_that_stops_between_batches_leaves_what_was_measured(plan, tmp_path, error):
-    class Stops(methods.Unedited):
-        def __call__(self, task):
-            yield from itertools.islice(super().__call__(task), 2)
-            raise error("the power went")
-
-    table = {"unedited": methods.Unedited(), "FT": Stops()}
+    table = {"unedited": methods.Unedited(), "FT": Stops(2, error)}
     with contextlib.suppress(KeyboardInterrupt):
         runner.run(plan(table, (5,), batch=2), progress=False)
     whole, stopped = runner.held_rows(tmp_path / "out")
@@ -177,12 +189,71 @@ def test_a_method_that_stops_between_batches_leaves_what_was_measured(plan, tmp_
     page = pages([whole])[0]
     drawn = retention([whole, stopped], page)["facts"]
     assert [len(drawn[m]["drift"]) for m in table] == [3, 2]
+    assert [len(drawn[m]["by age"]) for m in table] == [3, 0]
     lines = {line[0]: line[1:] for line in retention_table([whole, stopped], page).lines}
     assert "–" not in lines["unedited"] and set(lines["FT"]) == {"–"}
 
     table["FT"] = methods.Unedited()
     *_, again = runner.run(plan(table, (5,), batch=2), progress=False)
     assert "reason" not in again and again["batches"] == whole["batches"]
+
+
+def test_less_of_the_same_does_not_take_the_place_of_what_is_kept(plan, tmp_path):
+    def held_after(method):
+        with contextlib.suppress(KeyboardInterrupt):
+            runner.run(plan({"FT": method}, (5,), batch=2), progress=False)
+        (row,) = runner.held_rows(tmp_path / "out")
+        return len(row.get("batches", ())), row.get("reason")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    assert held_after(Stops(1)) == (1, "stopped after batch 1 of 3")
+    assert held_after(Stops(2)) == (2, "stopped after batch 2 of 3")
+    assert held_after(Stops(1)) == (2, "stopped after batch 2 of 3")
+    assert held_after(Stops(0, RuntimeError)) == (2, "stopped after batch 2 of 3")
+    assert held_after(Stops(1, settings={"lr": 1})) == (1, "stopped after batch 1 of 3")
+    assert held_after(methods.Unedited()) == (3, None)
+    assert held_after(Stops(2, settings={"lr": 2})) == (3, None)  # until it is done, or fails
+    assert held_after(Stops(2, RuntimeError, {"lr": 2})) == (2, "RuntimeError: the power went")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.Evaluator, "evaluate", killed)
+        assert held_after(methods.Unedited()) == (3, "stopped after the last batch")
+
+
+def test_a_row_that_cannot_be_kept_is_no_fault_of_the_method(plan, monkeypatch):
+    def full(*args):
+        raise HorseError("no space left on the disk")
+
+    monkeypatch.setattr(runner.results, "save", full)
+    with pytest.raises(HorseError, match="no space left"):
+        runner.run(plan({"unedited": methods.Unedited()}, (5,), batch=2), progress=False)
+
+
+def test_a_model_that_an_edit_wrecked_leaves_a_row_that_can_be_read(plan, tmp_path):
+    class Wrecks(methods.Unedited):
+        def __call__(self, task):
+            for _ in task.batches:
+                broken = copy.deepcopy(task.backbone.model)
+                next(iter(broken.parameters())).data.fill_(torch.nan)
+                yield Edited(Backbone.of(broken, task.backbone.tokenizer, task.hparams))
+
+    runner.run(plan({"FT": Wrecks()}, (5,), batch=2), progress=False)
+    (row,) = runner.held_rows(tmp_path / "out")
+    assert [b["drift"] for b in row["batches"]] == [None] * 3 and row["drift"] is None
+    write_output(tmp_path / "out", [row])
+
+
+def test_seeds_that_stopped_count_as_far_as_they_came():
+    about = {"model": "tiny", "n_edits": 4, "batch": 1, "dataset": "facts", "method": "FT"}
+
+    def row(n, efficacy, **more):
+        batches = [{"efficacy": [efficacy] * i, "drift": efficacy} for i in range(1, n + 1)]
+        return about | {"batches": batches} | more
+
+    rows = [row(4, 10.0), row(2, 90.0, reason="stopped after batch 2 of 4")]
+    found = retention(rows, pages(rows)[0])["facts"]["FT"]
+    assert found == {"by age": [10.0] * 4, "so far": [50, 50, 10, 10], "drift": [50, 50, 10, 10]}
 
 
 def test_a_method_that_leaves_the_model_changed_is_named(plan):

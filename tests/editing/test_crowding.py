@@ -1,4 +1,4 @@
-"""The warning that an edit's sweeps will not write all of its facts."""
+"""How keys crowd: the warning that sweeps will not do, and the length of their steps."""
 
 import re
 import warnings
@@ -27,9 +27,11 @@ def test_the_more_rows_share_a_key_the_shorter_are_the_steps():
     steps = [rows(n).step(sweeps) for n in (1, 2, 5, 20)]
     assert steps[:2] == [1, 1] and 1 > steps[2] > steps[3]
     assert steps[3] == pytest.approx(100 / 100.5 / 20 / (5 / 5.5) / TOO_CROWDED)
-    assert rows(20).step(tiny.hparams(edit_sweeps=1)) == 1  # the paper's
+    assert rows(20).step(tiny.hparams(edit_sweeps=1, edit_step=0.4)) == 1  # the paper's
     assert rows(20).step(tiny.hparams(edit_sweeps=3, edit_step=0.4)) == 0.4
-    assert rows(1, mu=1e12).step(sweeps) == 1
+    for exponent in range(3, 16):  # of which rounding leaves this or that
+        for factor in (1, 2, 5):
+            assert 0 < rows(20, factor * 10.0**exponent).step(sweeps) <= 1
 
 
 def test_the_sweeps_it_asks_for_are_enough():

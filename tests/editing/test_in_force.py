@@ -43,10 +43,11 @@ def held(e, records):
 
 
 @pytest.mark.parametrize("preserve", ["none", "shipped"])
-@pytest.mark.parametrize("block", [8192, 3])
-def test_one_edit_after_the_other_ends_where_all_at_once_end(block, preserve):
+@pytest.mark.parametrize(("block", "step"), [(8192, None), (3, None), (3, 0.5)])
+def test_one_edit_after_the_other_ends_where_all_at_once_end(block, step, preserve):
     records = tiny.records(6)
     settings = {"edit_block": block, "preserve": preserve, "preserve_tokens": 200}
+    settings["edit_step"] = step
     one, other = editor(**settings), editor(**settings)
     for i in range(0, 6, 2):
         one.edit(records[i : i + 2])

@@ -1,5 +1,7 @@
 """Chains that tell the truth: whose figures are stale, and what they are now."""
 
+import shutil
+
 import pytest
 
 from horse_plugin import Chain, HorseEditor, UsageError
@@ -14,14 +16,19 @@ def editor():
     return HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams(strength=5000.0))
 
 
-@pytest.fixture
-def chain(tmp_path):
-    """Three edits of other facts, one on top of the other."""
-    e, made = editor(), Chain(tmp_path / "chain")
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    e, made = editor(), Chain(tmp_path_factory.mktemp("three") / "chain")
     for i, name in enumerate(("a", "b", "c")):
         records = tiny.records(12)[4 * i : 4 * i + 4]
         made.add(*checked_edit(e, records, "facts", name, max_rise=1e9))
-    return made
+    return made.folder
+
+
+@pytest.fixture
+def chain(three, tmp_path):
+    """Three edits of other facts, one on top of the other."""
+    return Chain(shutil.copytree(three, tmp_path / "chain"))
 
 
 def test_every_edit_says_what_it_was_made_onto(chain):
