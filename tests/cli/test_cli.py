@@ -252,6 +252,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, 
     assert not [p for p in (folder / "x").rglob("*") if p.is_file()]
 
 
+@pytest.mark.slow
 def test_edits_are_chained_listed_shown_undone_and_exported(folder, horse):
     chain = "edit --hparams tiny --onto chain --max-rise 1e9"
     assert horse(f"{chain} --data val.json --n-edits 3 --name towns")[0] == 0

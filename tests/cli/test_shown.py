@@ -109,6 +109,7 @@ def row(method="HORSE", dataset="facts", n=3, **more):
     return about | figures | {"train_seconds": None, "peak_memory_mb": 1.0} | more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [WHOLE, "<img src=x onerror=alert(1)>"])
 def test_a_report_shows_names_as_text(tmp_path, name):
     rows = [row(m, name, n, budget=name) for n in (3, 6) for m in ("unedited", "HORSE", name)]

@@ -15,6 +15,7 @@ from tests import tiny
 STAGES = "tokenise trunk capture network residual and spread solve apply"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweeps", [1, 3])
 def test_every_stage_is_measured_and_the_model_left_as_it_was(sweeps):
     backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), trunk_cache_gb=1)

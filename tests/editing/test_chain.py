@@ -41,6 +41,7 @@ def facts(n, start):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ten_edits_of_50_facts_undone_in_random_order(dtype):
     """Tolerance: none. What is left has the bits of the remaining edits applied afresh."""

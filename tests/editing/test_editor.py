@@ -175,6 +175,7 @@ class FailsAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize("work", ["edit", "apply_chain", "undo"])
 def test_weights_and_history_change_together_or_not_at_all(work, error):

@@ -77,6 +77,7 @@ def test_the_same_seed_gives_the_same_archive_bit_for_bit(tmp_path):
     assert any(not torch.equal(a[k], c[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_thread_writes(tmp_path, monkeypatch):
     trainer(tmp_path / "whole", val_interval=1).run()
     t, went_on = trainer(tmp_path / "slow", val_interval=1), threading.Event()
