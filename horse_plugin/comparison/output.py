@@ -42,7 +42,7 @@ def write_output(out: Path, rows: list[dict]):
             drawn = charts.svg(charts.held_over_drift(points))
             write(out / f"held-{page.file}.svg", drawn)
         for dataset, of in tables.retention(rows, page).items():
-            drawn = charts.svg(charts.retention(of))
+            drawn = charts.svg(charts.retention(of, tables.drawn_in(of, charts.RETENTION)))
             write(out / f"retention-{page.file}-{file_name(dataset)}.svg", drawn)
     for model, dataset, curves in _curves(rows):
         drawn = charts.svg(charts.over_edits(curves, tables.drawn_in(curves)))
@@ -69,7 +69,8 @@ def comparison_report(rows: list[dict]) -> "Report":
         held = held_and_drift(tables.of_page(rows, page))
         drawn = [charts.held_over_drift({dataset: points}) for dataset, points in held.items()]
         for of in tables.retention(rows, page).values():
-            drawn += [charts.retention(of, [name]) for name in charts.RETENTION]
+            names = tables.drawn_in(of, charts.RETENTION)
+            drawn += [charts.retention(of, [name]) for name in names]
         for dataset, of in tables.means(rows, page).items():
             if of:
                 perplexities = tables.perplexities(rows, page, dataset)

@@ -5,7 +5,7 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -254,9 +254,9 @@ def curves(rows: list[dict], model: str, dataset: str) -> dict[str, dict] | None
     return {m: {figure: curve(m, figure) for figure in CURVES} for m in _values(rows, "method")}
 
 
-def drawn_in(curves: dict[str, dict]) -> list[str]:
-    """Return the figures of :func:`curves` that any method has."""
-    return [f for f in CURVES if any(of[f] for of in curves.values())]
+def drawn_in(curves: dict[str, dict], names: Iterable[str] = CURVES) -> list[str]:
+    """Return those names of :func:`curves`, or of :func:`retention`, that any method has."""
+    return [name for name in names if any(of[name] for of in curves.values())]
 
 
 def means(rows: list[dict], page: Page) -> dict[str, dict]:

@@ -128,9 +128,8 @@ def retention(
 
     Args:
         curves: method → ``by age``, ``so far`` and ``drift``, one value a batch.
-        names: which of the three to draw, side by side, if any method has them.
+        names: which of the three to draw, side by side.
     """
-    names = [name for name in names if any(of[name] for of in curves.values())]
     figure = Figure(figsize=(3.4 * len(names) + 1.2, 3.4), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):

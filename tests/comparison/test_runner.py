@@ -16,7 +16,7 @@ from horse_plugin.comparison.experiments import ablate
 from horse_plugin.comparison.methods import ABLATIONS, METHODS, Engine
 from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
-from horse_plugin.comparison.tables import pages, retention, retention_table
+from horse_plugin.comparison.tables import drawn_in, pages, retention, retention_table
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.editing.archive import read_network
 from horse_plugin.evaluation import charts
@@ -188,8 +188,9 @@ def test_a_method_that_stops_between_batches_leaves_what_was_measured(plan, tmp_
 
     write_output(tmp_path / "out", [whole, stopped])
     page = pages([whole])[0]
-    alone = charts.retention(retention([stopped], page)["facts"])
-    assert [axes.get_title() for axes in alone.axes] == ["all batches so far", "ordinary text"]
+    alone = retention([stopped], page)["facts"]
+    assert drawn_in(alone, charts.RETENTION) == ["so far", "drift"]
+    write_output(tmp_path / "alone", [stopped])
     drawn = retention([whole, stopped], page)["facts"]
     assert [len(drawn[m]["drift"]) for m in table] == [3, 2]
     assert [len(drawn[m]["by age"]) for m in table] == [3, 0]
