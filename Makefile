@@ -5,7 +5,7 @@ READY = $(VENV)/.ready
 READY_TO_TEST = $(VENV)/.ready-to-test
 WORKERS ?= 2
 # One thread a worker: two processes of two threads each crawl on two cores.
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-fast fuzz check setup clean
 

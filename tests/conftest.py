@@ -10,15 +10,6 @@ from horse_plugin.assets import CALIBRATION, HELDOUT
 from horse_plugin.evaluation.generation import LENGTH
 from tests import tiny
 
-LONG = ("real_model", "easyedit", "kill", "slow")  # marks
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the files that have long tests, so that no worker is left with one at the end."""
-    long = {item.path for item in items if any(item.get_closest_marker(mark) for mark in LONG)}
-    items.sort(key=lambda item: item.path not in long)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def short_text(tmp_path_factory):
     """Put three short pieces of each kind in the place of each shipped text, for speed."""
