@@ -10,6 +10,7 @@ from horse_plugin.assets import CALIBRATION, HELDOUT
 from horse_plugin.evaluation.generation import LENGTH
 from tests import tiny
 
+
 @pytest.fixture(scope="session", autouse=True)
 def short_text(tmp_path_factory):
     """Put three short pieces of each kind in the place of each shipped text, for speed."""
