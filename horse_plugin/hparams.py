@@ -226,8 +226,9 @@ class HORSEHyperParams:
             if value is not None and not value > 0:
                 raise UsageError(f"{key}: must be above 0, got {value}.")
         for key in AT_MOST_1:
-            if (getattr(self, key) or 0) > 1:
-                raise UsageError(f"{key}: must be at most 1, got {getattr(self, key)}.")
+            value = getattr(self, key)
+            if value is not None and value > 1:
+                raise UsageError(f"{key}: must be at most 1, got {value}.")
         if not self.edit_coef + self.gen_coef + self.loc_coef > 0:
             raise UsageError("edit_coef, gen_coef and loc_coef are all 0: nothing to train on.")
 

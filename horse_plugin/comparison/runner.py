@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from horse_plugin import distributed
 from horse_plugin.comparison.plan import DataSet, Plan
+from horse_plugin.comparison.tables import is_whole
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.errors import HorseError, UsageError, reason, visible
 from horse_plugin.evaluation import results
@@ -100,10 +101,10 @@ def _replaces(row: dict, held: dict, is_done: bool) -> bool:
     Args:
         is_done: whether the row is the last word on its cell, and not one between two batches.
     """
-    if not row.get("reason"):
+    if is_whole(row):
         return True
     is_same = row.get("settings") == held.get("settings")
-    if not held.get("reason"):  # whole
+    if is_whole(held):
         return is_done and not is_same
     return not is_same or len(row.get("batches", ())) >= len(held.get("batches", ()))
 
@@ -148,7 +149,7 @@ class _MeasuredModel:
         key = (name, data.name, hparams.model_name, n, seed, task.batch)
         for row in rows:
             whole = not self.plan.probabilities or row.get("probabilities")
-            held = row.get("settings") == settings and not row.get("reason")
+            held = row.get("settings") == settings and is_whole(row)
             if _cell(row) == key and held and whole:
                 return row
         self._load(task)
@@ -158,29 +159,28 @@ class _MeasuredModel:
 
         batches = []
 
-        def failed(error: Exception) -> dict:
-            row = self._failed(name, task, error) | known
-            return row | ({"batches": list(batches)} if batches else {})
+        def with_known(row: dict) -> dict:
+            return row | known | ({"batches": list(batches)} if batches else {})
 
         def measured(batch: dict):
             batches.append(batch)
             done, n_batches = len(batches), len(task.batches)
             what = f"batch {done} of {n_batches}" if done < n_batches else "the last batch"
             try:
-                after_batch(failed(HorseError(f"stopped after {what}")))
+                stopped = self._failed(name, task, HorseError(f"stopped after {what}"))
+                after_batch(with_known(stopped))
             except Exception as error:
                 raise _Unkept from error
 
         try:
             with contextlib.closing(method(task)) as states:
-                row = self._row(name, task, states, measured) | known
-                row |= {"batches": batches} if batches else {}
+                row = with_known(self._row(name, task, states, measured))
         except _Unkept as error:
             raise error.__cause__ from None
         except Exception as error:  # whatever a method of others raises: the row says so
             if distributed.world_size() > 1 and not isinstance(error, HorseError):
                 raise  # in this process alone, maybe: it no longer works as one with the others
-            row = failed(error)
+            row = with_known(self._failed(name, task, error))
         if weights_digest(self.backbone) != self.digest:
             raise HorseError(f"{name}: the model's weights are not what they were before it ran.")
         return row

@@ -132,7 +132,7 @@ def cost_table(rows: list[dict], page: Page) -> Table:
     columns = [(d, k) for d in datasets for k in kinds]
     lines = [
         [m, *(_text(_mean(done, m, d, k), 0 if k == "peak_memory_mb" else 1) for d, k in columns)]
-        for done in [[r for r in rows if not r.get("reason")]]
+        for done in [[r for r in rows if is_whole(r)]]
         for m in _values(done, "method")
     ]
     caption = f"Time and memory of {page.heading}{_seeds(rows)}."
@@ -262,7 +262,7 @@ def drawn_in(curves: dict[str, dict], names: Iterable[str] = CURVES) -> list[str
 def means(rows: list[dict], page: Page) -> dict[str, dict]:
     """Return data set → method → the shares; rows without figures are left out."""
     rows = of_page(rows, page)
-    done = [r for r in rows if not r.get("reason")]
+    done = [r for r in rows if is_whole(r)]
     return {
         dataset: {
             method: [m.mean if (m := _mean(done, method, dataset, f)) else 0 for f in SHARES]
@@ -280,7 +280,7 @@ def _first(row: dict) -> float | None:
 
 def perplexities(rows: list[dict], page: Page, dataset: str) -> dict[str, float]:
     """Return method → perplexity, of those that were measured, in the order of the rows."""
-    done = [r for r in of_page(rows, page) if r["dataset"] == dataset and not r.get("reason")]
+    done = [r for r in of_page(rows, page) if r["dataset"] == dataset and is_whole(r)]
     found = {m: _mean(done, m, dataset, "perplexity") for m in _values(done, "method")}
     return {m: value.mean for m, value in found.items() if value}
 
@@ -289,7 +289,7 @@ def verdicts(rows: list[dict], page: Page) -> list[Table]:
     """Return what each method comes to, in words as of an edit, one table a data set."""
     rows, found = of_page(rows, page), []
     for dataset in _values(rows, "dataset"):
-        done = [r for r in rows if r["dataset"] == dataset and not r.get("reason")]
+        done = [r for r in rows if r["dataset"] == dataset and is_whole(r)]
         means = {
             method: {f: v and v.mean for f, v in zip(ALL_FIGURES, values, strict=True)}
             for method in _values(done, "method")
@@ -375,5 +375,5 @@ def _checked(rows) -> str:
 
 
 def _reasons(rows) -> list[str]:
-    said = {f"{r['method']} ({r['dataset']}): {r['reason']}": None for r in rows if r.get("reason")}
+    said = {f"{r['method']} ({r['dataset']}): {r['reason']}": None for r in rows if not is_whole(r)}
     return list(said)

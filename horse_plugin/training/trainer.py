@@ -2,9 +2,9 @@
 
 A step edits ``edits_per_step`` records as :class:`horse_plugin.HorseEditor` would, but whole: with
 all of the ridge term and of each residual, until answers hold to 0.9 (an edit has ``edit_ridge``,
-``edit_step`` and ``edit_holds``). It measures the edited model on the
-edit, the rephrased and the unrelated prompts, and turns the gradient at the edited weights into
-one for the network, η and λ, without keeping the model's graph.
+``edit_step`` and ``edit_holds``). It measures the edited model on the edit, the rephrased and the
+unrelated prompts, and turns the gradient at the edited weights into one for the network, η and λ,
+without keeping the model's graph.
 """
 
 import contextlib
@@ -252,8 +252,8 @@ class HORSETrainer:
         captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps
-        whole = {"edit_ridge": 1.0, "edit_holds": None}  # only edits take less
-        hp = replace(self.hparams, edit_sweeps=n, **whole)
+        # Only edits take less.
+        hp = replace(self.hparams, edit_sweeps=n, edit_ridge=1.0, edit_holds=None)
         parts = self.backbone, self.network, captured, hp, self.roots
         captures, residuals = [], []
         for each, total in sweeps(*parts):

@@ -73,8 +73,7 @@ def test_a_stopped_edit_goes_on_and_ends_with_the_same_bits(
     """Whether the sums were saved after each block, or at the end of a sweep only."""
     monkeypatch.setattr(blocks, "SECONDS", seconds)
     monkeypatch.setattr(crowding, "TOO_CROWDED", 1.5)  # so that the step is one of its own
-    changes = {"edit_block": 3}
-    whole = editor(network, **changes).edit(tiny.records())
+    whole = editor(network, edit_block=3).edit(tiny.records())
     ran, read = [], blocks.capture
 
     def counted(*args):
@@ -84,7 +83,7 @@ def test_a_stopped_edit_goes_on_and_ends_with_the_same_bits(
         return read(*args)
 
     monkeypatch.setattr(blocks, "capture", counted)
-    one = editor(network, **changes)
+    one = editor(network, edit_block=3)
     with pytest.raises(KeyboardInterrupt):
         one.edit(tiny.records(), unfinished=tmp_path)
     assert not one.history
@@ -93,7 +92,7 @@ def test_a_stopped_edit_goes_on_and_ends_with_the_same_bits(
     assert done or stop_at == 1
     n_blocks = -(-len(tiny.records()) // 3)
     stop_at = 0  # from now on, all run
-    again = editor(network, **changes).edit(tiny.records(), unfinished=tmp_path)
+    again = editor(network, edit_block=3).edit(tiny.records(), unfinished=tmp_path)
     assert not list(tmp_path.iterdir())
     for name, tensor in whole.tensors.items():
         assert torch.equal(again.tensors[name], tensor)

@@ -45,6 +45,12 @@ def test_the_sweeps_it_asks_for_are_enough():
         rows(2).warn(tiny.hparams(edit_sweeps=needed))
 
 
+def test_where_answers_undo_each_other_no_number_of_sweeps_is_promised():
+    said = "20 answer tokens crowd .* Try more edit_sweeps with a smaller edit_ridge, more modules"
+    with pytest.warns(UserWarning, match=said):
+        rows(20).warn(tiny.hparams(edit_sweeps=100))
+
+
 def test_a_large_ridge_term_is_not_taken_for_a_crowd():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
