@@ -35,9 +35,9 @@ ALIASES = {"alg": "alg_name", "n_edits": "edits_per_step", "val_steps": "val_rec
 
 # The least value of a key.
 AT_LEAST = dict.fromkeys(
-    """rank n_blocks edits_per_step max_epochs max_iters val_interval val_records val_edits
-        early_stop_patience batch_size editor_batch_size batch_tokens max_length preserve_tokens
-        keep_tokens edit_sweeps train_sweeps edit_block""".split(),
+    """rank n_blocks edits_per_step min_edits_per_step max_epochs max_iters val_interval val_records
+        val_edits early_stop_patience batch_size editor_batch_size batch_tokens max_length
+        preserve_tokens keep_tokens edit_sweeps train_sweeps edit_block""".split(),
     1,
 ) | dict.fromkeys(
     """edit_coef gen_coef loc_coef keep_coef spread_strength trunk_cache_gb trunk_disk_gb
@@ -151,6 +151,8 @@ class HORSEHyperParams:
 
     # Training (Eq. 7).
     edits_per_step: int = 500  # records edited in one training step (alias: n_edits)
+    min_edits_per_step: int | None = None  # sizes of steps are drawn log-uniformly from here to
+    # edits_per_step; null: all steps have edits_per_step
     max_epochs: int = 1
     max_iters: int | None = None  # an upper limit on the steps of all epochs
     meta_lr: float = 1e-3  # Adam, for the network
@@ -229,6 +231,11 @@ class HORSEHyperParams:
             value = getattr(self, key)
             if value is not None and value > 1:
                 raise UsageError(f"{key}: must be at most 1, got {value}.")
+        if (self.min_edits_per_step or 1) > self.edits_per_step:
+            raise UsageError(
+                f"min_edits_per_step: {self.min_edits_per_step} is more than edits_per_step: "
+                f"{self.edits_per_step}."
+            )
         if not self.edit_coef + self.gen_coef + self.loc_coef > 0:
             raise UsageError("edit_coef, gen_coef and loc_coef are all 0: nothing to train on.")
 
@@ -271,15 +278,6 @@ class HORSEHyperParams:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-    def steps_per_epoch(self, n_records: int) -> int:
-        """Return the number of training steps in one pass over so many records."""
-        return max(1, n_records // self.edits_per_step)
-
-    def n_steps(self, n_records: int) -> int:
-        """Return the number of training steps on so many records."""
-        steps = self.max_epochs * self.steps_per_epoch(n_records)
-        return min(steps, self.max_iters or steps)
 
     @property
     def archive_folder(self) -> Path:

@@ -31,6 +31,7 @@ SECONDS, FEWEST = 140.0, 5
 # share their subject, and residuals start longer than the YAML's for those that do not.
 BRIEF = {
     "edits_per_step": 60,
+    "min_edits_per_step": None,
     "max_iters": 12,
     "val_interval": 12,
     "val_edits": 200,

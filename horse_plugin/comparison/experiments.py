@@ -16,7 +16,12 @@ from horse_plugin.storage.files import locked_folder
 
 # `--quick`: three methods and the model itself, trained briefly.
 QUICK = {"methods": ("unedited", "FT", "MALMEN", "HORSE"), "n_edits": (50,)}
-QUICK_TRAINING = {"edits_per_step": 100, "max_iters": 10, "val_interval": 10}
+QUICK_TRAINING = {
+    "edits_per_step": 100,
+    "min_edits_per_step": None,
+    "max_iters": 10,
+    "val_interval": 10,
+}
 
 
 def compare(

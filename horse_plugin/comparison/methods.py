@@ -22,6 +22,7 @@ from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.files import write
 from horse_plugin.storage.schema import Maybe, read_json
 from horse_plugin.training.checkpoint import CHECKPOINT
+from horse_plugin.training.schedule import described
 from horse_plugin.training.trainer import HORSETrainer
 
 # Settings are digested under the names of 0.1, where a key has one.
@@ -92,8 +93,8 @@ class Engine:
         """Return the archive's folder, and what its training took; a stopped run goes on."""
         if self.archive:
             *_, about = read_network(self.archive)
-            steps, n = about["step"], canonical(about["hparams"])["edits_per_step"]
-            return Path(self.archive), {"budget": f"before, {steps} steps of {n} records"}
+            steps = described(about["step"], canonical(about["hparams"]))
+            return Path(self.archive), {"budget": f"before, {steps}"}
         if not task.train or not task.val:
             raise UsageError(f"{self.alg_name} is trained: give training and validation records.")
         name = f"{self.alg_name}-{json_digest(self.settings(task))}"
@@ -108,8 +109,7 @@ class Engine:
             trainer.run()
             about = {
                 "train_seconds": None if resume else time.perf_counter() - start,
-                "budget": f"{trainer.step} steps of {hparams.edits_per_step} records "
-                f"from {len(task.train):,}",
+                "budget": f"{described(trainer.step, hparams.to_dict())} from {len(task.train):,}",
             }
             write(done, json.dumps(about))
         return folder, about
@@ -133,6 +133,7 @@ class EasyEdit:
         if self.trained:
             hp = replace(task.hparams, **self.training)
             steps = [hp.edits_per_step, hp.max_epochs, hp.max_iters]
+            steps += [hp.min_edits_per_step] if hp.min_edits_per_step else []
             return {"yaml": keys, "train": records_digest(task.train), "steps": steps}
         return {"yaml": keys, "corpus": task.corpus}
 

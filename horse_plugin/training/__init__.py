@@ -1,6 +1,7 @@
 """Training the hypernetwork (Eq. 7).
 
     objective    the losses of the edited model, and their gradient in the network's parameters
+    schedule     which records each step edits, and how many
     trainer      HORSETrainer: steps, validations, the best archive
     history      losses and validations, as training.csv
     logs         ready-made logs to watch a run: TensorBoard, trackio, Weights & Biases

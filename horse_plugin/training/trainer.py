@@ -1,10 +1,10 @@
 """Training the hypernetwork: steps of Eq. 7, validations, the best archive.
 
-A step edits ``edits_per_step`` records as :class:`horse_plugin.HorseEditor` would, but whole: with
-all of the ridge term and of each residual, until answers hold to 0.9 (an edit has ``edit_ridge``,
-``edit_step`` and ``edit_holds``). It measures the edited model on the edit, the rephrased and the
-unrelated prompts, and turns the gradient at the edited weights into one for the network, η and λ,
-without keeping the model's graph.
+A step edits its records (:mod:`horse_plugin.training.schedule`) as
+:class:`horse_plugin.HorseEditor` would, but whole: with all of the ridge term and of each residual,
+until answers hold to 0.9 (an edit has ``edit_ridge``, ``edit_step`` and ``edit_holds``). It
+measures the edited model on the edit, the rephrased and the unrelated prompts, and turns the
+gradient at the edited weights into one for the network, η and λ, without keeping the model's graph.
 """
 
 import contextlib
@@ -46,6 +46,7 @@ from horse_plugin.training import checkpoint
 from horse_plugin.training.history import flat, save_history
 from horse_plugin.training.logs import Log
 from horse_plugin.training.objective import TRAINED_ON, Objective
+from horse_plugin.training.schedule import Schedule
 
 Part = tuple[str, dict[str, torch.Tensor], dict]  # a file: its name, tensors and description
 
@@ -57,7 +58,7 @@ class Forecast:
     Attributes:
         steps, validations: how many are left.
         seconds: of the whole run, about.
-        step_seconds: of one step.
+        step_seconds: of one step, a mean.
         peak_memory_mb: in MiB, with the trunk states that the run keeps in memory.
     """
 
@@ -113,7 +114,7 @@ class HORSETrainer:
         self.train_records, self.val_records = load_records(train_set), load_records(val_set)
         if len(self.train_records) < config.edits_per_step:
             raise UsageError(
-                f"edits_per_step: {config.edits_per_step} in one step, but only "
+                f"edits_per_step: {config.edits_per_step:,} in one step, but only "
                 f"{len(self.train_records)} training records."
             )
         if config.keep_coef and config.preserve == "none":
@@ -148,15 +149,15 @@ class HORSETrainer:
         if resume:
             self._resume()
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of steps in one pass over the training records."""
-        return self.hparams.steps_per_epoch(len(self.train_records))
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The records of each step."""
+        return Schedule(self.hparams, len(self.train_records))
 
     @property
     def n_steps(self) -> int:
         """The number of steps of the whole run."""
-        return self.hparams.n_steps(len(self.train_records))
+        return min(len(self.schedule), self.hparams.max_iters or len(self.schedule))
 
     @guarded
     def run(self) -> Path:
@@ -174,17 +175,21 @@ class HORSETrainer:
     def dry_run(self) -> Forecast:
         """Do one step and one edit of a validation, and return what the rest of the run would take.
 
+        Of steps of several sizes it does the largest.
+
         Nothing is written but the second moments in ``stats_dir``. The network has done the step
         afterwards, so that the run itself wants another trainer.
 
         Raises:
             HorseError: a step would take more memory than is allowed, or than is free.
         """
-        steps, every = self.n_steps - self.step, self.hparams.val_interval
+        sizes = [step.size for step in self.schedule.steps[: self.n_steps]]
+        largest, left = sizes.index(max(sizes)), sizes[self.step :]
+        every = self.hparams.val_interval
         validations = -(-self.n_steps // every) - self.step // every
         devices = self.backbone.devices
         with self.backbone.trunk_cache.for_a_while():
-            batch = self.batch(self.step)
+            batch = self.batch(largest)
             reset_peak_memory()
             some = list(dict.fromkeys(batch.flat(*TRAINED_ON)))
             trunk, _ = timed(
@@ -199,8 +204,10 @@ class HORSETrainer:
         once = trunk * of_run / of_step + metric + n_edits * before
         states = of_run * self.backbone.model.get_input_embeddings().weight[0].nbytes
         kept = min(states, self.hparams.trunk_cache_gb * 1e9)
-        seconds = once + steps * step + validations * n_edits * after
-        return Forecast(steps, validations, seconds, step, peak_memory_mb() + kept / 2**20)
+        steps = step * sum(left) / max(sizes)
+        seconds = once + steps + validations * n_edits * after
+        step *= mean(sizes) / max(sizes)
+        return Forecast(len(left), validations, seconds, step, peak_memory_mb() + kept / 2**20)
 
     def _run(self):
         if self.history and is_main_process():  # a kill may have come between checkpoint and CSV
@@ -259,7 +266,7 @@ class HORSETrainer:
         for each, total in sweeps(*parts):
             captures.append(each)
             residuals = total  # of all sweeps so far
-        edits = one_prompt_a_kind(edits, self.step // self.steps_per_epoch)
+        edits = one_prompt_a_kind(edits, self.schedule[self.step].epoch)
         ordinary = self._ordinary_text(self.step)
         objective = Objective(self.backbone, edits, self.hparams, ordinary, self.roots)
         self.optimizer.zero_grad()
@@ -276,14 +283,7 @@ class HORSETrainer:
     def batch(self, step: int) -> PreparedEdits:
         """Return the records of one step: a new order every epoch, by the seed alone."""
         edits, positions = self._train_edits
-        return self.backbone.place_keys(edits[[positions[i] for i in self._indices(step)]])
-
-    def _indices(self, step: int) -> list[int]:
-        epoch, i = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.hparams.seed * 100_003 + epoch)
-        order = torch.randperm(len(self.train_records), generator=generator).tolist()
-        n = self.hparams.edits_per_step
-        return order[i * n : (i + 1) * n]
+        return self.backbone.place_keys(edits[[positions[i] for i in self.schedule.indices(step)]])
 
     @functools.cached_property
     def preserve(self) -> Preserve | None:
@@ -310,9 +310,7 @@ class HORSETrainer:
     @functools.cached_property
     def _train_edits(self) -> tuple[PreparedEdits, dict[int, int]]:
         """The training records that this run reads, tokenised once, and where each index is."""
-        used = range(len(self.train_records))
-        if self.n_steps < self.steps_per_epoch:
-            used = [i for step in range(self.n_steps) for i in self._indices(step)]
+        used = self.schedule.used(self.n_steps)
         edits = self.backbone.prepare([self.train_records[i] for i in used], TRAINED_ON)
         for position, error in edits.errors.items():
             raise UsageError(f"training record {used[position]}: {error}")

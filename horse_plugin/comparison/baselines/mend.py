@@ -1,8 +1,9 @@
 """MEND's network, trained by EasyEdit's ``EditTrainer`` on what HORSE is trained on.
 
-The budget is HORSE's: the same records, as many of them in a step, and as many steps. EasyEdit adds
-up the gradients of ``accumulate_bs`` batches of ``batch_size`` records before it steps; the latter
-is the YAML's, or the next smaller one that divides a step's records, and the former fits it.
+The budget is HORSE's: the same records, as many steps, and as many records in a step, or the mean
+of them where HORSE's steps differ. EasyEdit adds up the gradients of ``accumulate_bs`` batches of
+``batch_size`` records before it steps; the latter is the YAML's, or the next smaller one that
+divides a step's records, and the former fits it.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from horse_plugin.model.loading import pad_with_eos
 from horse_plugin.storage.digest import text_digest
 from horse_plugin.storage.files import write
 from horse_plugin.storage.schema import read_json
+from horse_plugin.training.schedule import Schedule
 
 VAL_RECORDS = 20
 
@@ -90,9 +92,9 @@ def trained(hparams, task: Task, within) -> dict:
     val = [r for r in task.val if r.unrelated][:VAL_RECORDS]
     if not records or not val:
         raise UsageError("MEND is trained: give training and validation records, with unrelated.")
-    n = task.hparams.edits_per_step
+    schedule = Schedule(task.hparams, len(records))
+    steps, n = len(schedule), schedule.mean_size
     hparams.batch_size = next(k for k in range(hparams.batch_size, 0, -1) if n % k == 0)
-    steps = task.hparams.n_steps(len(records))
     about = [vars(hparams), records_digest(records), n, steps, task.seed, task.model]
     about = text_digest(json.dumps(about, sort_keys=True, default=str))
     folder = task.folder / "archives" / f"MEND-{about}"
@@ -101,7 +103,7 @@ def trained(hparams, task: Task, within) -> dict:
         start = time.perf_counter()
         with within():
             random.seed(task.seed)
-            file = _train(hparams, task, records, val, steps, folder)
+            file = _train(hparams, task, records, val, steps, n, folder)
         found = {
             "archive": file,
             "train_seconds": time.perf_counter() - start,
@@ -113,7 +115,7 @@ def trained(hparams, task: Task, within) -> dict:
     return found
 
 
-def _train(hparams, task: Task, records, val, steps: int, folder: Path) -> str:
+def _train(hparams, task: Task, records, val, steps: int, n: int, folder: Path) -> str:
     cls = hparams_class("MENDTrainingHparams")
     known = {f.name for f in fields(cls)}
     config = cls(**{k: v for k, v in vars(hparams).items() if k in known} | {"alg": "MEND"})
@@ -121,7 +123,7 @@ def _train(hparams, task: Task, records, val, steps: int, folder: Path) -> str:
     config.results_dir = str(folder)
     config.archive, config.eval_only, config.debug, config.final_eval = None, False, False, False
     size = config.batch_size
-    batches = task.hparams.edits_per_step // size
+    batches = n // size
     # EasyEdit stops before it trains on the last batch, and saves when it validates.
     config.accumulate_bs, config.val_interval = batches, steps * batches
     config.max_iters, config.max_epochs = steps * batches + 1, None
