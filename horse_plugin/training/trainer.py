@@ -266,7 +266,8 @@ class HORSETrainer:
         for each, total in sweeps(*parts):
             captures.append(each)
             residuals = total  # of all sweeps so far
-        edits = one_prompt_a_kind(edits, self.schedule[self.step].epoch)
+        last = len(self.schedule) - 1  # whose epoch further steps have, too
+        edits = one_prompt_a_kind(edits, self.schedule[min(self.step, last)].epoch)
         ordinary = self._ordinary_text(self.step)
         objective = Objective(self.backbone, edits, self.hparams, ordinary, self.roots)
         self.optimizer.zero_grad()
