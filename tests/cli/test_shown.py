@@ -12,8 +12,7 @@ import torch
 from rich.console import Console
 
 from horse_plugin import HorseEditor, UsageError
-from horse_plugin.cli import asking
-from horse_plugin.cli import main as cli
+from horse_plugin.cli import app, asking, changing
 from horse_plugin.cli.console import PlainConsole
 from horse_plugin.comparison import tables
 from horse_plugin.comparison.output import write_output
@@ -45,7 +44,7 @@ def printed(monkeypatch):
     file = io.StringIO()
     console = PlainConsole()
     console.file, console.width, console._force_terminal = file, 400, True
-    monkeypatch.setattr(cli, "console", console)
+    monkeypatch.setattr(changing, "console", console)
     return file
 
 
@@ -195,5 +194,5 @@ def test_a_models_name_is_no_way_out_of_a_folder():
 
 
 def test_a_console_of_ours_is_the_only_one():
-    assert isinstance(cli.console, PlainConsole) and issubclass(PlainConsole, Console)
+    assert isinstance(app.console, PlainConsole) and issubclass(PlainConsole, Console)
     assert isinstance(asking.console, PlainConsole)

@@ -16,6 +16,7 @@ from lm_eval.utils import apply_template as render
 
 from horse_plugin import HorseEditor, HorseError, UsageError
 from horse_plugin.cli import main as cli
+from horse_plugin.cli.options import hparams_of
 from horse_plugin.evaluation import general
 from horse_plugin.evaluation.drift import Cost, OrdinaryText
 
@@ -127,7 +128,7 @@ def test_before_and_after_an_edit(data, tmp_path):
     tiny.bpe_tokenizer().save_pretrained(tmp_path / "model")
     settings = {"model_name": str(tmp_path / "model"), "rank": 4, "dtype": "fp32", "device": "cpu"}
     (tmp_path / "y.yaml").write_text(json.dumps({"alg_name": "HORSE", "lr": 3.0} | settings))
-    ours = HorseEditor.from_hparams(cli._hparams(tmp_path / "y.yaml"))
+    ours = HorseEditor.from_hparams(hparams_of(tmp_path / "y.yaml"))
     ours.edit(tiny.records()).save(tmp_path / "edit")
     ours.save_model(tmp_path / "edited")
     shared = ["general", "--hparams", tmp_path / "y.yaml", "--data", data, "--tasks"]
