@@ -8,6 +8,7 @@ Set ``archive:`` in the YAML to the folder that this prints; the same file then 
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from horse_plugin import FACTS, HORSEHyperParams, HORSETrainer
@@ -20,13 +21,15 @@ if __name__ == "__main__":
     parser.add_argument("--train_dir", default=str(FACTS / "train.json"), help="a JSON file")
     parser.add_argument("--val_dir", default=str(FACTS / "val.json"), help="a JSON file")
     parser.add_argument(
-        "--edits_per_step", "--n_edits", default=None, type=int, help="facts in one training step"
+        "--edits_per_step", "--n_edits", default=None, type=int, help="facts in each training step"
     )
     parser.add_argument("--max_iters", default=None, type=int, help="stop after so many steps")
     args = parser.parse_args()
 
     hparams = HORSEHyperParams.from_hparams(args.hparams_dir)
-    hparams.edits_per_step = args.edits_per_step or hparams.edits_per_step
+    if args.edits_per_step:
+        sizes = {"edits_per_step": args.edits_per_step, "min_edits_per_step": None}
+        hparams = replace(hparams, **sizes)
     hparams.max_iters = args.max_iters or hparams.max_iters
 
     # EasyEdit's CounterFactDataset(path) and ZsreDataset(path) do as well as a path, and

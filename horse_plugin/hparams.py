@@ -150,7 +150,7 @@ class HORSEHyperParams:
     preserve_rho: float = 0.01  # share of directions that ordinary text does not use
 
     # Training (Eq. 7).
-    edits_per_step: int = 500  # records edited in one training step (alias: n_edits)
+    edits_per_step: int = 500  # records edited in one training step, or at most (alias: n_edits)
     min_edits_per_step: int | None = None  # sizes of steps are drawn log-uniformly from here to
     # edits_per_step; null: all steps have edits_per_step
     max_epochs: int = 1
@@ -233,8 +233,8 @@ class HORSEHyperParams:
                 raise UsageError(f"{key}: must be at most 1, got {value}.")
         if (self.min_edits_per_step or 1) > self.edits_per_step:
             raise UsageError(
-                f"min_edits_per_step: {self.min_edits_per_step} is more than edits_per_step: "
-                f"{self.edits_per_step}."
+                f"min_edits_per_step: must be at most edits_per_step, {self.edits_per_step}, got "
+                f"{self.min_edits_per_step}. Lower it, or set it to null."
             )
         if not self.edit_coef + self.gen_coef + self.loc_coef > 0:
             raise UsageError("edit_coef, gen_coef and loc_coef are all 0: nothing to train on.")

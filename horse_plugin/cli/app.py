@@ -46,5 +46,5 @@ def horse(
 
 
 def say(message: str, file=None):
-    """Print a message beside the output, as it is."""
+    """Print a message beside the output, or to another file, with nothing hidden in it."""
     print(visible(message), file=file or sys.stderr)

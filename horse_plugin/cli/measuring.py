@@ -292,7 +292,8 @@ def bench(
     settings = hparams_of(hparams)
     with reserved(out):
         records = load_records(data or FACTS / "train.json", n_edits)
-        settings.edits_per_step = len(records)
+        sizes = {"edits_per_step": len(records), "min_edits_per_step": None}
+        settings = replace(settings, **sizes)
         if config:
             settings.inner_params, settings.archive = [], None
             backbone = Backbone.of(*random_model(config, settings), settings)

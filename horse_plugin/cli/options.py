@@ -1,4 +1,4 @@
-"""Options that several commands have, and what their texts mean."""
+"""What several commands share: options, and what their values mean."""
 
 import shlex
 import sys

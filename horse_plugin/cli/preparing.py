@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -74,7 +74,7 @@ def train(
     hparams: Hparams = DEFAULT_MODEL,
     edits_per_step: Annotated[
         int | None,
-        typer.Option("--edits-per-step", "--n-edits", help="Facts in one training step.", min=1),
+        typer.Option("--edits-per-step", "--n-edits", help="Facts in each training step.", min=1),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the facts.", min=1)] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUT.")] = False,
@@ -93,7 +93,9 @@ def train(
     from horse_plugin.training.logs import ready_log
     from horse_plugin.training.trainer import HORSETrainer
 
-    settings = hparams_of(hparams, edits_per_step=edits_per_step, max_epochs=epochs)
+    settings = hparams_of(hparams, max_epochs=epochs)
+    if edits_per_step:
+        settings = replace(settings, edits_per_step=edits_per_step, min_edits_per_step=None)
     if not resume and (out / ARCHIVE).exists():
         raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
     if dry_run:

@@ -67,6 +67,8 @@ class Engine:
         about = {OLDER.get(k, k): v for k, v in self.hparams(task).to_dict().items()}
         for key in ("stats_dir", "edit_memory_gb", "shard_trunk"):  # they change no figure
             del about[key]
+        if about["min_edits_per_step"] is None:  # as cells were kept before there was such a key
+            del about["min_edits_per_step"]
         about["trained"] = self.archive or self.trained
         if self.trained:
             about |= {"train": records_digest(task.train), "val": records_digest(task.val)}
@@ -133,7 +135,7 @@ class EasyEdit:
         if self.trained:
             hp = replace(task.hparams, **self.training)
             steps = [hp.edits_per_step, hp.max_epochs, hp.max_iters]
-            steps += [hp.min_edits_per_step] if hp.min_edits_per_step else []
+            steps += [hp.min_edits_per_step] if hp.min_edits_per_step else []  # as above
             return {"yaml": keys, "train": records_digest(task.train), "steps": steps}
         return {"yaml": keys, "corpus": task.corpus}
 
@@ -165,6 +167,7 @@ METHODS: dict[str, Method] = {
 AS_PRINTED = {
     "token": "ans",
     "inner_params": [],
+    "min_edits_per_step": None,
     "edit_sweeps": 1,
     "train_sweeps": None,
     "edit_ridge": 1.0,

@@ -34,8 +34,8 @@ MAY_CHANGE = frozenset(
     stats_dir evaluation_type""".split()
 )
 
-# What runs of 0.1 did, under the names of today's keys.
-OF_0_1 = {"preserve": "none", "keep_coef": 0.0, "val_score": "paper"}
+# What runs did before there was a key for it.
+WITHOUT = {"preserve": "none", "keep_coef": 0.0, "val_score": "paper", "min_edits_per_step": None}
 
 
 def tensors_of(network: HyperNetwork, optimizer) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ def read(
         raise UsageError(f"{path}: was trained on other records. Give the same files.")
     before = canonical(about["hparams"])
     for key, value in hparams.to_dict().items():
-        was = before.get(key, OF_0_1.get(key, value))
+        was = before.get(key, WITHOUT.get(key, value))
         if key not in MAY_CHANGE and was != value:
             raise UsageError(
                 f"{path}: was trained with {key}: {was}, and the hparams now say "

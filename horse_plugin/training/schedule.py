@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from horse_plugin.errors import UsageError
 from horse_plugin.hparams import HORSEHyperParams
 
 
@@ -29,61 +30,76 @@ class Schedule:
 
     A step has ``edits_per_step`` records. With ``min_edits_per_step`` its size is drawn
     log-uniformly between the two, as many sizes from 50 to 100 as from 500 to 1,000, so that one
-    network learns small edits and large ones. The last step of an epoch takes what is left, if that
-    is enough for a step.
+    network learns small edits and large ones. The first step is the largest: it sets the network's
+    scales, and shows at once whether memory is enough. The last step of an epoch takes what is
+    left, if that is enough for a step, so that an epoch should hold several of the largest ones.
+
+    More epochs begin with the steps of fewer.
 
     Args:
         hparams: the sizes, ``seed``, ``max_epochs`` and ``max_iters``.
         n_records: how many training records there are.
+
+    Attributes:
+        steps: from first to last.
+
+    Raises:
+        UsageError: there are fewer than ``edits_per_step`` training records.
     """
 
     def __init__(self, hparams: HORSEHyperParams, n_records: int):
         self.hparams, self.n_records = hparams, n_records
+        if n_records < hparams.edits_per_step:
+            raise UsageError(
+                f"edits_per_step: {hparams.edits_per_step:,} in one step, but only {n_records:,} "
+                "training records. Lower it, or train on more."
+            )
+        self._least = hparams.min_edits_per_step or hparams.edits_per_step
+        self._order = functools.lru_cache(maxsize=1)(self._order_of)
         self.steps = list(itertools.islice(self._all(), hparams.max_iters))
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, step: int) -> Step:
-        return self.steps[step]
+    def epoch(self, step: int) -> int:
+        """Return the epoch of a step; steps after the end are of the last one."""
+        return self.steps[min(step, len(self) - 1)].epoch
 
     def indices(self, step: int) -> list[int]:
         """Return the indices of a step's records, none of them twice."""
-        at = self[step]
+        at = self.steps[step]
         return self._order(at.epoch)[at.first : at.first + at.size]
 
     def used(self, n_steps: int) -> Sequence[int]:
-        """Return the indices of the records that the first steps read, all if an epoch."""
-        last = self[n_steps - 1]
-        if last.epoch or self.n_records - last.first - last.size < self._sizes[0]:
+        """Return the indices of the records that the first steps read.
+
+        Those are all records if the steps fill an epoch: another epoch reads what this one leaves.
+        """
+        last = self.steps[n_steps - 1]
+        if last.epoch or self.n_records - last.first - last.size < self._least:
             return range(self.n_records)
         return self._order(0)[: last.first + last.size]
 
-    @property
-    def mean_size(self) -> int:
-        """The mean number of records in a step, rounded."""
-        return round(sum(step.size for step in self.steps) / len(self))
-
-    @property
-    def _sizes(self) -> tuple[int, int]:
-        most = self.hparams.edits_per_step
-        return self.hparams.min_edits_per_step or most, most
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019, which goes with the one run that has it
-    def _order(self, epoch: int) -> list[int]:
+    def _order_of(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.hparams.seed * 100_003 + epoch)
         return torch.randperm(self.n_records, generator=generator).tolist()
 
     def _all(self) -> Iterator[Step]:
-        generator = torch.Generator().manual_seed(self.hparams.seed)
-        least, most = self._sizes
+        sizes = self._sizes()
         for epoch in range(self.hparams.max_epochs):
             first = 0
-            while (left := self.n_records - first) >= least:
-                part = torch.rand((), generator=generator).item()
-                size = min(left, round(least * (most / least) ** part))
+            while (left := self.n_records - first) >= self._least:
+                size = min(left, next(sizes))
                 yield Step(epoch, first, size)
                 first += size
+
+    def _sizes(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.hparams.seed)
+        least, most = self._least, self.hparams.edits_per_step
+        yield most
+        while True:
+            drawn = 1.0 if least == most else torch.rand((), generator=generator).item()
+            yield round(least * (most / least) ** drawn)
 
 
 def described(n_steps: int, settings: dict) -> str:
@@ -93,4 +109,4 @@ def described(n_steps: int, settings: dict) -> str:
         settings: the run's, by their present names.
     """
     least, most = settings.get("min_edits_per_step"), settings["edits_per_step"]
-    return f"{n_steps} steps of {f'{least} to ' if least else ''}{most} records"
+    return f"{n_steps} steps of {f'{least:,} to ' if least else ''}{most:,} records"

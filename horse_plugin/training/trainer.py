@@ -58,7 +58,7 @@ class Forecast:
     Attributes:
         steps, validations: how many are left.
         seconds: of the whole run, about.
-        step_seconds: of one step, a mean.
+        step_seconds: of one step, the mean of those that are left.
         peak_memory_mb: in MiB, with the trunk states that the run keeps in memory.
     """
 
@@ -112,11 +112,7 @@ class HORSETrainer:
             config = HORSEHyperParams.from_hparams(config)
         self.hparams = config
         self.train_records, self.val_records = load_records(train_set), load_records(val_set)
-        if len(self.train_records) < config.edits_per_step:
-            raise UsageError(
-                f"edits_per_step: {config.edits_per_step:,} in one step, but only "
-                f"{len(self.train_records)} training records."
-            )
+        self.schedule = Schedule(config, len(self.train_records))
         if config.keep_coef and config.preserve == "none":
             raise UsageError(
                 "keep_coef: there is no text to keep with preserve: none. Name a text, and set "
@@ -149,14 +145,10 @@ class HORSETrainer:
         if resume:
             self._resume()
 
-    @functools.cached_property
-    def schedule(self) -> Schedule:
-        """The records of each step."""
-        return Schedule(self.hparams, len(self.train_records))
-
     @property
     def n_steps(self) -> int:
         """The number of steps of the whole run."""
+        # A run may shorten itself once it goes (comparison/demo.py).
         return min(len(self.schedule), self.hparams.max_iters or len(self.schedule))
 
     @guarded
@@ -173,9 +165,10 @@ class HORSETrainer:
 
     @guarded
     def dry_run(self) -> Forecast:
-        """Do one step and one edit of a validation, and return what the rest of the run would take.
+        """Do a step and an edit of a validation, and return what the rest of the run would take.
 
-        Of steps of several sizes it does the largest.
+        Of steps of several sizes it does the largest and the smallest, and those between are taken
+        to lie between.
 
         Nothing is written but the second moments in ``stats_dir``. The network has done the step
         afterwards, so that the run itself wants another trainer.
@@ -184,19 +177,23 @@ class HORSETrainer:
             HorseError: a step would take more memory than is allowed, or than is free.
         """
         sizes = [step.size for step in self.schedule.steps[: self.n_steps]]
-        largest, left = sizes.index(max(sizes)), sizes[self.step :]
-        every = self.hparams.val_interval
+        left, every = sizes[self.step :], self.hparams.val_interval
         validations = -(-self.n_steps // every) - self.step // every
         devices = self.backbone.devices
         with self.backbone.trunk_cache.for_a_while():
-            batch = self.batch(largest)
+            batch = self.batch(0)  # the largest
             reset_peak_memory()
             some = list(dict.fromkeys(batch.flat(*TRAINED_ON)))
             trunk, _ = timed(
                 lambda: self.backbone.cache_trunk_states(some, progress=False), *devices
             )
             metric, _ = timed(lambda: self.roots, *devices)
-            step, _ = timed(lambda: self.train_step(batch), *devices)
+            largest, _ = timed(lambda: self.train_step(batch), *devices)
+            an_edit_more = 0.0
+            if min(sizes) < max(sizes):
+                few = self.batch(sizes.index(min(sizes)))
+                smallest, _ = timed(lambda: self.train_step(few), *devices)
+                an_edit_more = (largest - smallest) / (max(sizes) - min(sizes))
             before, evaluator = timed(lambda: next(self._evaluators()), *devices)
             after, _ = timed(lambda: self._measure_edit(evaluator), *devices)
         of_step, of_run = (sum(len(p.inputs) for p in of) for of in (some, self._to_cache()))
@@ -204,10 +201,10 @@ class HORSETrainer:
         once = trunk * of_run / of_step + metric + n_edits * before
         states = of_run * self.backbone.model.get_input_embeddings().weight[0].nbytes
         kept = min(states, self.hparams.trunk_cache_gb * 1e9)
-        steps = step * sum(left) / max(sizes)
-        seconds = once + steps + validations * n_edits * after
-        step *= mean(sizes) / max(sizes)
-        return Forecast(len(left), validations, seconds, step, peak_memory_mb() + kept / 2**20)
+        of_steps = [largest - an_edit_more * (max(sizes) - size) for size in left]
+        seconds = once + sum(of_steps) + validations * n_edits * after
+        a_step = mean(of_steps) or largest
+        return Forecast(len(left), validations, seconds, a_step, peak_memory_mb() + kept / 2**20)
 
     def _run(self):
         if self.history and is_main_process():  # a kill may have come between checkpoint and CSV
@@ -266,8 +263,7 @@ class HORSETrainer:
         for each, total in sweeps(*parts):
             captures.append(each)
             residuals = total  # of all sweeps so far
-        last = len(self.schedule) - 1  # whose epoch further steps have, too
-        edits = one_prompt_a_kind(edits, self.schedule[min(self.step, last)].epoch)
+        edits = one_prompt_a_kind(edits, self.schedule.epoch(self.step))
         ordinary = self._ordinary_text(self.step)
         objective = Objective(self.backbone, edits, self.hparams, ordinary, self.roots)
         self.optimizer.zero_grad()

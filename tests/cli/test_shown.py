@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from horse_plugin import HorseEditor, UsageError
-from horse_plugin.cli import app, asking, changing
+from horse_plugin.cli import app, asking, changing, measuring, preparing, using
 from horse_plugin.cli.console import PlainConsole
 from horse_plugin.comparison import tables
 from horse_plugin.comparison.output import write_output
@@ -28,6 +28,7 @@ from tests import tiny
 
 NASTY = "[/red][conceal]x[/conceal] :smile: \x1b[8m\x1b]0;t\x07\r\u202e\ud800\n<b>&$\\$ |`*_{}~^%#"
 SHOWN = r"[/red][conceal]x[/conceal] :smile: \x1b[8m\x1b]0;t\x07\r\u202e\ud800\n<b>&$\$ |`*_{}~^%#"
+COMMANDS = preparing, changing, using, measuring
 WHOLE = NASTY.replace("\ud800", "")  # as files may hold it
 
 
@@ -44,7 +45,8 @@ def printed(monkeypatch):
     file = io.StringIO()
     console = PlainConsole()
     console.file, console.width, console._force_terminal = file, 400, True
-    monkeypatch.setattr(changing, "console", console)
+    for commands in COMMANDS:
+        monkeypatch.setattr(commands, "console", console)
     return file
 
 
@@ -195,4 +197,5 @@ def test_a_models_name_is_no_way_out_of_a_folder():
 
 def test_a_console_of_ours_is_the_only_one():
     assert isinstance(app.console, PlainConsole) and issubclass(PlainConsole, Console)
+    assert all(commands.console is app.console for commands in COMMANDS)
     assert isinstance(asking.console, PlainConsole)

@@ -139,8 +139,10 @@ def test_a_finished_run_that_is_resumed_completes_its_csv(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [1, 3, 5])
-def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, cut, monkeypatch):
+@pytest.mark.parametrize(("cut", "least"), [(1, None), (3, 2), (5, None), (5, 2)])
+def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(
+    tmp_path, cut, least, monkeypatch
+):
     """Mixed lengths, several rephrasings, trunk states kept: whatever could depend on the past."""
     records = [
         replace(r, rephrases=tuple(f"{tiny.words(i + k, 3 * k + 2)} is" for k in range(3)))
@@ -148,7 +150,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, cu
     ]
     monkeypatch.setattr(tiny, "records", lambda n: records[:n])
     settings = {"edits_per_step": 3, "max_epochs": 2, "batch_tokens": 40, "val_interval": 2}
-    settings["min_edits_per_step"] = 2
+    settings["min_edits_per_step"] = least
     trainer(tmp_path / "whole", **settings).run()
     stopped = trainer(tmp_path / "parts", **settings)
     step = stopped.train_step
@@ -179,6 +181,13 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     trainer(tmp_path, max_epochs=1).run()
     with pytest.raises(UsageError, match=r"meta_lr: 0\.001, and the hparams now say 0\.1"):
         trainer(tmp_path, resume=True, meta_lr=0.1)
+    path = tmp_path / CHECKPOINT
+    tensors, about = load_tensors(path)
+    del about["hparams"]["min_edits_per_step"]  # as before there was such a key
+    save_tensors(path, tensors, about)
+    trainer(tmp_path, resume=True)
+    with pytest.raises(UsageError, match="min_edits_per_step: None, and the hparams now say 2"):
+        trainer(tmp_path, resume=True, min_edits_per_step=2)
     with pytest.warns(UserWarning, match="no checkpoint; training starts at the beginning"):
         trainer(tmp_path / "none", resume=True)
 
@@ -275,6 +284,27 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path):
     trainer(tmp_path, max_epochs=2, val_interval=3, max_iters=3).run()
     t = trainer(tmp_path, max_epochs=2, val_interval=3, max_iters=3, resume=True)
     assert (t.dry_run().steps, t.dry_run().validations) == (0, 0)
+
+
+def test_a_dry_run_of_steps_of_several_sizes_takes_them_between_the_largest_and_the_smallest(
+    tmp_path, monkeypatch
+):
+    t = trainer(tmp_path, edits_per_step=8, min_edits_per_step=2, max_epochs=9, val_interval=99)
+    taken = []
+
+    def timed(work, *devices):
+        found = work()
+        is_step = isinstance(found, dict)
+        taken.extend([n[0]] if is_step else [])
+        return (float(10 + n.pop(0)) if is_step else 0.0), found
+
+    sizes = [step.size for step in t.schedule.steps]
+    n = [max(sizes), min(sizes)]
+    monkeypatch.setattr(training, "timed", timed)
+    found = t.dry_run()
+    assert taken == [8, min(sizes)] and min(sizes) < 8
+    assert found.seconds == pytest.approx(sum(10 + size for size in sizes))
+    assert found.step_seconds == pytest.approx(found.seconds / len(sizes))
 
 
 def test_too_few_records_are_refused(tmp_path):

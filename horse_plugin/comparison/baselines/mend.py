@@ -1,8 +1,8 @@
 """MEND's network, trained by EasyEdit's ``EditTrainer`` on what HORSE is trained on.
 
-The budget is HORSE's: the same records, as many steps, and as many records in a step, or the mean
-of them where HORSE's steps differ. EasyEdit adds up the gradients of ``accumulate_bs`` batches of
-``batch_size`` records before it steps; the latter is the YAML's, or the next smaller one that
+The budget is HORSE's: the same records, as many steps, and as many records in a step, or about the
+mean of them where HORSE's steps differ. EasyEdit adds up the gradients of ``accumulate_bs`` batches
+of ``batch_size`` records before it steps; the latter is the YAML's, or the next smaller one that
 divides a step's records, and the former fits it.
 """
 
@@ -92,9 +92,11 @@ def trained(hparams, task: Task, within) -> dict:
     val = [r for r in task.val if r.unrelated][:VAL_RECORDS]
     if not records or not val:
         raise UsageError("MEND is trained: give training and validation records, with unrelated.")
-    schedule = Schedule(task.hparams, len(records))
-    steps, n = len(schedule), schedule.mean_size
-    hparams.batch_size = next(k for k in range(hparams.batch_size, 0, -1) if n % k == 0)
+    sizes = [step.size for step in Schedule(task.hparams, len(task.train)).steps]
+    steps, n, size = len(sizes), task.hparams.edits_per_step, hparams.batch_size
+    if task.hparams.min_edits_per_step:  # about the mean, in whole batches
+        n = size * max(1, round(sum(sizes) / steps / size))
+    hparams.batch_size = next(k for k in range(size, 0, -1) if n % k == 0)
     about = [vars(hparams), records_digest(records), n, steps, task.seed, task.model]
     about = text_digest(json.dumps(about, sort_keys=True, default=str))
     folder = task.folder / "archives" / f"MEND-{about}"
