@@ -52,8 +52,10 @@ def guard(model) -> Iterator[int]:
             stack.callback(setattr, hold, "is_held", False)
             hold.is_held, hold.turn = True, hold.turn + 1
             stack.enter_context(_others_wait(embeddings, hold.lock))
-            stack.enter_context(_plain_arithmetic({p.device.type for p in model.parameters()}))
-            stack.enter_context(_quiet_modules(model))
+            parameters = dict(model.named_parameters())
+            kinds = {p.device.type for p in parameters.values()}
+            stack.enter_context(_plain_arithmetic(kinds))
+            stack.enter_context(_quiet_modules(model, parameters))
             yield hold.turn
 
 
@@ -171,15 +173,15 @@ def _plain_arithmetic(device_types: set[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_modules(model) -> Iterator[None]:
+def _quiet_modules(model, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
     """Put modules into eval mode, and take parameters' gradients away for a while."""
     modes = [(m, m.training) for m in model.modules()]
     # By name, since accelerate puts other parameters in the place of those that it offloads.
-    kept = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    kept = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
     try:
         for module, _ in modes:  # the flags alone: some adapters merge themselves in ``eval()``
             module.training = False
-        for p in model.parameters():
+        for p in parameters.values():
             p.requires_grad_(False).grad = None
         yield
     finally:
