@@ -8,7 +8,6 @@ Set ``archive:`` in the YAML to the folder that this prints; the same file then 
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from horse_plugin import FACTS, HORSEHyperParams, HORSETrainer
@@ -28,8 +27,7 @@ if __name__ == "__main__":
 
     hparams = HORSEHyperParams.from_hparams(args.hparams_dir)
     if args.edits_per_step:
-        sizes = {"edits_per_step": args.edits_per_step, "min_edits_per_step": None}
-        hparams = replace(hparams, **sizes)
+        hparams = hparams.in_steps_of(args.edits_per_step)
     hparams.max_iters = args.max_iters or hparams.max_iters
 
     # EasyEdit's CounterFactDataset(path) and ZsreDataset(path) do as well as a path, and

@@ -7,7 +7,7 @@ import itertools
 import reprlib
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -278,6 +278,10 @@ class HORSEHyperParams:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def in_steps_of(self, n: int) -> "HORSEHyperParams":
+        """Return the settings with n records in each training step, whatever sizes they had."""
+        return replace(self, edits_per_step=n, min_edits_per_step=None)
 
     @property
     def archive_folder(self) -> Path:

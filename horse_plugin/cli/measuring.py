@@ -292,8 +292,7 @@ def bench(
     settings = hparams_of(hparams)
     with reserved(out):
         records = load_records(data or FACTS / "train.json", n_edits)
-        sizes = {"edits_per_step": len(records), "min_edits_per_step": None}
-        settings = replace(settings, **sizes)
+        settings = settings.in_steps_of(len(records))
         if config:
             settings.inner_params, settings.archive = [], None
             backbone = Backbone.of(*random_model(config, settings), settings)

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +95,7 @@ def train(
 
     settings = hparams_of(hparams, max_epochs=epochs)
     if edits_per_step:
-        settings = replace(settings, edits_per_step=edits_per_step, min_edits_per_step=None)
+        settings = settings.in_steps_of(edits_per_step)
     if not resume and (out / ARCHIVE).exists():
         raise UsageError(f"{out}: holds an archive already; --resume, or name another folder.")
     if dry_run:

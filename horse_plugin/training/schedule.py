@@ -81,8 +81,7 @@ class Schedule:
         return self._order(0)[: last.first + last.size]
 
     def _order_of(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.hparams.seed * 100_003 + epoch)
-        return torch.randperm(self.n_records, generator=generator).tolist()
+        return shuffled(self.n_records, self.hparams.seed, epoch)
 
     def _all(self) -> Iterator[Step]:
         sizes = self._sizes()
@@ -100,6 +99,12 @@ class Schedule:
         while True:
             drawn = 1.0 if least == most else torch.rand((), generator=generator).item()
             yield round(least * (most / least) ** drawn)
+
+
+def shuffled(n: int, seed: int, turn: int) -> list[int]:
+    """Return 0 … n−1 in an order of a run's own, another one at each turn."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + turn)
+    return torch.randperm(n, generator=generator).tolist()
 
 
 def described(n_steps: int, settings: dict) -> str:

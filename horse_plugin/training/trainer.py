@@ -46,7 +46,7 @@ from horse_plugin.training import checkpoint
 from horse_plugin.training.history import flat, save_history
 from horse_plugin.training.logs import Log
 from horse_plugin.training.objective import TRAINED_ON, Objective
-from horse_plugin.training.schedule import Schedule
+from horse_plugin.training.schedule import Schedule, shuffled
 
 Part = tuple[str, dict[str, torch.Tensor], dict]  # a file: its name, tensors and description
 
@@ -170,18 +170,19 @@ class HORSETrainer:
         Of steps of several sizes it does the largest and the smallest, and those between are taken
         to lie between.
 
-        Nothing is written but the second moments in ``stats_dir``. The network has done the step
+        Nothing is written but the second moments in ``stats_dir``. The network has done these steps
         afterwards, so that the run itself wants another trainer.
 
         Raises:
             HorseError: a step would take more memory than is allowed, or than is free.
         """
         sizes = [step.size for step in self.schedule.steps[: self.n_steps]]
-        left, every = sizes[self.step :], self.hparams.val_interval
+        most, least, left = sizes[0], min(sizes), sizes[self.step :]  # the first is the largest
+        every = self.hparams.val_interval
         validations = -(-self.n_steps // every) - self.step // every
         devices = self.backbone.devices
         with self.backbone.trunk_cache.for_a_while():
-            batch = self.batch(0)  # the largest
+            batch = self.batch(0)
             reset_peak_memory()
             some = list(dict.fromkeys(batch.flat(*TRAINED_ON)))
             trunk, _ = timed(
@@ -190,10 +191,10 @@ class HORSETrainer:
             metric, _ = timed(lambda: self.roots, *devices)
             largest, _ = timed(lambda: self.train_step(batch), *devices)
             an_edit_more = 0.0
-            if min(sizes) < max(sizes):
-                few = self.batch(sizes.index(min(sizes)))
+            if least < most:
+                few = self.batch(sizes.index(least))
                 smallest, _ = timed(lambda: self.train_step(few), *devices)
-                an_edit_more = (largest - smallest) / (max(sizes) - min(sizes))
+                an_edit_more = (largest - smallest) / (most - least)
             before, evaluator = timed(lambda: next(self._evaluators()), *devices)
             after, _ = timed(lambda: self._measure_edit(evaluator), *devices)
         of_step, of_run = (sum(len(p.inputs) for p in of) for of in (some, self._to_cache()))
@@ -201,7 +202,7 @@ class HORSETrainer:
         once = trunk * of_run / of_step + metric + n_edits * before
         states = of_run * self.backbone.model.get_input_embeddings().weight[0].nbytes
         kept = min(states, self.hparams.trunk_cache_gb * 1e9)
-        of_steps = [largest - an_edit_more * (max(sizes) - size) for size in left]
+        of_steps = [largest - an_edit_more * (most - size) for size in left]
         seconds = once + sum(of_steps) + validations * n_edits * after
         a_step = mean(of_steps) or largest
         return Forecast(len(left), validations, seconds, a_step, peak_memory_mb() + kept / 2**20)
@@ -300,8 +301,7 @@ class HORSETrainer:
         """Return the pieces of ordinary text in the loss of one step: others at every step."""
         if not self.hparams.keep_coef:
             return []
-        generator = torch.Generator().manual_seed(self.hparams.seed * 100_003 + step)
-        order = torch.randperm(len(self.preserve.text), generator=generator).tolist()
+        order = shuffled(len(self.preserve.text), self.hparams.seed, step)
         return list(up_to(self.hparams.keep_tokens, [self.preserve.text[i] for i in order]))
 
     @functools.cached_property

@@ -28,8 +28,8 @@ from tests import tiny
 
 NASTY = "[/red][conceal]x[/conceal] :smile: \x1b[8m\x1b]0;t\x07\r\u202e\ud800\n<b>&$\\$ |`*_{}~^%#"
 SHOWN = r"[/red][conceal]x[/conceal] :smile: \x1b[8m\x1b]0;t\x07\r\u202e\ud800\n<b>&$\$ |`*_{}~^%#"
-COMMANDS = preparing, changing, using, measuring
 WHOLE = NASTY.replace("\ud800", "")  # as files may hold it
+COMMANDS = preparing, changing, using, measuring
 
 
 def test_what_is_hidden_or_steers_a_terminal_is_escaped_and_nothing_else():

@@ -1,3 +1,5 @@
+"""The records of each training step: each once an epoch, in steps of one size or of several."""
+
 import math
 
 import pytest
