@@ -1,7 +1,7 @@
 """What a fact to edit is: one record type, whatever file or data set it comes from."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,8 @@ class EditRecord:
 
     def to_dict(self) -> dict:
         """Return plain fields, for JSON; ``accepted`` only where a query has it, as in 0.1."""
-        fields = asdict(self)
-        for name in ("unrelated", "portability"):
-            for query in fields[name]:
-                if not query["accepted"]:
-                    del query["accepted"]
-        return fields
+        queries = {"unrelated": self.unrelated, "portability": self.portability}
+        return vars(self) | {name: tuple(map(_fields_of, q)) for name, q in queries.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> "EditRecord":
@@ -69,3 +65,7 @@ class EditRecord:
             queries = (q | {"accepted": tuple(q.get("accepted", ()))} for q in fields[name])
             fields[name] = tuple(Query(**q) for q in queries)
         return cls(**fields)
+
+
+def _fields_of(query: Query) -> dict:
+    return {name: v for name, v in vars(query).items() if v or name != "accepted"}

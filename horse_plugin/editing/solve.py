@@ -12,7 +12,7 @@ from horse_plugin.editing.in_force import InForce
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
-from horse_plugin.method.metric import whitened
+from horse_plugin.method.metric import times_root, whitened
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture
@@ -52,7 +52,8 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
     keys, grads = moving_rows(captured)
     if hparams.ridge is not None and not network.has_statistics:
         in_metric = [
-            h if w is None else h.to(w.dtype) @ w for h, w in zip(keys, roots, strict=True)
+            h if w is None else times_root(h.to(w.dtype), w)
+            for h, w in zip(keys, roots, strict=True)
         ]
         network.calibrate_ridge(in_metric, hparams.ridge)
     network.update_normalizers(keys, grads)

@@ -9,9 +9,13 @@ such text, and Eq. 2 becomes
 MEMIT (Meng et al. 2023) has the same C in its closed form. C̄ = I is the paper's own ridge term.
 """
 
+from itertools import pairwise
+
 import torch
 
 from horse_plugin.errors import HorseError
+
+STRIPES = 4  # of W, each of which leaves its own zeros out: 5 of 8 products are left
 
 
 def metric_of(moment: torch.Tensor, rho: float) -> torch.Tensor:
@@ -41,6 +45,23 @@ def inverse_root(metric: torch.Tensor) -> torch.Tensor:
     lower = torch.linalg.cholesky(metric)
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(lower, eye, upper=False).T
+
+
+def times_root(x: torch.Tensor, root: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """Return xW, or xWᵀ, n×d, without most of the products with the zeros below W's diagonal.
+
+    Args:
+        x: n×d.
+        root: W, d×d, as :func:`inverse_root` makes it.
+        transposed: whether to return xWᵀ.
+    """
+    found = torch.empty_like(x)
+    for a, b in pairwise(len(root) * i // STRIPES for i in range(STRIPES + 1)):
+        if transposed:
+            torch.mm(x[:, a:], root[a:b, a:].T, out=found[:, a:b])
+        else:
+            torch.mm(x[:, :b], root[:b, a:b], out=found[:, a:b])
+    return found
 
 
 def whitened(shift: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:

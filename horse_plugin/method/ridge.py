@@ -13,7 +13,7 @@ import torch
 
 from horse_plugin.distributed import gather_rows, row_range, sum_over_ranks
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
-from horse_plugin.method.metric import whitened
+from horse_plugin.method.metric import times_root, whitened
 
 CHUNK = 8192  # rows of H in one product
 COLUMNS = 1024  # of an inverse that is not kept
@@ -48,7 +48,7 @@ class Ridge:
         self.n, self._local_rows = row_range(len(keys))
         self.dual = self.n < keys.shape[1]
         self.keys = gather_rows(keys) if self.dual else keys  # H
-        self._keys = self.keys if root is None else self.keys @ self.root  # H' = HW
+        self._keys = self.keys if root is None else times_root(self.keys, self.root)  # H'
         self._added = self._keys if self.dual or root is not None else own  # the same numbers
         self._factor = self._cholesky(self._gram)
 
@@ -145,7 +145,9 @@ class Ridge:
     @functools.cached_property
     def _weighted_keys(self) -> torch.Tensor:
         """HC̄⁻¹ = H'Wᵀ, n×d."""
-        return self.keys if self.root is None else self._keys @ self.root.T
+        if self.root is None:
+            return self.keys
+        return times_root(self._keys, self.root, transposed=True)
 
     def _out(self, solution: torch.Tensor) -> torch.Tensor:
         """Return ΔW = W·ΔW' from the solution in the coordinates of the metric."""

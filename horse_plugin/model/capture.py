@@ -142,7 +142,7 @@ def capture(
             if backward:
                 for module_rows in captured.values():
                     module_rows.collect()
-            tokens = logits.detach().argmax(-1)
+            tokens = logits.detach().max(-1).indices  # argmax is slow in bf16 on a CPU
             found.append((rows, of, end, losses.detach(), tokens, *follows))
             read_by += zip(index, batch.prompts, strict=True)
         if not found:

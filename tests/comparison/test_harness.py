@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_task_runs_on_the_model_before_and_after_an_edit(folder):
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
 

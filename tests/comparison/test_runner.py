@@ -202,6 +202,7 @@ def test_a_method_that_stops_between_batches_leaves_what_was_measured(plan, tmp_
     assert "reason" not in again and again["batches"] == whole["batches"]
 
 
+@pytest.mark.slow
 def test_less_of_the_same_does_not_take_the_place_of_what_is_kept(plan, tmp_path):
     def held_after(method):
         with contextlib.suppress(KeyboardInterrupt):
@@ -234,6 +235,7 @@ def test_a_row_that_cannot_be_kept_is_no_fault_of_the_method(plan, monkeypatch):
         runner.run(plan({"unedited": methods.Unedited()}, (5,), batch=2), progress=False)
 
 
+@pytest.mark.slow
 def test_a_model_that_an_edit_wrecked_leaves_a_row_that_can_be_read(plan, tmp_path):
     class Wrecks(methods.Unedited):
         def __call__(self, task):

@@ -17,6 +17,7 @@ from horse_plugin.method.metric import inverse_root, metric_of
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
+from tests.fast import fast
 from tests.numbers import arrays, assert_same_edit, close, weights
 
 
@@ -42,8 +43,9 @@ def held(e, records):
     return sum(t.tolist() == list(p.answer) for p, t in predict(e.backbone, prompts).items())
 
 
-@pytest.mark.parametrize("preserve", ["none", "shipped"])
-@pytest.mark.parametrize(("block", "step"), [(8192, None), (3, None), (3, 0.5)])
+@pytest.mark.parametrize("preserve", fast(["none", "shipped"], ["shipped"]))
+@pytest.mark.parametrize("block", [8192, 3])
+@pytest.mark.parametrize("step", fast([None, 0.5], [None]))
 def test_one_edit_after_the_other_ends_where_all_at_once_end(block, step, preserve):
     records = tiny.records(6)
     settings = {"edit_block": block, "preserve": preserve, "preserve_tokens": 200}

@@ -12,6 +12,7 @@ from horse_plugin.evaluation.generation import continuations, fluency
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import hooked
 from tests import tiny
+from tests.fast import fast
 from tests.model.test_families import small
 
 
@@ -22,7 +23,9 @@ def one_that_feels_padding():
 
 
 @pytest.mark.parametrize("batch_tokens", [4096, 50])
-@pytest.mark.parametrize("architecture", [*tiny.CONFIGS, None])
+@pytest.mark.parametrize(
+    "architecture", fast([*tiny.CONFIGS, None], ["llama", "gpt2", "gemma3", None])
+)
 def test_continuations_side_by_side_are_those_of_each_prompt_alone(architecture, batch_tokens):
     model = tiny.model(architecture) if architecture else one_that_feels_padding()
     backbone = Backbone(model, tiny.bpe_tokenizer(), batch_tokens=batch_tokens)

@@ -18,6 +18,7 @@ from horse_plugin.editing.export import save_adapter, to_rank
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
+from tests.fast import fast
 from tests.model.roundtrip import edited_and_undone
 
 SIZES = {"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -125,7 +126,7 @@ def made(config) -> torch.nn.Module:
     return T.AutoModelForCausalLM.from_config(config()).eval()
 
 
-@pytest.mark.parametrize("name", EDITED)
+@pytest.mark.parametrize("name", fast(EDITED, ["codegen", "shared expert"]))
 @torch.no_grad()
 def test_its_edit_is_saved_as_a_model_and_as_an_adapter(name, tmp_path):
     model = made(EDITED[name][0])

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from horse_plugin.errors import UsageError
 from horse_plugin.model.backbone import Backbone
+from tests.fast import fast
 from tests.model.roundtrip import edited_and_undone
 
 N_BLOCKS = 8  # two of them a trunk
@@ -132,11 +133,7 @@ def small(name: str):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name in COMMON else pytest.param(name, marks=pytest.mark.slow)
-        for name in (*sorted(FAMILIES.keys() - set(LEFT_OUT)), *VARIANTS)
-    ],
+    "name", fast((*sorted(FAMILIES.keys() - set(LEFT_OUT)), *VARIANTS), COMMON)
 )
 def test_a_family_is_edited_and_undone_or_refused_by_name(name):
     torch.manual_seed(0)

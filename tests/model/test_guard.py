@@ -16,6 +16,7 @@ from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
 from horse_plugin.model.guard import guard, none_packed
 from tests import ROOT, tiny
+from tests.fast import fast
 
 IDS = torch.arange(5, 25)[None]
 
@@ -79,7 +80,7 @@ def test_a_callers_model_comes_back_as_it_was(tmp_path, work):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
-@pytest.mark.parametrize("at", range(0, 40, 3))
+@pytest.mark.parametrize("at", fast(range(0, 40, 3), range(0, 40, 12)))
 def test_after_any_exception_too(at, error):
     """Raised in the middle of a pass, forward, backward, in the trunk or in the top."""
     model, calls = used_model(), iter(range(at))
@@ -155,7 +156,7 @@ def around_but_not_the_model(around, monkeypatch):
     return around
 
 
-@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("name", fast(AROUND, ["autocast", "inference mode"]))
 def test_what_the_caller_switched_on_changes_no_bit(tmp_path, monkeypatch, by_itself, name):
     found = bits_of_work(tmp_path, around_but_not_the_model(AROUND[name], monkeypatch))
     for one, other in zip(found, by_itself, strict=True):

@@ -12,6 +12,7 @@ from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
 from horse_plugin.training.objective import LOSS_ON, TRAINED_ON, Objective
 from tests import tiny
+from tests.fast import fast
 
 # Llama computes its norms and rotations in float32 whatever the model's dtype; GPT-2 does not.
 TOLERANCE = {"llama": 1e-4, "gpt2": 1e-8}
@@ -79,7 +80,7 @@ def case(architecture, **changes):
 
 @pytest.mark.parametrize("loc_loss", ["ce", "kl"])
 @pytest.mark.parametrize("spread", ["orthogonal", "gram_schmidt", "released", "uniform", "decay"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", fast(["llama", "gpt2"], ["llama"]))
 def test_the_training_gradient_is_the_gradient(architecture, spread, loc_loss):
     hparams, backbone, network, captured, prompts = case(
         architecture, spread=spread, spread_strength=0.8, loc_loss=loc_loss
@@ -108,7 +109,7 @@ def weighted(losses, hparams):
 
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("loc_loss", ["ce", "ce+kl"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", fast(["llama", "gpt2"], ["gpt2"]))
 def test_with_a_metric_and_ordinary_text_it_is_the_gradient_too(architecture, loc_loss, many):
     hparams, backbone, network, captured, prompts = case(
         architecture, loc_loss=loc_loss, keep_coef=0.6, preserve="shipped"

@@ -99,6 +99,7 @@ def test_training_goes_on_while_a_thread_writes(tmp_path, monkeypatch):
         assert read(tmp_path / "whole", name) == read(tmp_path / "slow", name)
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_ends_the_training(tmp_path, monkeypatch):
     def fail(path, *args):
         raise HorseError(f"{path}: not written: full")
@@ -361,6 +362,7 @@ def test_validation_may_edit_more_at_once_than_a_step(tmp_path):
     assert len(evaluator.edits) == 6
 
 
+@pytest.mark.slow
 def test_the_rates_sink_to_zero_when_asked_to(tmp_path):
     t = trainer(tmp_path, decay_meta_lr=True, meta_lr=1e-3, eta_meta_lr=1e-2)
     t.run()
