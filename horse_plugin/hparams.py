@@ -185,6 +185,7 @@ class HORSEHyperParams:
     max_length: int = 4096  # longest prompt + answer in tokens; the model's limit holds too
     edit_memory_gb: float | None = None  # most memory that an edit or a training step may take, in
     # 10⁹ bytes, beside the model and a pass of it, by an estimate before; null: what is free
+    offload_keys: bool = False  # keys and gradients wait in the memory of the CPU
     trunk_cache_gb: float = 2.0  # memory for trunk states kept between steps
     trunk_disk_gb: float = 0.0  # room for more of them in memory-mapped files
     trunk_dir: str | None = None  # folder of those files; null: the system's temporary one

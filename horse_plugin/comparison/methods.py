@@ -27,6 +27,7 @@ from horse_plugin.training.trainer import HORSETrainer
 
 # Settings are digested under the names of 0.1, where a key has one.
 OLDER = {new: old for old, new in ALIASES.items() if old != "alg"}
+CHANGE_NO_FIGURE = ("stats_dir", "edit_memory_gb", "offload_keys", "shard_trunk")
 OF_BACKBONE = ("inner_params", "batch_tokens", "max_length", "token")
 
 
@@ -65,7 +66,7 @@ class Engine:
 
     def settings(self, task: Task) -> dict:
         about = {OLDER.get(k, k): v for k, v in self.hparams(task).to_dict().items()}
-        for key in ("stats_dir", "edit_memory_gb", "shard_trunk"):  # they change no figure
+        for key in CHANGE_NO_FIGURE:
             del about[key]
         if about["min_edits_per_step"] is None:  # as cells were kept before there was such a key
             del about["min_edits_per_step"]

@@ -69,7 +69,7 @@ class Sums:
         for gram, right, h, r in zip(
             self.grams, self.rights, captured.keys, residuals, strict=True
         ):
-            h = h.to(r.dtype)
+            h = h.to(r)
             gram += h.T @ h
             right += h.T @ r
         self.counts += counts_of(captured)

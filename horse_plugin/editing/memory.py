@@ -38,10 +38,13 @@ def check_memory(
     if allowed is None or needed <= allowed:
         return
     of = "are free" if limit is None else "are allowed (edit_memory_gb)"
-    advice = "Train on fewer facts in a step (edits_per_step)" if training else "Edit fewer facts"
+    advice = "Train on fewer facts in a step (edits_per_step)"
+    advice = advice if training else "Edit fewer facts at once"
+    if backbone.keys_device == backbone.edit_device != torch.device("cpu"):
+        advice += ", or set offload_keys: true"
     raise HorseError(
         f"edit_memory_gb: {len(prompts):,} prompts take about {needed / GB:.1f} GB beside the "
-        f"model, and {allowed / GB:.1f} GB {of}. {advice}{'' if training else ' at once'}."
+        f"model, and {allowed / GB:.1f} GB {of}. {advice}."
     )
 
 
@@ -80,7 +83,7 @@ def edit_bytes(
     """
     item, shapes = torch.finfo(backbone.edit_dtype).bits // 8, backbone.shapes
     captures = 1 if hparams.edit_sweeps == 1 else 2  # the earlier one, while the next is made
-    rows = captures * (_captured(backbone) + item * sum(1 + d_out for _, d_out in shapes))
+    rows = _captured(backbone, captures) + captures * item * sum(1 + d_out for _, d_out in shapes)
     systems = [_system(n, *shape) for shape in shapes]
     shifts = sum(min(n * (d + d_out), d * d_out) for d, d_out in shapes)
     if on_top:
@@ -100,7 +103,7 @@ def training_bytes(backbone: Backbone, n: int, hparams: HORSEHyperParams) -> flo
     """
     item, shapes = torch.finfo(backbone.edit_dtype).bits // 8, backbone.shapes
     sweeps, widths = hparams.train_sweeps or hparams.edit_sweeps, sum(d_out for _, d_out in shapes)
-    rows = sweeps * (_captured(backbone) + item * 5 * widths) + item * 2 * widths
+    rows = _captured(backbone, sweeps) + item * (5 * sweeps + 2) * widths
     has_metric = hparams.preserve != "none"
     metric = sum(d * d for d, _ in shapes) if has_metric else 0
     copies = has_metric + (backbone.model.dtype != backbone.edit_dtype)  # H', and H in float32
@@ -116,10 +119,14 @@ def training_bytes(backbone: Backbone, n: int, hparams: HORSEHyperParams) -> flo
     return n * rows + item * numbers + 2 * _weights(backbone)
 
 
-def _captured(backbone: Backbone) -> int:
-    """Return the bytes of the keys and gradients of one answer token."""
+def _captured(backbone: Backbone, times: int) -> int:
+    """Return the bytes of an answer token's keys and gradients, captured so many times.
+
+    Where they wait in the memory of the CPU, it is those of one edit module, once.
+    """
     modules = zip(backbone.modules.values(), backbone.shapes, strict=True)
-    return sum((d + d_out) * module.weight.element_size() for module, (d, d_out) in modules)
+    each = [(d + d_out) * module.weight.element_size() for module, (d, d_out) in modules]
+    return times * sum(each) if backbone.keys_device == backbone.edit_device else max(each)
 
 
 def _weights(backbone: Backbone) -> int:

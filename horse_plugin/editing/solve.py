@@ -52,8 +52,7 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
     keys, grads = moving_rows(captured)
     if hparams.ridge is not None and not network.has_statistics:
         in_metric = [
-            h if w is None else times_root(h.to(w.dtype), w)
-            for h, w in zip(keys, roots, strict=True)
+            h if w is None else times_root(h.to(w), w) for h, w in zip(keys, roots, strict=True)
         ]
         network.calibrate_ridge(in_metric, hparams.ridge)
     network.update_normalizers(keys, grads)

@@ -210,15 +210,15 @@ class HyperNetwork(nn.Module):
             grads: ∇G_1 … ∇G_T, n×d' each.
         """
         for l, (h, g) in enumerate(zip(keys, grads, strict=True)):
-            normalizer = self.group_of(l)[0].normalizer
-            found = [normalizer.moments(torch.cat(c, -1)) for c in _chunks(h, g, ROWS)]
+            normalizer, where = self.group_of(l)[0].normalizer, self.log_eta.device
+            found = [normalizer.moments(torch.cat(c, -1).to(where)) for c in _chunks(h, g, ROWS)]
             for moments in gather_rows(torch.stack(found)):
                 normalizer.merge(*moments)
 
     def forward(self, l: int, keys, grads) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (H̃_l, ∇G̃_l), n×d and n×d', from (H_l, ∇G_l)."""
         group, module = self.group_of(l)
-        return group(keys.to(self.log_eta.dtype), grads.to(self.log_eta.dtype), module)
+        return group(keys.to(self.log_eta), grads.to(self.log_eta), module)
 
     def residuals(
         self,
@@ -279,7 +279,7 @@ class HyperNetwork(nn.Module):
 
     def _residual(self, l: int, keys, grads, in_loss: bool) -> torch.Tensor:
         constant = self.coefficient == "none" or (in_loss and self.coefficient == "edit_only")
-        keys, eta = keys.to(self.log_eta.dtype), self.log_eta[l].exp()
+        keys, eta = keys.to(self.log_eta), self.log_eta[l].exp()
         pseudo_keys, pseudo_grads = self(l, keys, grads)
         r = -eta * pseudo_grads if constant else residual(keys, pseudo_keys, pseudo_grads, eta)
         return capped(r, self.largest[l]) if self.has_cap else r
@@ -329,7 +329,7 @@ class HyperNetwork(nn.Module):
         Args:
             keys: H_1 … H_T, n×d each.
         """
-        keys = (h.to(self.lamda.dtype) for h in keys)
+        keys = (h.to(self.lamda) for h in keys)
         squares = [h.shape[1] * mean_of_rows(h.square()).median() for h in keys]
         squares = torch.stack(squares).to(self.lamda)
         self.lamda.copy_(torch.where(squares > 0, (share * squares).log(), 0))

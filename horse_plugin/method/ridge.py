@@ -33,7 +33,7 @@ class Ridge:
 
     Args:
         keys: H, n×d. In half precision it is computed with in float32, or in that of ``mu``.
-        mu: μ = e^λ > 0, a number or a tensor with one element.
+        mu: μ = e^λ > 0, a number, or a tensor with one element where the solving is to be done.
         root: W, d×d upper triangular with W Wᵀ = C̄⁻¹; None is C̄ = I.
 
     Raises:
@@ -42,7 +42,8 @@ class Ridge:
 
     def __init__(self, keys: torch.Tensor, mu, root: torch.Tensor | None = None):
         dtype = torch.promote_types(keys.dtype, mu.dtype if torch.is_tensor(mu) else torch.float32)
-        own, keys = keys, keys.to(dtype)
+        own = keys.to(mu.device) if torch.is_tensor(mu) else keys
+        keys = own.to(dtype)
         self.mu = torch.as_tensor(mu, dtype=dtype, device=keys.device)
         self.root = None if root is None else root.to(keys)
         self.n, self._local_rows = row_range(len(keys))

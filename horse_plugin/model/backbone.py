@@ -74,13 +74,15 @@ class Backbone:
         progress: whether to show a bar while prompts run through the model.
         token: where edits read keys, at the answer tokens (``ans``) or where the subject ends
             (``subject``), see :mod:`horse_plugin.data.subjects`.
+        offload_keys: whether keys and gradients wait in the host's memory for their module's turn.
         seam: how the model is asked, see :class:`horse_plugin.data.seam.Seam`.
 
     Attributes:
         modules: name → edit module, from the lowest block to the highest.
         weights: their weights, :class:`horse_plugin.model.weights.EditWeights`.
         device: where token ids go in.
-        edit_device: where keys, gradients and the hypernetwork live: with the lowest edit module.
+        edit_device: where the hypernetwork works: with the lowest edit module.
+        keys_device: where keys and gradients are kept.
         edit_dtype: the precision of everything that decides an edit: float32, or float64 for
             models of that precision.
         blocks: all transformer blocks.
@@ -106,6 +108,7 @@ class Backbone:
         trunk_dir=None,
         progress: bool = False,
         token: str = "ans",
+        offload_keys: bool = False,
         seam: Seam = PLAIN,
     ):
         self.token, self.seam = token, seam
@@ -122,6 +125,7 @@ class Backbone:
             )
         self.modules = find_edit_modules(model, inner_params, token)
         self.edit_device = next(iter(self.modules.values())).weight.device
+        self.keys_device = torch.device("cpu") if offload_keys else self.edit_device
         self.edit_dtype = torch.promote_types(model.dtype, torch.float32)
         self.weights = EditWeights(self.modules, self.edit_dtype)
         self.first_edited = first_edited_block(model, inner_params, token)
@@ -219,7 +223,7 @@ class Backbone:
     def of(cls, model, tokenizer, hparams, progress: bool = False) -> "Backbone":
         """Return the backbone of a loaded model, with the settings of the hparams."""
         names = """inner_params batch_tokens max_length trunk_cache_gb trunk_disk_gb trunk_dir
-            token""".split()
+            token offload_keys""".split()
         settings = {name: getattr(hparams, name) for name in names}
         seam = Seam(**{f.name: getattr(hparams, f.name) for f in fields(Seam)})
         return cls(model, tokenizer, **settings, seam=seam, progress=progress)

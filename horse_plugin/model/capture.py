@@ -42,10 +42,10 @@ class Notes:
 class Capture(Notes):
     """What the hypernetwork reads of an edit; lists run over the edit modules, lowest first.
 
-    Keys and gradients have their module's own dtype, of which no bit is lost; all else is in
-    ``Backbone.edit_dtype``. Rows are in the order of the prompts,
-    the tokens of one answer in sequence; of several processes each holds the rows of the prompts
-    that it runs.
+    Keys and gradients have their module's own dtype, of which no bit is lost, and are on
+    ``Backbone.keys_device``; all else is in ``Backbone.edit_dtype``. Rows are in the order of the
+    prompts, the tokens of one answer in sequence; of several processes each holds the rows of the
+    prompts that it runs.
 
     Attributes:
         prompts: what was read, on all processes.
@@ -103,9 +103,8 @@ def capture(
     first_rows = sizes.cumsum(0) - sizes
     still = torch.tensor([prompts[i].still for i in local], dtype=torch.bool)
     holds = torch.ones_like(still)
-    where = {"device": backbone.edit_device, "dtype": backbone.edit_dtype}
     captured = {
-        name: _ModuleRows(len(record_of_row), *shape, module.weight.dtype, where)
+        name: _ModuleRows(backbone, len(record_of_row), *shape, module.weight.dtype)
         for (name, module), shape in zip(backbone.modules.items(), backbone.shapes, strict=True)
     }
     if earlier:
@@ -126,7 +125,7 @@ def capture(
             rows = torch.cat([torch.arange(sizes[i]) + first_rows[i] for i in index])
             of = torch.tensor(batch.per_label(index))
             end = torch.tensor([label == UNKNOWN for p in batch.prompts for label in p.labels])
-            at = rows.to(backbone.edit_device, non_blocking=True)
+            at = rows.to(backbone.keys_device, non_blocking=True)
             with contextlib.ExitStack() as hooks:
                 for name, module in backbone.modules.items():
                     positions = backbone.key_positions(name, batch)
@@ -216,10 +215,13 @@ def _losses(logits, labels, ends, follows, dtype) -> tuple[torch.Tensor, tuple[t
 class _ModuleRows:
     """The rows of one edit module, filled batch by batch."""
 
-    def __init__(self, n: int, d: int, d_out: int, dtype: torch.dtype, where: dict):
-        own = where | {"dtype": dtype}
+    def __init__(self, backbone: Backbone, n: int, d: int, d_out: int, dtype: torch.dtype):
+        device = backbone.keys_device
+        # Out of pinned memory a GPU fetches the keys of a module itself.
+        pinned = device.type == "cpu" and backbone.edit_device.type == "cuda"
+        own = {"dtype": dtype, "device": device, "pin_memory": pinned}
         self.keys, self.grads = torch.empty(n, d, **own), torch.zeros(n, d_out, **own)
-        self.norms = torch.empty(n, **where)
+        self.norms = torch.empty(n, dtype=backbone.edit_dtype, device=device)
 
     def hook(self, positions: torch.Tensor, at: torch.Tensor, backward: bool):
         """Return a forward hook that fills the rows ``at`` with a batch's positions of keys."""
@@ -232,9 +234,9 @@ class _ModuleRows:
             else:
                 output.retain_grad()
             where = positions.to(output.device)
-            values = output.flatten(0, -2)[where].detach().to(self.norms)
+            values = output.flatten(0, -2)[where].detach().to(self.norms.dtype)
             self.keys[at] = args[0].flatten(0, -2)[where].detach().to(self.keys)
-            self.norms[at] = values.norm(dim=-1)
+            self.norms[at] = values.norm(dim=-1).to(self.norms.device)
             self._pending = (output, where, at) if backward else None
             return output.clone()  # some models write into it
 

@@ -30,8 +30,8 @@ FORM = MADE_FOR | {
 # What a resumed run may set anew: how long it goes on, and where it runs.
 MAY_CHANGE = frozenset(
     """max_epochs early_stop_patience device model_parallel shard_trunk batch_size edit_memory_gb
-    trunk_cache_gb trunk_disk_gb trunk_dir results_dir archive model_name tokenizer_name
-    stats_dir evaluation_type""".split()
+    offload_keys trunk_cache_gb trunk_disk_gb trunk_dir results_dir archive model_name
+    tokenizer_name stats_dir evaluation_type""".split()
 )
 
 # What runs did before there was a key for it.

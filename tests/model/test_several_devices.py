@@ -73,6 +73,23 @@ def test_editing_training_measuring_and_asking_give_the_same_bits(tmp_path, monk
         assert torch.equal(tensor, both[name]), name
 
 
+@pytest.mark.slow
+def test_keys_that_wait_in_the_memory_of_the_host_give_the_same_bits(tmp_path, monkeypatch, places):
+    """On one device, to which each module's are moved when they are needed."""
+    found = []
+    for offload in (False, True):
+        settings = {"offload_keys": offload, "batch_tokens": 64}
+        backbone = backbone_of(tiny.model(), monkeypatch, places, **settings)
+        kept = capture(backbone, backbone.prepare(tiny.records(3)).flat("edit"))
+        where = {t.device for t in kept.keys + kept.grads}
+        assert where == {HOST if offload else FIRST}
+        found.append(work(backbone, tmp_path / f"{offload}"))
+    (here, figures), (there, same_figures) = found
+    assert here.keys() == there.keys() and figures == same_figures
+    for name, tensor in here.items():
+        assert torch.equal(tensor, there[name]), name
+
+
 def passes(backbone: Backbone) -> dict:
     """What runs batches through the model: name → a function that does so again."""
     edits = backbone.prepare(tiny.records(4))
