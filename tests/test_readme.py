@@ -22,7 +22,7 @@ def test_the_facts_are_those_that_horse_init_writes():
 
 
 @pytest.mark.real_model
-@pytest.mark.usefixtures("shipped_text")
+@pytest.mark.usefixtures("shipped_text", "kept_stats")
 def test_the_commands_edit_ask_and_undo(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
@@ -44,7 +44,7 @@ def test_the_commands_edit_ask_and_undo(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.real_model
-@pytest.mark.usefixtures("shipped_text")
+@pytest.mark.usefixtures("shipped_text", "kept_stats")
 def test_the_lines_of_python_edit_save_and_undo(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "facts.json").write_text(FACTS)

@@ -21,8 +21,9 @@ def loaded():
     return load_model(hparams)
 
 
-def test_what_is_written_in_a_chat_is_what_the_figures_say(loaded):
+def test_what_is_written_in_a_chat_is_what_the_figures_say(loaded, kept_stats):
     hparams = default_hparams()
+    hparams.stats_dir = str(kept_stats)
     hparams.chat_template = hparams.append_eos = True
     editor = HorseEditor(*loaded, hparams)
     facts = [

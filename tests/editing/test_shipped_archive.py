@@ -42,10 +42,10 @@ def test_settings_for_another_model_name_no_archive(tmp_path):
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("dtype", ["fp32", None])
-def test_an_edit_with_the_default_settings_is_trained(tmp_path, dtype):
+def test_an_edit_with_the_default_settings_is_trained(tmp_path, kept_stats, dtype):
     (tmp_path / "facts.json").write_text(EXAMPLE_FACTS)
     hparams = default_hparams()
-    hparams.dtype, hparams.stats_dir = dtype, str(tmp_path)
+    hparams.dtype, hparams.stats_dir = dtype, str(kept_stats)
     editor = HorseEditor.from_hparams(hparams)
     assert editor.network is not None
     editor.edit(str(tmp_path / "facts.json"))
