@@ -58,6 +58,7 @@ def test_a_format_from_outside_is_read(page):
     assert flat.prompt == "Oslo is in"  # the others are read as before
 
 
+@pytest.mark.slow
 def test_rows_from_outside_are_measured_and_stand_in_the_tables(page, tmp_path):
     tiny.files(tmp_path)
     (tmp_path / "HORSE").mkdir()

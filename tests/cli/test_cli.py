@@ -48,6 +48,7 @@ def test_ctrl_c_says_how_to_go_on(horse, monkeypatch):
     assert horse(f"{line} --resume")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_training_is_forecast_watched_and_drawn(folder, horse):
     line = "train --hparams tiny --train train.json --val val.json --out w --epochs 2"
     code, out, err = horse(f"{line} --dry-run")

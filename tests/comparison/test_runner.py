@@ -25,6 +25,7 @@ from horse_plugin.evaluation.probability import success_and_magnitude
 from horse_plugin.method.spread import SPREADS
 from horse_plugin.model.backbone import Backbone
 from tests import ROOT, tiny
+from tests.fast import fast
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,7 @@ def test_what_was_measured_before_a_stop_is_there_after_it(plan, tmp_path, monke
     assert row["method"] == "unedited"
 
 
+@pytest.mark.slow
 def test_every_method_starts_from_the_same_weights_and_records(plan):
     before, after = Counted(), Counted()
     table = {"before": before, "HORSE": Engine(), "MALMEN": Engine("MALMEN"), "after": after}
@@ -175,7 +177,7 @@ class Stops(methods.Unedited):
         raise self.error("the power went")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", fast([KeyboardInterrupt, RuntimeError], [KeyboardInterrupt]))
 def test_a_method_that_stops_between_batches_leaves_what_was_measured(plan, tmp_path, error):
     table = {"unedited": methods.Unedited(), "FT": Stops(2, error)}
     with contextlib.suppress(KeyboardInterrupt):

@@ -205,6 +205,7 @@ def test_a_figure_of_which_less_is_better_is_no_percentage(data):
     assert general.rows(found, found)[0]["less_is_better"] is True
 
 
+@pytest.mark.slow
 def test_f1_is_of_those_that_mean_the_same(data):
     docs = [PAIR | {"sentence1": tiny.words(i, 3), "label": i % 2} for i in range(6)]
     (data / "mrpc.jsonl").write_text("\n".join(map(json.dumps, docs)))
