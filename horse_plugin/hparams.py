@@ -71,6 +71,8 @@ METHODS = {
 }
 # As the archive: edit without one, and the one for the default model that comes with the package.
 UNTRAINED, SHIPPED = "untrained", "shipped"
+# Where a run works, and no figure of it.
+CHANGE_NO_FIGURE = ("stats_dir", "edit_memory_gb", "offload_keys", "shard_trunk")
 DTYPES = ("fp32", "bf16", "fp16")
 
 

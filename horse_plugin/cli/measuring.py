@@ -97,15 +97,15 @@ def evaluate(
         name = deltas[-1].about["hparams"]["alg_name"] if deltas else "unedited"
         rows = [results.row(name, visible(Path(data).stem), settings, evaluation)]
         texts = written.write_answers(editor.backbone, records) if generate else []
-        if grader:
+        if probabilities:
+            parts = editor.backbone, records
+            rows[0]["probabilities"] = probability.success_and_magnitude(*parts)
+        if grader and is_main_process():  # the others, if any, have nothing left to do
             say(f"The judge gets {grader.cost(texts, files[3])}.")
             yes or typer.confirm("Go on?", abort=True, err=True)
             texts = grader.grade(texts, files[3])
         if generate:
             rows[0]["generated"] = written.figures(texts)
-        if probabilities:
-            parts = editor.backbone, records
-            rows[0]["probabilities"] = probability.success_and_magnitude(*parts)
         if out and is_main_process():
             results.save(out, rows)
             parts = editor.backbone.tokenizer, evaluator.before, evaluation

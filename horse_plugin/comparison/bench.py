@@ -86,7 +86,7 @@ def _bench(backbone: Backbone, hp, records: Sequence[EditRecord], others: bool) 
         def residuals() -> list[torch.Tensor]:
             etas = network.log_eta.exp()
             parts = zip(keys, pseudo, etas, strict=True)
-            raw = [residual(h.to(eta.dtype), *p, eta) for h, p, eta in parts]
+            raw = [residual(h.to(eta), *p, eta) for h, p, eta in parts]
             return network.spread_out(raw, keys, grads)
 
         spread = clock("residual and spread", residuals)

@@ -16,7 +16,7 @@ from horse_plugin.comparison.task import Edited, Task, records_digest
 from horse_plugin.editing.archive import read_network
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import UsageError
-from horse_plugin.hparams import ALIASES, HORSEHyperParams, canonical
+from horse_plugin.hparams import ALIASES, CHANGE_NO_FIGURE, HORSEHyperParams, canonical
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.files import write
@@ -27,7 +27,6 @@ from horse_plugin.training.trainer import HORSETrainer
 
 # Settings are digested under the names of 0.1, where a key has one.
 OLDER = {new: old for old, new in ALIASES.items() if old != "alg"}
-CHANGE_NO_FIGURE = ("stats_dir", "edit_memory_gb", "offload_keys", "shard_trunk")
 OF_BACKBONE = ("inner_params", "batch_tokens", "max_length", "token")
 
 

@@ -56,6 +56,15 @@ class Plan:
     probabilities: bool = False
 
     def __post_init__(self):
+        for what in ("n_edits", "seeds"):
+            if not getattr(self, what):
+                raise UsageError(f"{what}: there is none to measure.")
+        names = [data.name for data in self.datasets]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(
+                f"{twice[0]}: two data sets have this name, by which rows are told apart. Rename "
+                "one of the files."
+            )
         for data in self.datasets:
             if max(self.n_edits) > len(data.records):
                 raise UsageError(

@@ -51,6 +51,10 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
     if plan.check:
         # Without EasyEdit it fails here, and not in every row.
         from horse_plugin.comparison.baselines import check  # noqa: F401
+    models = [_MeasuredModel(plan, model) for model in plan.models]
+    names = [model.hparams.model_name for model in models]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"models: two YAMLs name {twice[0]}, so that their rows would be one.")
     rows, wanted = held_rows(plan.out), []
 
     def keep(row: dict, is_done: bool = True):
@@ -63,8 +67,7 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
     total = len(plan.models) * len(plan.cells())
     hidden = None if progress else True  # None: where nobody watches
     with tqdm(total=total, desc="compare", unit="cell", disable=hidden) as bar:
-        for model in plan.models:
-            measured = _MeasuredModel(plan, model)
+        for measured in models:
             for data, n, seed, name in plan.cells():
                 cell = visible(f"{name}, {data.name}, {n} edits, seed {seed}")
                 bar.set_postfix_str(cell)

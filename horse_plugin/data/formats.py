@@ -123,7 +123,11 @@ def _record(item, index: int, where, notes: Counter) -> EditRecord | list[EditRe
 
 
 def _checked(record: EditRecord, where: str) -> EditRecord:
-    """Return the record, if it can be written to a file later."""
+    """Return the record, if it can be written to a file, and read from there."""
+    if isinstance(record.rephrases, str):
+        raise UsageError(f"{where}: rephrases: expected a list of texts, found one text.")
+    if not isinstance(record.case_id, (int, str, type(None))):
+        raise UsageError(f"{where}: case_id: expected a whole number or a text.")
     try:
         json.dumps(record.to_dict(), ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:

@@ -42,6 +42,11 @@ class EditRecord:
     case_id: int | str | None = None
 
     @property
+    def asks(self) -> str:
+        """The edit prompt with single spaces: records that ask the same are of one fact."""
+        return plain(self.prompt)
+
+    @property
     def edit(self) -> Query:
         """The edit prompt with the new answer."""
         return Query(self.prompt, self.target_new)
@@ -65,6 +70,11 @@ class EditRecord:
             queries = (q | {"accepted": tuple(q.get("accepted", ()))} for q in fields[name])
             fields[name] = tuple(Query(**q) for q in queries)
         return cls(**fields)
+
+
+def plain(text: str) -> str:
+    """Return the text with single spaces: other white space makes no other text."""
+    return " ".join(text.split())
 
 
 def _fields_of(query: Query) -> dict:

@@ -56,7 +56,7 @@ class AppliedEdits:
     @property
     def facts_in_force(self) -> list[EditRecord]:
         """The facts of all edits in the model; of several with one prompt, the last one."""
-        return list({r.prompt: r for delta in self._state.edits for r in delta.records}.values())
+        return list({r.asks: r for delta in self._state.edits for r in delta.records}.values())
 
     @property
     def original_weights(self) -> dict[str, torch.Tensor]:

@@ -48,7 +48,7 @@ class Chain:
             HorseError: the list is damaged.
         """
         self.folder, self.entries = Path(folder).expanduser(), []
-        if Path(folder, DELTA).exists():
+        if (self.folder / DELTA).exists():
             raise UsageError(f"{folder}: holds a single edit, not a chain; choose another folder.")
         self.entries = self._listed()
 
@@ -73,7 +73,7 @@ class Chain:
         Raises:
             UsageError: there is none.
         """
-        if not Path(folder, CHAIN_FILE).exists():
+        if not Path(folder, CHAIN_FILE).expanduser().exists():
             raise UsageError(f"{folder}: holds no chain of edits; `horse edit --onto` makes one.")
         return cls(folder)
 

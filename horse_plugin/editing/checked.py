@@ -65,7 +65,9 @@ def checked_edit(
 
     earlier = editor.facts_in_force if records is not None else editor.facts_to_write_anew()
     edits = PreparedEdits.of_none() if records is None else backbone.prepare(records)
-    conflicts = report(find_conflicts(edits, backbone.tokenizer.unk_token_id, earlier))
+    unknown = backbone.tokenizer.unk_token_id
+    unknown = None if unknown == backbone.tokenizer.eos_token_id else unknown  # as GPT-2 has it
+    conflicts = report(find_conflicts(edits, unknown, earlier))
     edits.check()
     written = edits if records is not None else backbone.prepare(earlier, warn=False)
     prompts = editor.to_capture(edits)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from horse_plugin.data.prompts import AnswerTooLongError, PreparedEdits
-from horse_plugin.data.records import EditRecord
+from horse_plugin.data.records import EditRecord, plain
 from horse_plugin.evaluation.metrics import Evaluation
 
 MEANINGS = {
@@ -56,15 +56,15 @@ def find_conflicts(
         unknown_token: the id of the tokenizer's token for what it does not know, if it has one.
         earlier: records that were edited before, on top of which these go.
     """
-    answers_to = {_plain(r.prompt): {_plain(r.target_new)} for r in earlier}
+    answers_to = {r.asks: {plain(r.target_new)} for r in earlier}
     found = {name: [] for name in MEANINGS}
     for i, record in enumerate(edits.records):
-        answers, answer = answers_to.setdefault(_plain(record.prompt), set()), record.target_new
-        if _plain(answer) in answers:
+        answers, answer = answers_to.setdefault(record.asks, set()), record.target_new
+        if plain(answer) in answers:
             found["duplicates"].append(i)
         elif answers:
             found["contradictions"].append(i)
-        answers.add(_plain(answer))
+        answers.add(plain(answer))
         error, prompts = edits.errors.get(i), edits.prompts["edit"][i]
         if isinstance(error, AnswerTooLongError) or any(p.n_cut for p in prompts):
             found["too_long"].append(i)
@@ -80,8 +80,3 @@ def known_facts(before: Evaluation) -> Conflicts:
         before: the figures of the unedited model.
     """
     return Conflicts(known=tuple(i for i, r in enumerate(before.records) if r["efficacy"] == 1))
-
-
-def _plain(text: str) -> str:
-    """Return the text with single spaces: other white space makes no other prompt."""
-    return " ".join(text.split())

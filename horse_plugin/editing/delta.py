@@ -186,11 +186,12 @@ def check_free(folder) -> Path:
     Raises:
         UsageError: it does hold one, which is never overwritten.
     """
-    if Path(folder, CHAIN_FILE).exists():
+    path = Path(folder).expanduser()
+    if (path / CHAIN_FILE).exists():
         raise UsageError(f"{folder}: holds a chain of edits; choose another folder, or --onto.")
-    if Path(folder, DELTA).exists():
+    if (path / DELTA).exists():
         raise UsageError(f"{folder}: holds an edit already; choose another folder.")
-    return Path(folder)
+    return path
 
 
 def _check_tensors(path, tensors: dict[str, torch.Tensor], modules: list[str]):

@@ -42,7 +42,7 @@ from horse_plugin.evaluation.drift import OrdinaryText, Pieces
 from horse_plugin.evaluation.generation import answers
 from horse_plugin.evaluation.metrics import mean, predict
 from horse_plugin.evaluation.results import versions
-from horse_plugin.hparams import UNTRAINED, HORSEHyperParams
+from horse_plugin.hparams import CHANGE_NO_FIGURE, UNTRAINED, HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, capture
@@ -173,8 +173,8 @@ class HorseEditor(AppliedEdits):
         with self._below():
             return capture(self.backbone, prompts, holds_from=self.hparams.edit_holds)
 
-    def _check_memory(self, prompts: Sequence[Prompt]):
-        check_memory(self.backbone, prompts, self.hparams, on_top=self._is_on_top)
+    def _check_memory(self, prompts: Sequence[Prompt], sums: int = 0):
+        check_memory(self.backbone, prompts, self.hparams, on_top=self._is_on_top, sums=sums)
 
     @property
     def _is_on_top(self) -> bool:
@@ -186,16 +186,26 @@ class HorseEditor(AppliedEdits):
         return self.unedited() if self._is_on_top else contextlib.nullcontext()
 
     def to_capture(self, edits: PreparedEdits) -> list[Prompt]:
-        """Return the prompts that an edit of these records reads."""
+        """Return the prompts that an edit of these records reads.
+
+        Raises:
+            UsageError: a record cannot be written, or several processes would edit in blocks.
+        """
         edits.check()
-        replaced = {record.prompt for record in edits.records}
-        kept = [r for r in self.facts_in_force if r.prompt not in replaced]
+        replaced = {record.asks for record in edits.records}
+        kept = [r for r in self.facts_in_force if r.asks not in replaced]
         if self._is_on_top and kept:
             earlier = self.backbone.prepare(kept, ["edit"], warn=False)
             for error in earlier.errors.values():
                 raise UsageError(f"a fact in force cannot be written again: {error}")
             edits = self.backbone.place_keys(edits.on_top_of(earlier))
-        return edits.to_capture(self.hparams.keep_next)
+        prompts = edits.to_capture(self.hparams.keep_next)
+        if distributed.world_size() > 1 and len(prompts) > self.hparams.edit_block:
+            raise UsageError(
+                f"edit_block: several processes edit {len(prompts):,} prompts at once, in no "
+                f"blocks of {self.hparams.edit_block:,}. Raise it, or edit in one process."
+            )
+        return prompts
 
     @guarded
     def edit(
@@ -341,13 +351,12 @@ class HorseEditor(AppliedEdits):
             weights: their digests.
             folder: for the files, which are gone when ``files`` is closed.
         """
-        if distributed.world_size() > 1:
-            raise UsageError("edit_block: several processes edit at once; raise it.")
         backbone, hp, roots = self.backbone, self.hparams, self.roots
         block = prompts[: hp.edit_block]
-        self._check_memory(block)
+        self._check_memory(block, sums=1 if hp.edit_sweeps == 1 else 2)
         network = self.network or self.untrained_network(self._read_below(block))
-        about = [[[p.ids, p.start, p.subject, p.still] for p in prompts], hp.to_dict()]
+        about = [[[p.ids, p.start, p.subject, p.still] for p in prompts]]
+        about += [{k: v for k, v in hp.to_dict().items() if k not in CHANGE_NO_FIGURE}]
         about += [weights, tensors_digest(network.state_dict(), {})]
         mine = files.enter_context(files_of(folder, json_digest(about)))
         with self._below():

@@ -21,6 +21,8 @@ def check_memory(
     hparams: HORSEHyperParams,
     training: bool = False,
     on_top: bool = False,
+    sums: int = 0,
+    advice: str = "Edit fewer facts at once",
 ):
     """Refuse an edit or a training step that would take more memory than is allowed, or is free.
 
@@ -28,24 +30,27 @@ def check_memory(
         hparams: ``edit_memory_gb`` is the most that it may take; None is what is free.
         training: whether it is a training step.
         on_top: whether edits are in force that it keeps.
+        sums: how often the sums of an edit in blocks are in memory.
+        advice: what to do instead.
 
     Raises:
-        HorseError: it would take more; the message says how much.
+        HorseError: it would take more, in this process or in another one; the message says how
+            much.
     """
-    needed = needed_bytes(backbone, prompts, hparams, training, on_top)
-    limit = hparams.edit_memory_gb
-    allowed = free_bytes(backbone.edit_device) if limit is None else limit * GB
-    if allowed is None or needed <= allowed:
-        return
-    of = "are free" if limit is None else "are allowed (edit_memory_gb)"
-    advice = "Train on fewer facts in a step (edits_per_step)"
-    advice = advice if training else "Edit fewer facts at once"
-    if backbone.keys_device == backbone.edit_device != torch.device("cpu"):
-        advice += ", or set offload_keys: true"
-    raise HorseError(
-        f"edit_memory_gb: {len(prompts):,} prompts take about {needed / GB:.1f} GB beside the "
-        f"model, and {allowed / GB:.1f} GB {of}. {advice}."
-    )
+    with distributed.raise_on_all_ranks():
+        needed = needed_bytes(backbone, prompts, hparams, training, on_top)
+        needed += sums * sum(8 * d * (d + d_out) for d, d_out in backbone.shapes)
+        limit = hparams.edit_memory_gb
+        allowed = free_bytes(backbone.edit_device) if limit is None else limit * GB
+        if allowed is None or needed <= allowed:
+            return
+        of = "are free" if limit is None else "are allowed (edit_memory_gb)"
+        if backbone.keys_device == backbone.edit_device != torch.device("cpu"):
+            advice += ", or set offload_keys: true"
+        raise HorseError(
+            f"edit_memory_gb: {len(prompts):,} prompts take about {needed / GB:.1f} GB beside the "
+            f"model, and {allowed / GB:.1f} GB {of}. {advice}."
+        )
 
 
 def needed_bytes(
@@ -106,7 +111,9 @@ def training_bytes(backbone: Backbone, n: int, hparams: HORSEHyperParams) -> flo
     rows = _captured(backbone, sweeps) + item * (5 * sweeps + 2) * widths
     has_metric = hparams.preserve != "none"
     metric = sum(d * d for d, _ in shapes) if has_metric else 0
-    copies = has_metric + (backbone.model.dtype != backbone.edit_dtype)  # H', and H in float32
+    has_own = backbone.model.dtype == backbone.edit_dtype
+    has_own = has_own and backbone.keys_device == backbone.edit_device
+    copies = has_metric + (not has_own)  # H', and H in float32 on the device
     systems = sum(min(n, d) ** 2 + copies * n * d for d, _ in shapes)
     systems += max(_system(n, *shape) for shape in shapes)
     shifts = sum(2 * d * d_out for d, d_out in shapes)

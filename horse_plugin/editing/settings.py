@@ -48,7 +48,7 @@ def yaml_for(model: str) -> str:
     keys |= {"inner_params": list(backbone.modules), "dtype": None}
     weights = sum(p.nbytes for p in backbone.model.parameters())
     beside = edit_bytes(backbone, 1000, hparams), training_bytes(backbone, 1000, hparams)
-    weights, edit, training = (f"{n / 2**30:.2f} GB" for n in (weights, *beside))
+    weights, edit, training = (f"{n / 1e9:.2f} GB" for n in (weights, *beside))
     dtype = str(backbone.model.dtype).removeprefix("torch.")
     chats = "has a" if backbone.tokenizer.chat_template else "has no"
     return f"""\

@@ -33,12 +33,14 @@ def continuations(
     Many run side by side, so that a pass of the model writes a token of each. Shorter ones are
     padded on the left, and only those of one length run together where a model feels that. The
     continuation is the one that the model writes to a prompt alone, but for rounding, which may
-    decide between two tokens that are as likely.
+    decide between two tokens that are as likely. A prompt that leaves no room for so many tokens
+    loses what follows its first one.
 
     Args:
         prompts: their token ids.
         streamer: of transformers, which gets the tokens as they are written; for a single prompt.
     """
+    prompts = [_with_room(p, n_tokens, backbone.max_length) for p in prompts]
     left, parts = sorted(dict.fromkeys(prompts), key=len, reverse=True), []
     is_mixed = len(set(map(len, left))) > 1 and backbone.pads_left
     while left:
@@ -52,6 +54,12 @@ def continuations(
         for row, new in zip(rows, made[:, len(rows[0]) :], strict=True):
             written[row] = tuple(new.tolist())
     return [written[prompt] for prompt in prompts]
+
+
+def _with_room(prompt: tuple[int, ...], n_tokens: int, limit: int | None) -> tuple[int, ...]:
+    """Return the prompt, so short that n more tokens fit; its first token may be BOS, and stays."""
+    room = max(2, limit - n_tokens) if limit else len(prompt)
+    return prompt if len(prompt) <= room else (*prompt[:1], *prompt[1 - room :])
 
 
 @guarded

@@ -134,6 +134,8 @@ class TrunkCache:
 def _sum_of_bits(weight: torch.Tensor) -> int:
     """Return a sum that tells every changed entry, and rows that changed places."""
     rows = local_part(weight).detach().contiguous()
+    if not rows.numel():  # this process has no part of it
+        return 0
     rows = rows.view(len(rows) if rows.dim() else 1, -1)
     size = rows.element_size()
     # Torch reads words at multiples of their size, and sums wide ones many times as fast.

@@ -31,10 +31,10 @@ def json_digest(value, length: int = 12) -> str:
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor], about: dict) -> str:
-    """Return the SHA-256 of named tensors, on the CPU, and of their JSON description."""
+    """Return the SHA-256 of named tensors and of their JSON description."""
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
-        t = tensors[name]
+        t = tensors[name].cpu()
         found.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
         found.update(t.contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()

@@ -9,6 +9,7 @@ gradient at the edited weights into one for the network, η and λ, without keep
 
 import contextlib
 import functools
+import math
 import signal
 import threading
 import warnings
@@ -211,6 +212,10 @@ class HORSETrainer:
         if self.history and is_main_process():  # a kill may have come between checkpoint and CSV
             save_history(self.out, self.history)
         evaluators = list(self._evaluators())  # whose trunk states are read the most often
+        for evaluator in evaluators:
+            prompts = evaluator.edits.to_capture(self.hparams.keep_next)[: self.hparams.edit_block]
+            advice = "Validate on fewer facts in an edit (val_edits)"
+            check_memory(self.backbone, prompts, self.hparams, advice=advice)
         self._cache_trunk_states()
         bar = tqdm(
             total=self.n_steps,
@@ -253,7 +258,8 @@ class HORSETrainer:
         edits = self.backbone.prepare(records, TRAINED_ON)
         edits.check()
         prompts = edits.to_capture(self.hparams.keep_next)
-        check_memory(self.backbone, prompts, self.hparams, training=True)
+        advice = "Train on fewer facts in a step (edits_per_step)"
+        check_memory(self.backbone, prompts, self.hparams, training=True, advice=advice)
         captured = capture(self.backbone, prompts)
         calibrate(self.network, captured, self.hparams, self.roots)
         n = self.hparams.train_sweeps or self.hparams.edit_sweeps
@@ -347,6 +353,10 @@ class HORSETrainer:
         means = {name: mean(f[name] for f in figures if f[name] is not None) for name in figures[0]}
         score = mean(scores)
         self.history[-1]["validation"] = means | {"score": score}
+        if self.best is None and not math.isfinite(score):
+            raise HorseError(
+                f"step {self.step}: the validation's score is not finite. {HALF_PRECISION_HINT}"
+            )
         if self.best is None or score > self.best["score"]:
             self.best = {"step": self.step, "score": score, **means}
             self._save(self._archive, self._checkpoint)

@@ -55,6 +55,19 @@ def plan(yamls, tmp_path):
     return make
 
 
+def test_rows_that_could_not_be_told_apart_are_refused(plan, yamls):
+    asked = plan({"unedited": methods.Unedited()})
+    (data,) = asked.datasets
+    with pytest.raises(UsageError, match="facts: two data sets have this name"):
+        replace(asked, datasets=[data, replace(data, records=data.records[::-1])])
+    twice = replace(asked, models={"one": yamls / "HORSE/tiny.yaml", "two": yamls / "HORSE/tiny"})
+    with pytest.raises(UsageError, match="models: two YAMLs name "):
+        runner.run(twice, progress=False)
+    for nothing in ("seeds", "n_edits"):
+        with pytest.raises(UsageError, match=f"{nothing}: there is none"):
+            replace(asked, **{nothing: ()})
+
+
 class Broken(methods.Unedited):
     def __call__(self, task):
         raise RuntimeError("no such luck\nsecond line")

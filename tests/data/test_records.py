@@ -417,3 +417,12 @@ def test_one_prompt_takes_all_the_answers_of_a_list():
     assert one(item).unrelated == (Query("Bob speaks", "Welsh", ("Manx",)),)
     spelled = {"prompt": "p", "answer": "q", "accepted": ["r"]}
     assert one({**FLAT, "portability": [spelled]}).portability == (Query("p", "q", ("r",)),)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [("rephrases", "one text", "rephrases: expected a list"), ("case_id", 1.5, "case_id: expect")],
+)
+def test_a_record_that_could_not_be_read_again_is_refused(field, value, says):
+    with pytest.raises(UsageError, match=f"record 0: {says}"):
+        load_records([EditRecord("a", "b", **{field: value})])

@@ -7,6 +7,7 @@ import torch
 
 from horse_plugin import HorseEditor, HorseError, UsageError
 from horse_plugin.editing import blocks, crowding
+from horse_plugin.editing import editor as editing
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
@@ -111,6 +112,26 @@ def test_files_of_another_edit_are_not_gone_on_from(network, tmp_path):
     assert all(torch.equal(found.tensors[n], t) for n, t in whole.tensors.items())
 
 
+def test_where_an_edit_works_makes_it_no_other_edit(network, tmp_path, monkeypatch):
+    """One that memory refused goes on when its keys are kept elsewhere."""
+    sums = []
+
+    def stopped(*args):
+        sums.append(args)
+        raise KeyboardInterrupt
+
+    def began(**changes):
+        one = editor(network, edit_block=3, **changes)
+        with pytest.raises(KeyboardInterrupt):
+            one.edit(tiny.records(), unfinished=tmp_path)
+        return sums[-1][-1]
+
+    monkeypatch.setattr(editing, "sums_of_blocks", stopped)
+    first = began()
+    assert began(offload_keys=True, stats_dir="elsewhere", edit_memory_gb=9.0) == first
+    assert began(edit_ridge=2.0) != first
+
+
 def test_facts_in_force_are_part_of_the_sums(network):
     """A later edit in blocks leaves an earlier one alone, as one at once does."""
     facts = tiny.records()
@@ -139,5 +160,5 @@ def test_a_budget_is_kept_by_an_edit_in_blocks():
 
 def test_several_processes_edit_at_once(network, monkeypatch):
     monkeypatch.setattr("horse_plugin.distributed.world_size", lambda: 2)
-    with pytest.raises(UsageError, match="edit_block: several processes edit at once"):
+    with pytest.raises(UsageError, match=r"edit_block: several processes edit \d+ prompts"):
         editor(network, edit_block=3).edit(tiny.records())

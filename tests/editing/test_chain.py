@@ -292,3 +292,14 @@ def test_edit_json_says_when_how_far_and_on_which_weights(tmp_path):
     assert (told["name"], told["weights"].keys()) == ("towns", e.backbone.modules.keys())
     moved = (e.backbone.modules[MODULE].weight - was).norm() / was.norm()
     assert told["moved"][MODULE] == pytest.approx(moved.item()) and moved > 0
+
+
+def test_home_is_written_out_before_an_edit_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    delta = editor().edit(tiny.records(2), "a")
+    delta.save("~/edit")
+    for taken in (lambda: delta.save("~/edit"), lambda: Chain("~/edit")):
+        with pytest.raises(UsageError, match="holds a"):
+            taken()
+    Chain("~/chain").add(delta)
+    assert Chain.at("~/chain").in_force == ["a"]

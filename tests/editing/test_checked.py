@@ -53,6 +53,14 @@ def test_an_answer_of_unknown_tokens_is_unanswerable():
     assert find_conflicts(e.backbone.prepare(records), unknown).unanswerable == (1,)
 
 
+def test_a_token_for_the_unknown_that_ends_answers_makes_none_unanswerable():
+    """GPT-2's are one token; append_eos puts it after each answer."""
+    e = HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams(append_eos=True))
+    e.backbone.tokenizer.unk_token = e.backbone.tokenizer.eos_token
+    delta, _ = checked_edit(e, tiny.records(2), "facts", max_rise=1e9)
+    assert "unanswerable" not in delta.about["figures"]["conflicts"]
+
+
 def test_edits_that_the_model_knows_are_counted(editor):
     records, model = tiny.records(3), editor.backbone.model
     (prompt,) = editor.backbone.prepare(records[2:3], ["edit"]).flat()

@@ -84,6 +84,16 @@ def test_a_budget_on_what_is_written_anew_charges_all_of_it(how):
     assert_same_edit(one, other, 1e-4)
 
 
+def test_a_prompt_with_other_white_space_is_the_same_fact():
+    e, records = editor(), tiny.records(3)
+    e.edit(records)
+    correction = replace(records[1], prompt=f"{records[1].prompt}  ", target_new=tiny.words(3))
+    assert len(e.to_capture(e.backbone.prepare([correction], ["edit"]))) == 3
+    e.edit([correction])
+    facts = e.facts_in_force
+    assert len(facts) == 3 and correction in facts and records[1] not in facts
+
+
 def test_other_settings_of_facts_in_force_are_named():
     e, records = editor(), tiny.records(4)
     e.edit(records[:2])

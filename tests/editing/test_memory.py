@@ -25,6 +25,8 @@ def test_an_edit_that_would_take_too_much_memory_is_refused_before_the_work(monk
     trainer = HORSETrainer(hparams, *[tiny.records()] * 2, tmp_path, e.backbone, progress=False)
     with pytest.raises(HorseError, match=r"are allowed .* Train on fewer facts in a step"):
         trainer.train_step(tiny.records())
+    with pytest.raises(HorseError, match=r"Validate on fewer facts in an edit \(val_edits\)"):
+        trainer.run()
     free = editor()
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     with pytest.raises(HorseError, match=r"beside the model, and 0\.0 GB are free\. Edit fewer"):
@@ -46,13 +48,46 @@ def test_the_estimate_covers_what_an_edit_keeps(n, sweeps):
     assert kept < needed < 4 * kept
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_keys_that_wait_elsewhere_are_counted_for_one_module_at_a_time(monkeypatch, training):
+    e = editor(edit_sweeps=3)
+    prompts = e.backbone.prepare(tiny.records(6), ["edit"]).flat()
+    n = sum(len(p.answer) for p in prompts)
+    here = memory.needed_bytes(e.backbone, prompts, e.hparams, training)
+    each = [4 * sum(shape) for shape in e.backbone.shapes]
+    e.backbone.keys_device = torch.device("meta")
+    there = memory.needed_bytes(e.backbone, prompts, e.hparams, training)
+    saved = (3 if training else 2) * n * sum(each) - n * max(each)
+    for_ridge = n * sum(4 * d for d, _ in e.backbone.shapes) if training else 0  # H of all modules
+    assert here - there == saved - for_ridge
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    e.backbone.edit_device = e.backbone.keys_device
+    with pytest.raises(HorseError, match=r"or set offload_keys: true\.$"):
+        memory.check_memory(e.backbone, prompts, e.hparams)
+    e.backbone.keys_device = torch.device("cpu")
+    with pytest.raises(HorseError, match=r"Edit fewer facts at once\.$"):
+        memory.check_memory(e.backbone, prompts, e.hparams)
+
+
+def test_the_sums_of_an_edit_in_blocks_are_counted(monkeypatch):
+    e = editor(edit_block=3, edit_sweeps=2)
+    prompts = e.backbone.prepare(tiny.records(3), ["edit"]).flat()
+    block = memory.needed_bytes(e.backbone, prompts, e.hparams)
+    sums = 2 * sum(8 * d * (d + d_out) for d, d_out in e.backbone.shapes)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: block + sums - 1)
+    with pytest.raises(HorseError, match="edit_memory_gb"):
+        e.edit(tiny.records())
+    monkeypatch.setattr(memory, "free_bytes", lambda device: block + sums)
+    e.edit(tiny.records())
+
+
 @pytest.mark.parametrize("n", [2, 30])
 def test_the_estimate_covers_what_an_edit_on_top_of_others_keeps(n, monkeypatch):
     e, needed, check = editor(keep_edits=True), [], memory.check_memory
 
-    def checked(*parts, on_top):
+    def checked(*parts, on_top, **more):
         needed.append(memory.needed_bytes(*parts, on_top=on_top))
-        check(*parts, on_top=on_top)
+        check(*parts, on_top=on_top, **more)
 
     monkeypatch.setattr(editing, "check_memory", checked)
     records = tiny.records(2 * n)

@@ -47,6 +47,15 @@ def test_continuations_side_by_side_are_those_of_each_prompt_alone(architecture,
             ids = [*ids, token]
 
 
+def test_a_prompt_that_fills_the_model_is_gone_on_from_its_end():
+    backbone = Backbone(tiny.model("gpt2"), tiny.bpe_tokenizer())
+    limit = backbone.max_length
+    ids = tuple(backbone.tokenizer(tiny.words(0, limit))["input_ids"])[: limit - 3]
+    (short,) = continuations(backbone, [(ids[0], *ids[9 - limit :])], 8)
+    assert continuations(backbone, [ids], 8) == [short]
+    assert continuations(backbone, [ids], 3) != [short]
+
+
 def test_fluency_is_the_entropy_of_n_grams():
     """Four different bigrams, three trigrams: (2/3 · log₂ 4 + 4/3 · log₂ 3) / 2."""
     assert fluency("a b c d e") == pytest.approx((2 / 3 * 2 + 4 / 3 * math.log2(3)) / 2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from horse_plugin import Evaluator, HorseEditor, HORSETrainer
+from horse_plugin.comparison.bench import bench
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.metrics import predict
 from horse_plugin.evaluation.probability import answer_probabilities
@@ -83,6 +84,10 @@ def test_keys_that_wait_in_the_memory_of_the_host_give_the_same_bits(tmp_path, m
         kept = capture(backbone, backbone.prepare(tiny.records(3)).flat("edit"))
         where = {t.device for t in kept.keys + kept.grads}
         assert where == {HOST if offload else FIRST}
+        in_blocks = HorseEditor.from_backbone(backbone, tiny.hparams(edit_block=3, edit_sweeps=2))
+        in_blocks.edit(tiny.records())
+        in_blocks.undo()
+        bench(backbone, tiny.hparams(), tiny.records(8), others=False)
         found.append(work(backbone, tmp_path / f"{offload}"))
     (here, figures), (there, same_figures) = found
     assert here.keys() == there.keys() and figures == same_figures

@@ -112,3 +112,16 @@ def test_the_model_runs_on_states_from_files_and_computes_what_is_stale(tmp_path
             assert torch.equal(stored.logits(batch), kept.logits(batch))
         with torch.no_grad():
             model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+
+
+def test_a_process_without_a_part_of_a_weight_has_states_too():
+    """As FSDP leaves it with a matrix of one row; and one bit of a matrix is another trunk."""
+    prompts, states = some()
+    whole = torch.nn.Parameter(torch.randn(4, 6).bfloat16())
+    store = cache([whole, torch.zeros(0, 8), torch.zeros(3, 5)], 1e-3)
+    store.put(prompts, states)
+    store.check()
+    assert not store.missing(prompts)
+    whole.data.view(torch.int16)[3, 5] += 1
+    store.check()
+    assert store.missing(prompts) == prompts

@@ -433,3 +433,13 @@ def test_an_archive_of_a_capped_network_edits_as_it_was_trained(tmp_path):
     for name, shift in found[0].items():
         assert shift.abs().max() > 0
         assert torch.equal(shift, found[1][name])
+
+
+def test_a_first_validation_that_is_no_number_ends_the_training(tmp_path, monkeypatch):
+    """It would be the best for ever; a later one is only not the best."""
+    scores = iter([50.0, math.nan, math.nan])
+    monkeypatch.setattr(training.Evaluation, "kept_score", lambda self: next(scores))
+    trainer(tmp_path / "later", max_iters=4).run()
+    with pytest.raises(HorseError, match="step 2: the validation's score"):
+        trainer(tmp_path / "first").run()
+    assert not (tmp_path / "first" / ARCHIVE).exists()
