@@ -50,6 +50,8 @@ def apply_horse_to_model(
         UsageError: no archive is given, or one that does not fit, or a request is malformed.
     """
     hparams = our_hparams(hparams)
+    if copy and any(hasattr(m, "_hf_hook") for m in model.modules()):  # a copy's lead to the model
+        raise UsageError("copy: a model that accelerate spreads over devices has no copy to edit.")
     model = deepcopy(model) if copy else model
     backbone = _backbone(model, tok, hparams)
     editor = HorseEditor.from_backbone(backbone, *_trained(backbone, hparams))

@@ -5,8 +5,9 @@ import functools
 import pytest
 import torch
 
-from horse_plugin import Evaluator, HorseEditor, HORSETrainer
+from horse_plugin import Evaluator, HorseEditor, HORSETrainer, UsageError
 from horse_plugin.comparison.bench import bench
+from horse_plugin.easyedit.apply import apply_horse_to_model
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.metrics import predict
 from horse_plugin.evaluation.probability import answer_probabilities
@@ -93,6 +94,11 @@ def test_keys_that_wait_in_the_memory_of_the_host_give_the_same_bits(tmp_path, m
     assert here.keys() == there.keys() and figures == same_figures
     for name, tensor in here.items():
         assert torch.equal(tensor, there[name]), name
+
+
+def test_no_copy_of_a_spread_model_is_edited(places):
+    with pytest.raises(UsageError, match="copy: a model that accelerate spreads"):
+        apply_horse_to_model(spread(tiny.model()), None, [], tiny.hparams(), copy=True)
 
 
 def passes(backbone: Backbone) -> dict:
