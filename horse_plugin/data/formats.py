@@ -125,9 +125,9 @@ def _record(item, index: int, where, notes: Counter) -> EditRecord | list[EditRe
 def _checked(record: EditRecord, where: str) -> EditRecord:
     """Return the record, if it can be written to a file, and read from there."""
     if isinstance(record.rephrases, str):
-        raise UsageError(f"{where}: rephrases: expected a list of texts, found one text.")
+        raise UsageError(f"{where}: cannot be saved: its rephrases are one text, not a list.")
     if not isinstance(record.case_id, (int, str, type(None))):
-        raise UsageError(f"{where}: case_id: expected a whole number or a text.")
+        raise UsageError(f"{where}: cannot be saved: its case_id is no whole number and no text.")
     try:
         json.dumps(record.to_dict(), ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:

@@ -421,8 +421,8 @@ def test_one_prompt_takes_all_the_answers_of_a_list():
 
 @pytest.mark.parametrize(
     ("field", "value", "says"),
-    [("rephrases", "one text", "rephrases: expected a list"), ("case_id", 1.5, "case_id: expect")],
+    [("rephrases", "one text", "its rephrases"), ("case_id", 1.5, "its case_id")],
 )
 def test_a_record_that_could_not_be_read_again_is_refused(field, value, says):
-    with pytest.raises(UsageError, match=f"record 0: {says}"):
+    with pytest.raises(UsageError, match=f"record 0: cannot be saved: {says}"):
         load_records([EditRecord("a", "b", **{field: value})])
