@@ -287,6 +287,7 @@ def test_a_method_that_leaves_the_model_changed_is_named(plan):
         runner.run(plan({"careless": Careless()}), progress=False)
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_keeps_its_row_and_is_tried_again(plan, tmp_path):
     table = {"unedited": Counted(), "broken": Broken(), "HORSE": Engine()}
     _, row, horse = runner.run(plan(table), progress=False)

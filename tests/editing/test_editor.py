@@ -79,6 +79,7 @@ def test_the_same_seed_gives_the_same_delta_bit_for_bit():
     length=st.integers(1, 6),
 )
 @settings(deadline=None, max_examples=15)
+@pytest.mark.slow
 def test_duplicates_one_token_and_long_answers(n, times, length):
     records = [
         EditRecord(f"{tiny.WORDS[i]} is", " ".join(tiny.WORDS[i : i + length])) for i in range(n)

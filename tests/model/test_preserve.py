@@ -140,6 +140,7 @@ def test_the_model_writes_the_same_text_for_the_same_seed():
     assert len(texts) >= 3 and len({t[0] for t in texts}) > 1
 
 
+@pytest.mark.slow
 def test_a_chat_model_writes_chats_too():
     b = backbone()
     b.tokenizer.chat_template = "{% for m in messages %}what {{ m.content }} who{% endfor %}"
