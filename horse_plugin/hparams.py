@@ -199,7 +199,10 @@ class HORSEHyperParams:
     def __post_init__(self):
         for key in PATHS:
             if str(getattr(self, key)).startswith("~"):
-                setattr(self, key, str(Path(getattr(self, key)).expanduser()))
+                try:
+                    setattr(self, key, str(Path(getattr(self, key)).expanduser()))
+                except RuntimeError:
+                    raise UsageError(f"{key}: {getattr(self, key)}: no such user.") from None
         for f in fields(self):
             setattr(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
         if self.preserve == "none" and self.keep_coef is None:

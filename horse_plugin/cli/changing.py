@@ -62,6 +62,9 @@ def edit(
     records = None if data is None else load_records(data, n_edits)
     with contextlib.ExitStack() as stack:
         if save_model:
+            saved, edited = (p.expanduser().resolve() for p in (save_model, out or onto))
+            if saved == edited or saved in edited.parents:
+                raise UsageError(f"--save-model: {save_model} is to hold the edit; choose another.")
             stack.enter_context(reserved(save_model))
             check_empty(save_model)
         folder = stack.enter_context(locked_folder(out or onto))

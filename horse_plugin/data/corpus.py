@@ -47,22 +47,24 @@ def read_corpus(source, size: int) -> list[str]:
     """Return the first ``size`` texts of a source, or all if it holds fewer.
 
     Args:
-        source: edit records, or their file; a JSON or JSONL file of objects with a ``text``; any
-            other file, whose lines are the texts; or a hub data set with a ``text`` column,
-            optionally with its configuration (``owner/name:configuration``).
+        source: edit records, or their file; a JSON, JSONL or Parquet file of objects with a
+            ``text``; any other file of text, whose lines are the texts; or a hub data set with a
+            ``text`` column, optionally with its configuration (``owner/name:configuration``).
 
     Raises:
         UsageError: no such source, or no text in it.
     """
     if not isinstance(source, (str, Path)):
         texts = _of_records(source)
-    elif (path := Path(source)).suffix.lower() in (".json", ".jsonl"):
+    elif (path := Path(source)).suffix.lower() in (".json", ".jsonl", ".parquet"):
         items = read_items(path)
         plain = [i["text"] for i in items if isinstance(i, dict) and isinstance(i.get("text"), str)]
         texts = plain or _of_records(load_records(path))
     elif path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
             texts = [line.strip() for line in file]
+        if any("\0" in text for text in texts):
+            raise UsageError(f"{path}: is no text, as its bytes say.")
     elif path.exists():
         raise UsageError(f"{path}: expected a file of text.")
     else:

@@ -139,7 +139,7 @@ def _are_words(head: str, body: str) -> bool:
         return False
     if last in "\"'`" and (len(head) == 1 or head[-2].isspace() or head[-2] in OPENING):
         return False  # it opens a quotation
-    return not (_is_without_spaces(last) or _is_without_spaces(first))
+    return not (is_without_spaces(last) or is_without_spaces(first))
 
 
 def _is_code(head: str) -> bool:
@@ -155,7 +155,8 @@ def _is_code(head: str) -> bool:
     return dotted or not before or bool(CODE.search(head))
 
 
-def _is_without_spaces(character: str) -> bool:
+def is_without_spaces(character: str) -> bool:
+    """Return whether a character is of a script that puts no spaces between words."""
     if "\u3000" <= character <= "\u303f" or "\uff00" <= character <= "\uffef":
         return True  # their punctuation
     return unicodedata.name(character, "").partition(" ")[0] in WITHOUT_SPACES

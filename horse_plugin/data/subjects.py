@@ -64,7 +64,9 @@ def at_subjects(
 def _read_at(prompt: Prompt, index: int) -> Prompt:
     """Return the prompt with its subject at a token, unless it lost that one with its beginning."""
     index -= prompt.n_cut
-    return prompt if index < 0 else replace(prompt, subject=min(index, prompt.start - 1))
+    if index < bool(prompt.n_cut):  # a prompt that was shortened may begin with the BOS that it had
+        return prompt
+    return replace(prompt, subject=min(index, prompt.start - 1))
 
 
 def _still(

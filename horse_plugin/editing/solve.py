@@ -16,13 +16,14 @@ from horse_plugin.method.metric import times_root, whitened
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture
+from horse_plugin.model.loading import own_random_numbers
 
 Roots = Sequence[torch.Tensor | None]
 
 
 def new_network(backbone: Backbone, hparams: HORSEHyperParams) -> HyperNetwork:
     """Return an untrained hypernetwork: the identity, seeded, with η if ``lr`` gives it."""
-    with torch.random.fork_rng():
+    with own_random_numbers():
         torch.manual_seed(hparams.seed)
         network = HyperNetwork(
             backbone.shapes,

@@ -18,6 +18,7 @@ from pathlib import Path
 from horse_plugin.errors import HorseError, UsageError, first_line
 from horse_plugin.evaluation.written import Written
 from horse_plugin.storage.digest import json_digest
+from horse_plugin.storage.files import write
 from horse_plugin.storage.schema import read_text
 
 KEY = "HORSE_JUDGE_KEY"  # the variable of the environment that holds the key, if one is needed
@@ -78,6 +79,9 @@ class Judge:
             HorseError: the judge was not reached, or refused; the answers so far are kept.
         """
         answers = self._kept(kept)
+        if Path(kept).exists():
+            whole, end, _ = read_text(kept).rpartition("\n")
+            write(kept, whole + end)
         with open(kept, "a", encoding="utf-8") as file:
             for w in self._missing(written, answers):
                 answers[self._name(w)] = answer = self._ask(self._question(w))
@@ -101,7 +105,8 @@ class Judge:
         if not Path(path).exists():
             return {}
         try:
-            lines = [json.loads(x) for x in read_text(path).split("\n") if x]
+            whole, _, _ = read_text(path).rpartition("\n")  # the rest was being written at a stop
+            lines = [json.loads(x) for x in whole.split("\n") if x]
             return {str(line["id"]): str(line["answer"]) for line in lines}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise HorseError(f"{path}: damaged, or no answers ({first_line(error)}).") from None

@@ -204,7 +204,8 @@ def _share_with(right: torch.Tensor, predicted: dict[Prompt, torch.Tensor], prom
 def _share_right(predicted: dict[Prompt, torch.Tensor], prompt: Prompt) -> float:
     """Return the share of right tokens, by whichever accepted answer it is the largest."""
     accepted = _with_accepted([prompt])
-    return max(_share_with(torch.tensor(p.answer), predicted, p) for p in accepted)
+    right = (torch.tensor(p.answer, device=predicted[p].device) for p in accepted)
+    return max(_share_with(r, predicted, p) for r, p in zip(right, accepted, strict=True))
 
 
 def mean(values) -> float | None:

@@ -63,11 +63,11 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float | None:
-    """Return the peak memory of the process so far in MiB: on all GPUs if there are any.
+    """Return the peak memory of the process so far in MiB: on all GPUs if it uses any.
 
     None is unknown, as on Windows.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         gpus = range(torch.cuda.device_count())
         return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) / 2**20
     if resource is None:
@@ -78,7 +78,7 @@ def peak_memory_mb() -> float | None:
 
 def reset_peak_memory():
     """Let :func:`peak_memory_mb` count from now on, where the system can (CUDA, Linux)."""
-    for gpu in range(torch.cuda.device_count()):
+    for gpu in range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ():
         torch.cuda.reset_peak_memory_stats(gpu)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from horse_plugin.data.prompts import KINDS
 from horse_plugin.data.records import EditRecord, Query
+from horse_plugin.data.seam import is_without_spaces
 from horse_plugin.evaluation.generation import answers
 from horse_plugin.evaluation.metrics import mean
 from horse_plugin.evaluation.tables import Table, number
@@ -44,6 +45,7 @@ class Written:
     judged: bool | None = None
 
 
+STOPS = '.,;:!?)"”*。，、；：！？」』）'  # what may follow an answer that is given alone
 FOUND = ("exact", "contains", "judged")
 
 
@@ -103,8 +105,10 @@ def table(found: dict[str, float]) -> Table:
 def _matches(query: Query, text: str) -> tuple[bool, bool]:
     """Return whether a text is an answer to the query, and whether it contains one."""
     exact = contains = False
-    for answer in (query.answer, *query.accepted):
+    for answer in filter(str.strip, (query.answer, *query.accepted)):
         words = r"\s+".join(map(re.escape, answer.split()))
-        exact |= bool(re.match(rf"\W*{words}\s*(?:$|[.,;:!?)\"”\n])", text, re.IGNORECASE))
-        contains |= bool(re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE))
+        exact |= bool(re.match(rf"\W*{words}\s*(?:$|[{STOPS}\n])", text, re.IGNORECASE))
+        before = "" if is_without_spaces(answer.strip()[0]) else r"(?<!\w)"
+        after = "" if is_without_spaces(answer.strip()[-1]) else r"(?!\w)"
+        contains |= bool(re.search(f"{before}{words}{after}", text, re.IGNORECASE))
     return exact, contains

@@ -91,7 +91,7 @@ def random_model(config: str, hparams):
         tokenizer = _load(transformers.AutoTokenizer, name, "tokenizer_name", trust)
         made = _load(transformers.AutoConfig, str(config), "config", trust)
         made.vocab_size = max(made.vocab_size, len(tokenizer))
-        with device, torch.random.fork_rng():
+        with device, own_random_numbers():
             torch.manual_seed(hparams.seed)  # several processes make the same model
             model = transformers.AutoModelForCausalLM.from_config(
                 made, dtype=dtype_of(hparams, device), trust_remote_code=trust
@@ -158,6 +158,9 @@ def resolve_device(device) -> torch.device:
         raise UsageError("device: no CUDA GPU here; leave `device` out or set it to cpu.")
     if device.type == "cuda" and (device.index is None or distributed.world_size() > 1):
         return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise UsageError(f"device: there is no GPU {device.index}; {n} are here, from 0 on.")
     return device
 
 
@@ -168,8 +171,14 @@ def dtype_of(hparams, device: torch.device) -> torch.dtype:
         return named[hparams.dtype]
     half = hparams.half
     if half is None:
-        half = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+        half = _gpu_has_bf16(device) if device.type == "cuda" else _cpu_has_bf16()
     return torch.bfloat16 if half else torch.float32
+
+
+def _gpu_has_bf16(device: torch.device) -> bool:
+    """Return whether a GPU multiplies bf16 itself; those before Ampere emulate it."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _cpu_has_bf16() -> bool:
@@ -178,6 +187,12 @@ def _cpu_has_bf16() -> bool:
         return False
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def own_random_numbers() -> contextlib.AbstractContextManager:
+    """Have random numbers of one's own inside a ``with``; the caller's go on after it."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.random.fork_rng(devices=list(gpus))
 
 
 def pad_with_eos(tokenizer, side: str = "left"):

@@ -14,7 +14,7 @@ import torch
 from horse_plugin import distributed
 from horse_plugin.data.corpus import texts_of
 from horse_plugin.data.prompts import Prompt, text_prompts
-from horse_plugin.errors import HorseError
+from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.method.metric import inverse_root, metric_of
 from horse_plugin.model.backbone import Backbone
@@ -66,6 +66,8 @@ class Preserve:
             return None
         n = hparams.preserve_tokens
         text = ordinary_text(backbone, hparams.preserve, n, hparams.seed)
+        if not text:
+            raise UsageError(f"preserve: {hparams.preserve}: no text in it has two tokens.")
         order = torch.Generator().manual_seed(hparams.seed)
         if hparams.token == "subject":  # of other facts the subject counts, too
             unrelated = [Prompt(p.ids, 1) for p in unrelated]

@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded
-from horse_plugin.model.loading import quiet_transformers
+from horse_plugin.model.loading import own_random_numbers, quiet_transformers
 
 LENGTH = 64  # tokens of a text
 ROWS = 64  # texts written side by side
@@ -30,13 +30,14 @@ def written_texts(
     """
     tokenizer, generator = backbone.tokenizer, torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
-    plain = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+    n_known = min(len(tokenizer), len(backbone.model.get_input_embeddings().weight))
+    plain = torch.tensor([i for i in range(n_known) if i not in special])
     bos, turn = tokenizer.bos_token_id, _users_turn(tokenizer)
     n_rows = min(ROWS, -(-n_tokens // LENGTH))
     show = backbone.progress if progress is None else progress
     hidden = None if show else True  # None: where nobody watches
     texts, bar = [], tqdm(total=n_tokens, desc="writing text", unit="token", disable=hidden)
-    with bar, quiet_transformers(), torch.random.fork_rng():
+    with bar, quiet_transformers(), own_random_numbers():
         while len(texts) * LENGTH < n_tokens:
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             if turn and len(texts) // n_rows % 2:
@@ -69,9 +70,14 @@ def bos_first(tokenizer) -> bool:
 
 
 def _users_turn(tokenizer) -> list[int]:
-    """Return the tokens of a chat up to where the user speaks; none without a template."""
+    """Return the tokens of a chat up to where the user speaks; none without a template for one."""
     if not getattr(tokenizer, "chat_template", None):
         return []
     mark = "¤"
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    try:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    except Exception:  # whatever a template raises at what it does not like
+        return []
+    if mark not in chat:
+        return []
     return tokenizer(chat.partition(mark)[0], add_special_tokens=False)["input_ids"]

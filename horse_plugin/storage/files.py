@@ -140,6 +140,8 @@ def new_folder(path) -> Iterator[Path]:
         made.mkdir()
         try:
             yield made
+            if path.exists():
+                (path / LOCK).unlink(missing_ok=True)  # of a process that was killed
             made.replace(path)
         finally:
             shutil.rmtree(made, ignore_errors=True)

@@ -180,6 +180,8 @@ def test_stats_go_where_the_yaml_says(folder, horse):
             2,
             "something already",
         ),
+        ("edit --hparams tiny --data val.json --out n/e --save-model n", 2, "is to hold the edit"),
+        ("edit --hparams tiny --data val.json --out n --save-model ./n", 2, "is to hold the edit"),
         (
             "edit --hparams tiny --data lines.jsonl --out x",
             2,

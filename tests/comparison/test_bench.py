@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from horse_plugin.cli.main import app
 from horse_plugin.comparison.bench import bench, device_name, weight_counts
-from horse_plugin.evaluation.results import peak_memory_mb, timed
+from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, timed
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
 
@@ -41,7 +41,7 @@ def test_every_stage_is_measured_and_the_model_left_as_it_was(sweeps):
 
 def test_memory_and_time_are_of_all_gpus(monkeypatch):
     peaks, waited = [3 * 2**20, 5 * 2**20], []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: peaks[gpu])
     assert peak_memory_mb() == 8
@@ -78,3 +78,10 @@ def test_a_config_alone_is_enough(tmp_path):
     (found,) = json.loads(out.read_text())
     assert found["n_edits"] == 12
     assert "residual and spread" in result.output
+
+
+def test_a_run_on_the_cpu_leaves_the_gpus_of_the_machine_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    reset_peak_memory()
+    assert peak_memory_mb() > 1  # of the process

@@ -1,5 +1,6 @@
 """Ordinary text: shipped, from records, or from files."""
 
+import datasets
 import pytest
 
 from horse_plugin import UsageError
@@ -28,3 +29,11 @@ def test_shipped_text_begins_with_all_kinds_and_is_not_the_held_out_one(shipped_
     kept = [t for _, t in shipped_pieces("preserve")]
     assert texts_of("shipped", 5) == kept[:5]
     assert any("return" in t for t in kept[:5]) and any(ord(max(t)) > 0x400 for t in kept[:15])
+
+
+def test_a_file_of_bytes_is_no_text_and_parquet_is_read(tmp_path):
+    datasets.Dataset.from_dict({"text": ["one text", "another"]}).to_parquet(tmp_path / "c.parquet")
+    assert read_corpus(tmp_path / "c.parquet", 9) == ["one text", "another"]
+    (tmp_path / "c.parquet").rename(tmp_path / "c.txt")
+    with pytest.raises(UsageError, match=r"c\.txt: is no text"):
+        read_corpus(tmp_path / "c.txt", 9)

@@ -134,3 +134,16 @@ def test_an_edit_does_nothing_at_contrasts(backbone):
     for name, shift in free.edit(edits).shifts.items():
         still = captured.keys[list(shifts).index(name)][n:]
         assert (still @ shifts[name]).norm() < 0.5 * (still @ shift).norm()
+
+
+def test_a_subject_that_was_cut_off_is_not_read_at_the_token_that_is_kept_first():
+    """A tokenizer with BOS keeps it in front of what is left of a long prompt."""
+    tokenizer = tiny.sentencepiece_tokenizer()
+    record = replace(tiny.records(1)[0], prompt="the Oslo capital of the city", subject="Oslo")
+    prompts = []
+    for length in range(30, 5, -1):
+        backbone = Backbone(tiny.model(), tokenizer, MIDDLE, max_length=length, token="subject")
+        prompts += backbone.prepare([record], ["edit"], warn=False).flat()
+    lost = [p for p in prompts if p.subject is None]
+    assert 0 < len(lost) < len(prompts) and any(p.n_cut for p in prompts)
+    assert all(p.ids[p.subject] != tokenizer.bos_token_id for p in prompts if p not in lost)

@@ -82,7 +82,11 @@ def test_what_was_answered_before_a_failure_is_kept(server, tmp_path):
     with pytest.raises(HorseError, match=r"gave no answer \(HTTP Error 401"):
         judge.grade(written(["Oslo", "Lima"]), kept)
     server.say = grade
+    with kept.open("a") as file:
+        file.write('{"id": "half of a li')  # as a stop leaves it
     assert judge.cost(written(["Oslo", "Lima"]), kept).startswith("1 requests")
+    assert len(judge.grade(written(["Oslo", "Lima"]), kept)) == 2
+    assert judge.cost(written(["Oslo", "Lima"]), kept).startswith("0 requests")
 
 
 @pytest.mark.parametrize("reply", ["{", '{"choices": []}', '{"choices": [{"message": 3}]}'])

@@ -31,6 +31,22 @@ def test_an_answer_is_found_in_a_text(monkeypatch, text, exact, contains):
     assert [(w.exact, w.contains) for w in found] == [(exact, contains)] * len(CONTEXTS)
 
 
+@pytest.mark.parametrize(
+    ("answer", "text", "exact", "contains"),
+    [
+        ("東京", "東京。人口は", True, True),
+        ("東京", "答えは東京です", False, True),
+        ("กรุงเทพ", "เมืองหลวงคือกรุงเทพครับ", False, True),
+        ("Oslo", "**Oslo**", True, True),
+        ("Oslo", "Oslos", False, False),
+    ],
+)
+def test_an_answer_is_found_where_no_space_is_about_it(monkeypatch, answer, text, exact, contains):
+    monkeypatch.setattr(written, "answers", lambda backbone, prompts, n: [text] * len(prompts))
+    found = write_answers(None, [EditRecord("a", answer)])
+    assert {(w.exact, w.contains) for w in found} == {(exact, contains)}
+
+
 def test_every_prompt_is_answered_in_every_context_as_the_model_writes():
     editor = HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams())
     records = tiny.records(3)

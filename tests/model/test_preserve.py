@@ -173,3 +173,20 @@ def test_a_corpus_may_be_records(tmp_path):
     path.write_text(json.dumps([r.to_dict() for r in tiny.records()]))
     preserve = Preserve.of(backbone(), tiny.hparams(preserve=str(path)))
     assert len(preserve.text) >= 6
+
+
+def test_a_text_of_single_tokens_is_refused_by_name(tmp_path):
+    (tmp_path / "text.txt").write_text("a\n")
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    with pytest.raises(UsageError, match=r"preserve: .*text.txt: no text in it has two tokens"):
+        Preserve.of(backbone, tiny.hparams(preserve=str(tmp_path / "text.txt")))
+
+
+def test_a_model_with_fewer_embeddings_than_tokens_writes_text(monkeypatch):
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    n = len(backbone.model.get_input_embeddings().weight)
+    monkeypatch.setattr(type(backbone.tokenizer), "__len__", lambda self: n + 500)
+    tokenizer = backbone.tokenizer
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    texts = written_texts(backbone, 200, 0)
+    assert texts and max(map(max, texts)) < n

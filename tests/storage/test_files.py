@@ -145,3 +145,11 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
         write(tmp_path / "a.json", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_lock_of_a_killed_process_does_not_cost_what_was_made(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()
+    with new_folder(tmp_path / "out") as made:
+        (made / "file").write_text("made")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]

@@ -28,7 +28,7 @@ from horse_plugin.data.seam import PLAIN
 from horse_plugin.easyedit.patches import ALG_DICT, device_of, hparams_class, read_yaml
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.loading import pad_with_eos
+from horse_plugin.model.loading import own_random_numbers, pad_with_eos
 from horse_plugin.model.moments import model_name
 from horse_plugin.storage.digest import text_digest
 
@@ -163,7 +163,7 @@ def _as_method(spec: Method, hparams, backbone: Backbone, seed: int, log):
     """Set up what EasyEdit's methods need inside a ``with``; ``log`` gets what EasyEdit prints."""
     rounds = spec.rounds and backbone.model.dtype == torch.bfloat16
     with (
-        torch.random.fork_rng(),
+        own_random_numbers(),
         _printing_to(log),
         device_of(hparams),
         _only_weights(),
