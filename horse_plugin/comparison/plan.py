@@ -59,11 +59,10 @@ class Plan:
         for what in ("n_edits", "seeds"):
             if not getattr(self, what):
                 raise UsageError(f"{what}: there is none to measure.")
-        names = [data.name for data in self.datasets]
-        if twice := [name for name in names if names.count(name) > 1]:
+        if name := repeated([data.name for data in self.datasets]):
             raise UsageError(
-                f"{twice[0]}: two data sets have this name, by which rows are told apart. Rename "
-                "one of the files."
+                f"{name}: two data sets have this name, by which rows are told apart. Rename one "
+                "of the files."
             )
         for data in self.datasets:
             if max(self.n_edits) > len(data.records):
@@ -82,3 +81,8 @@ class Plan:
             for name, method in self.methods.items()
             if i == 0 or method.seeded
         ]
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """Return the first name that is there more than once, or None."""
+    return next((name for name in names if names.count(name) > 1), None)

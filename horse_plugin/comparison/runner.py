@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from horse_plugin import distributed
-from horse_plugin.comparison.plan import DataSet, Plan
+from horse_plugin.comparison.plan import DataSet, Plan, repeated
 from horse_plugin.comparison.tables import is_whole
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.errors import HorseError, UsageError, reason, visible
@@ -52,9 +52,8 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
         # Without EasyEdit it fails here, and not in every row.
         from horse_plugin.comparison.baselines import check  # noqa: F401
     models = [_MeasuredModel(plan, model) for model in plan.models]
-    names = [model.hparams.model_name for model in models]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"models: two YAMLs name {twice[0]}, so that their rows would be one.")
+    if name := repeated([model.hparams.model_name for model in models]):
+        raise UsageError(f"models: two YAMLs name {name}, so that their rows would be one.")
     rows, wanted = held_rows(plan.out), []
 
     def keep(row: dict, is_done: bool = True):

@@ -2,7 +2,6 @@
 
 import functools
 import shlex
-from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -21,6 +20,7 @@ from horse_plugin.errors import UsageError
 from horse_plugin.hparams import UNTRAINED, HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
+from horse_plugin.model.loading import copy_of
 from horse_plugin.model.preserve import Preserve
 
 
@@ -50,9 +50,7 @@ def apply_horse_to_model(
         UsageError: no archive is given, or one that does not fit, or a request is malformed.
     """
     hparams = our_hparams(hparams)
-    if copy and any(hasattr(m, "_hf_hook") for m in model.modules()):  # a copy's lead to the model
-        raise UsageError("copy: a model that accelerate spreads over devices has no copy to edit.")
-    model = deepcopy(model) if copy else model
+    model = copy_of(model) if copy else model
     backbone = _backbone(model, tok, hparams)
     editor = HorseEditor.from_backbone(backbone, *_trained(backbone, hparams))
     editor.edit(_prompts_and_targets(requests))

@@ -111,9 +111,9 @@ def training_bytes(backbone: Backbone, n: int, hparams: HORSEHyperParams) -> flo
     rows = _captured(backbone, sweeps) + item * (5 * sweeps + 2) * widths
     has_metric = hparams.preserve != "none"
     metric = sum(d * d for d, _ in shapes) if has_metric else 0
-    has_own = backbone.model.dtype == backbone.edit_dtype
-    has_own = has_own and backbone.keys_device == backbone.edit_device
-    copies = has_metric + (not has_own)  # H', and H in float32 on the device
+    is_moved = backbone.keys_device != backbone.edit_device
+    is_moved |= backbone.model.dtype != backbone.edit_dtype
+    copies = has_metric + is_moved  # H', and H in float32 on the device
     systems = sum(min(n, d) ** 2 + copies * n * d for d, _ in shapes)
     systems += max(_system(n, *shape) for shape in shapes)
     shifts = sum(2 * d * d_out for d, d_out in shapes)

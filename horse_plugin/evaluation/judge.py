@@ -18,7 +18,6 @@ from pathlib import Path
 from horse_plugin.errors import HorseError, UsageError, first_line
 from horse_plugin.evaluation.written import Written
 from horse_plugin.storage.digest import json_digest
-from horse_plugin.storage.files import write
 from horse_plugin.storage.schema import read_text
 
 KEY = "HORSE_JUDGE_KEY"  # the variable of the environment that holds the key, if one is needed
@@ -80,8 +79,7 @@ class Judge:
         """
         answers = self._kept(kept)
         if Path(kept).exists():
-            whole, end, _ = read_text(kept).rpartition("\n")
-            write(kept, whole + end)
+            os.truncate(kept, len(_whole_lines(kept).encode()))
         with open(kept, "a", encoding="utf-8") as file:
             for w in self._missing(written, answers):
                 answers[self._name(w)] = answer = self._ask(self._question(w))
@@ -105,8 +103,7 @@ class Judge:
         if not Path(path).exists():
             return {}
         try:
-            whole, _, _ = read_text(path).rpartition("\n")  # the rest was being written at a stop
-            lines = [json.loads(x) for x in whole.split("\n") if x]
+            lines = [json.loads(x) for x in _whole_lines(path).split("\n") if x]
             return {str(line["id"]): str(line["answer"]) for line in lines}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise HorseError(f"{path}: damaged, or no answers ({first_line(error)}).") from None
@@ -127,6 +124,12 @@ class Judge:
                 f"judge: {self.url} gave no answer ({first_line(error)}). What it answered so far "
                 f"is kept; {KEY} is where a key goes."
             ) from None
+
+
+def _whole_lines(path) -> str:
+    """Return the lines of a file, without a last one that was being written at a stop."""
+    text = read_text(path)
+    return text[: text.rfind("\n") + 1]
 
 
 def _is_right(answer: str) -> bool:

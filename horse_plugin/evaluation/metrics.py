@@ -18,6 +18,7 @@ from horse_plugin.data.prompts import Prompt
 from horse_plugin.distributed import gather_answers, local_indices
 from horse_plugin.evaluation.drift import Cost, OrdinaryText
 from horse_plugin.evaluation.generation import Example, Writing
+from horse_plugin.method.losses import likeliest
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded
 
@@ -50,9 +51,7 @@ def predict(backbone: Backbone, prompts: Sequence[Prompt]) -> dict[Prompt, torch
     predicted = [None] * len(local)
     with backbone.lockstep.loop():
         for batch in backbone.batches([prompts[i] for i in local], "evaluate"):
-            # Argmax is slow in bf16 on a CPU.
-            tokens = backbone.logits(batch).max(-1).indices
-            tokens = tokens.split([len(p.answer) for p in batch.prompts])
+            tokens = likeliest(backbone.logits(batch)).split([len(p.answer) for p in batch.prompts])
             for i, part in zip(batch.index, tokens, strict=True):
                 predicted[i] = part
     return dict(zip(prompts, gather_answers(prompts, predicted), strict=True))
@@ -204,8 +203,7 @@ def _share_with(right: torch.Tensor, predicted: dict[Prompt, torch.Tensor], prom
 def _share_right(predicted: dict[Prompt, torch.Tensor], prompt: Prompt) -> float:
     """Return the share of right tokens, by whichever accepted answer it is the largest."""
     accepted = _with_accepted([prompt])
-    right = (torch.tensor(p.answer, device=predicted[p].device) for p in accepted)
-    return max(_share_with(r, predicted, p) for r, p in zip(right, accepted, strict=True))
+    return max(_share_with(torch.tensor(p.answer, device="cpu"), predicted, p) for p in accepted)
 
 
 def mean(values) -> float | None:

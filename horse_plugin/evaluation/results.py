@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from horse_plugin.evaluation.metrics import Evaluation
+from horse_plugin.model.loading import gpus_in_use
 from horse_plugin.storage.files import to_json, write
 
 try:
@@ -67,8 +68,7 @@ def peak_memory_mb() -> float | None:
 
     None is unknown, as on Windows.
     """
-    if torch.cuda.is_initialized():
-        gpus = range(torch.cuda.device_count())
+    if gpus := gpus_in_use():
         return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) / 2**20
     if resource is None:
         return None
@@ -78,7 +78,7 @@ def peak_memory_mb() -> float | None:
 
 def reset_peak_memory():
     """Let :func:`peak_memory_mb` count from now on, where the system can (CUDA, Linux)."""
-    for gpu in range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ():
+    for gpu in gpus_in_use():
         torch.cuda.reset_peak_memory_stats(gpu)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

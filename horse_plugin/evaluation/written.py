@@ -19,6 +19,7 @@ from horse_plugin.model.backbone import Backbone
 # How the model is asked: the prompt as it stands, or as a question that wants a short answer.
 CONTEXTS = {"plain": "{}", "qa": "Please answer the question briefly.\n\nQ: {}\nA:"}
 N_TOKENS = 24  # of an answer that is looked at
+STOPS = '.,;:!?)"”*。，、；：！？」』）'  # what may follow an answer that is given alone
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ class Written:
     judged: bool | None = None
 
 
-STOPS = '.,;:!?)"”*。，、；：！？」』）'  # what may follow an answer that is given alone
 FOUND = ("exact", "contains", "judged")
 
 

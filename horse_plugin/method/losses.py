@@ -26,6 +26,11 @@ def some_rows(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[tor
     return zip(*(t.split(rows) for t in (logits, *others)), strict=True)
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """Return the likeliest token of each row; ``argmax`` is slow in bf16 on a CPU."""
+    return logits.max(-1).indices
+
+
 @dataclass(frozen=True)
 class TokenLoss:
     """A loss, and whether it compares with the unedited model's log-probabilities."""

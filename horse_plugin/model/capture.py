@@ -11,7 +11,7 @@ import torch
 from horse_plugin import distributed
 from horse_plugin.data.prompts import UNKNOWN, Prompt
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
-from horse_plugin.method.losses import cross_entropy
+from horse_plugin.method.losses import cross_entropy, likeliest
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded, hooked
 
@@ -141,7 +141,7 @@ def capture(
             if backward:
                 for module_rows in captured.values():
                     module_rows.collect()
-            tokens = logits.detach().max(-1).indices  # argmax is slow in bf16 on a CPU
+            tokens = likeliest(logits.detach())
             found.append((rows, of, end, losses.detach(), tokens, *follows))
             read_by += zip(index, batch.prompts, strict=True)
         if not found:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -189,10 +190,25 @@ def _cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
+def copy_of(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model to edit.
+
+    Raises:
+        UsageError: accelerate spreads the model over devices; the hooks of a copy run the model.
+    """
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UsageError("copy: a model that accelerate spreads over devices has no copy to edit.")
+    return deepcopy(model)
+
+
+def gpus_in_use() -> list[int]:
+    """Return the GPUs of this process: none before it uses one."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
 def own_random_numbers() -> contextlib.AbstractContextManager:
     """Have random numbers of one's own inside a ``with``; the caller's go on after it."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return torch.random.fork_rng(devices=list(gpus))
+    return torch.random.fork_rng(devices=gpus_in_use())
 
 
 def pad_with_eos(tokenizer, side: str = "left"):

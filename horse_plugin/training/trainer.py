@@ -212,9 +212,9 @@ class HORSETrainer:
         if self.history and is_main_process():  # a kill may have come between checkpoint and CSV
             save_history(self.out, self.history)
         evaluators = list(self._evaluators())  # whose trunk states are read the most often
+        advice = "Validate on fewer facts in an edit (val_edits)"
         for evaluator in evaluators:
             prompts = evaluator.edits.to_capture(self.hparams.keep_next)[: self.hparams.edit_block]
-            advice = "Validate on fewer facts in an edit (val_edits)"
             check_memory(self.backbone, prompts, self.hparams, advice=advice)
         self._cache_trunk_states()
         bar = tqdm(

@@ -22,7 +22,7 @@ from horse_plugin.comparison.task import Task, records_digest
 from horse_plugin.data.records import EditRecord
 from horse_plugin.easyedit.patches import EditTrainer, hparams_class
 from horse_plugin.errors import UsageError
-from horse_plugin.model.loading import pad_with_eos
+from horse_plugin.model.loading import copy_of, pad_with_eos
 from horse_plugin.storage.digest import text_digest
 from horse_plugin.storage.files import write
 from horse_plugin.storage.schema import read_json
@@ -134,7 +134,7 @@ def _train(hparams, task: Task, records, val, steps: int, n: int, folder: Path) 
     while len(drawn) < wanted:
         drawn += random.sample(records, len(records))
     tokenizer = pad_with_eos(deepcopy(task.backbone.tokenizer))
-    model = deepcopy(task.backbone.model).float().requires_grad_(True)
+    model = copy_of(task.backbone.model).float().requires_grad_(True)
     sets = [
         Facts(r, tokenizer, task.hparams.max_length, task.backbone.device)
         for r in (drawn[:wanted], val)

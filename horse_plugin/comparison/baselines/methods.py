@@ -28,7 +28,7 @@ from horse_plugin.data.seam import PLAIN
 from horse_plugin.easyedit.patches import ALG_DICT, device_of, hparams_class, read_yaml
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.model.loading import own_random_numbers, pad_with_eos
+from horse_plugin.model.loading import copy_of, own_random_numbers, pad_with_eos
 from horse_plugin.model.moments import model_name
 from horse_plugin.storage.digest import text_digest
 
@@ -127,7 +127,7 @@ def edits(
     spec = METHODS[method]
     apply = _fresh(ALG_DICT[spec.name])
     tokenizer = _padding_as(spec, hparams, deepcopy(backbone.tokenizer))
-    model = deepcopy(backbone.model).float().requires_grad_(True)
+    model = copy_of(backbone.model).float().requires_grad_(True)
     model.config._name_or_path = model_name(backbone)  # statistics are looked up by it
     limits, modules = (backbone.batch_tokens, backbone.max_length), list(backbone.modules)
     for i, records in enumerate(batches):
