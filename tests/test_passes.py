@@ -36,7 +36,7 @@ def counted(monkeypatch):
 
     def counting_trunk(ids):
         rows = ids.tolist()  # but for the few tokens that tell whether the trunk is the same
-        trunk.update(tuple(row) for row in rows if row != backbone._few_tokens())
+        trunk.update(tuple(row) for row in rows if row != backbone.few_tokens())
         return run_trunk(ids)
 
     def counting_top(batch, states):

@@ -6,7 +6,8 @@
     sharding      the trunk's weights, shared out over processes
     fingerprint   how a model is recognised
     guard         a caller's model: held by one thread, and given back as it was
-    backbone      its forward pass cut in two: trunk, and edited blocks with the head
+    halves        its forward pass cut in two: trunk, and edited blocks with the head
+    backbone      how prompts come to the halves: tokenised, batched, shared out, kept
     weights       edit weights: adding shifts, restoring bits, gradients
     trunk_cache   the trunk's states of prompts, kept from one call to the next
     sampling      ordinary text that the model writes itself

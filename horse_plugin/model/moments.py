@@ -17,8 +17,9 @@ from horse_plugin import distributed
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.method.ridge import add_gram
-from horse_plugin.model.backbone import Backbone, StopForward
+from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded, hooked
+from horse_plugin.model.halves import StopForward
 from horse_plugin.storage.files import file_name, write
 from horse_plugin.storage.schema import plain_file
 

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from horse_plugin import HorseEditor
 from horse_plugin.data.prompts import Prompt, batches
 from horse_plugin.errors import HorseError, UsageError
-from horse_plugin.model.backbone import UNFUSED, Backbone
+from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
+from horse_plugin.model.halves import UNFUSED
 from horse_plugin.model.loading import dtype_of, resolve_device
 from tests import tiny
 
