@@ -13,26 +13,21 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.prompts import PreparedEdits, Prompt
-from horse_plugin.data.records import EditRecord
-from horse_plugin.distributed import is_main_process, raise_on_all_ranks, sum_over_ranks
+from horse_plugin.distributed import is_main_process, sum_over_ranks
 from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
-from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.editing.memory import check_memory
 from horse_plugin.editing.solve import Roots, calibrate, new_network
 from horse_plugin.editing.sweeps import sweeps
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
-from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator, mean
 from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, timed, versions
 from horse_plugin.hparams import HORSEHyperParams
@@ -42,14 +37,13 @@ from horse_plugin.model.guard import guarded
 from horse_plugin.model.preserve import Preserve, up_to
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.files import locked_folder
-from horse_plugin.storage.tensors import save_tensors
 from horse_plugin.training import checkpoint
 from horse_plugin.training.history import flat, save_history
 from horse_plugin.training.logs import Log
 from horse_plugin.training.objective import TRAINED_ON, Objective
 from horse_plugin.training.schedule import Schedule, shuffled
-
-Part = tuple[str, dict[str, torch.Tensor], dict]  # a file: its name, tensors and description
+from horse_plugin.training.validation import Validation
+from horse_plugin.training.writer import Part, Writer
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,9 @@ class HORSETrainer:
                 "preserve_rho: 1 for the paper's ridge term."
             )
         self.out = Path(out or config.archive_folder)
+        self.writer = Writer(self.out)
         self.backbone = backbone or Backbone.load(config)
+        self.validation = Validation(self.backbone, config, self.val_records)
         with self.backbone.held():
             self.network = new_network(self.backbone, config)
         self.network.spread_strength.requires_grad_(config.train_spread)
@@ -138,7 +134,6 @@ class HORSETrainer:
         self.progress = progress and is_main_process()
         self.log = log if is_main_process() else None
         self.step, self.best, self.history = 0, None, []
-        self._written: Future | None = None
         self._data = [
             json_digest([r.to_dict() for r in records], 64)
             for records in (self.train_records, self.val_records)
@@ -196,10 +191,10 @@ class HORSETrainer:
                 few = self.batch(sizes.index(least))
                 smallest, _ = timed(lambda: self.train_step(few), *devices)
                 an_edit_more = (largest - smallest) / (most - least)
-            before, evaluator = timed(lambda: next(self._evaluators()), *devices)
+            before, evaluator = timed(lambda: next(self.validation.evaluators()), *devices)
             after, _ = timed(lambda: self._measure_edit(evaluator), *devices)
         of_step, of_run = (sum(len(p.inputs) for p in of) for of in (some, self._to_cache()))
-        n_edits = len(self._val_chunks)
+        n_edits = len(self.validation.chunks)
         once = trunk * of_run / of_step + metric + n_edits * before
         states = of_run * self.backbone.model.get_input_embeddings().weight[0].nbytes
         kept = min(states, self.hparams.trunk_cache_gb * 1e9)
@@ -211,11 +206,9 @@ class HORSETrainer:
     def _run(self):
         if self.history and is_main_process():  # a kill may have come between checkpoint and CSV
             save_history(self.out, self.history)
-        evaluators = list(self._evaluators())  # whose trunk states are read the most often
-        advice = "Validate on fewer facts in an edit (val_edits)"
-        for evaluator in evaluators:
-            prompts = evaluator.edits.to_capture(self.hparams.keep_next)[: self.hparams.edit_block]
-            check_memory(self.backbone, prompts, self.hparams, advice=advice)
+        # Their trunk states are read the most often.
+        evaluators = list(self.validation.evaluators())
+        self.validation.check_memory(evaluators)
         self._cache_trunk_states()
         bar = tqdm(
             total=self.n_steps,
@@ -225,8 +218,7 @@ class HORSETrainer:
             disable=None if self.progress else True,  # None: where nobody watches, as in a log
         )
         # Leaving the ``with`` waits for the writer, so that the folder is locked until then.
-        writer = ThreadPoolExecutor(1)
-        with bar, self._interruptible() as interrupts, writer as self._writer:
+        with bar, self._interruptible() as interrupts, self.writer.at_work():
             while self.step < self.n_steps and not self._is_stale():
                 try:
                     losses = self.train_step(self.batch(self.step))
@@ -242,7 +234,7 @@ class HORSETrainer:
                 bar.set_postfix(self._shown_beside_steps(losses))
                 if sum_over_ranks(torch.tensor(len(interrupts))):  # of any process
                     self._stop()
-            self._wait_for_writer()
+            self.writer.wait()
 
     @guarded
     @torch.enable_grad()
@@ -328,51 +320,24 @@ class HORSETrainer:
         prompts = [p for i in range(len(edits)) for kind in TRAINED_ON for p in edits.of(kind, i)]
         return prompts + list(self.preserve.text if self.preserve else ())
 
-    @property
-    def _val_chunks(self) -> list[list[EditRecord]]:
-        """The records of each edit of a validation."""
-        hp = self.hparams
-        n = min(hp.val_edits or hp.edits_per_step, len(self.val_records))
-        records = self.val_records[: hp.val_records or n]
-        return [records[i : i + n] for i in range(0, len(records), n)]
-
-    def _evaluators(self) -> Iterator[Evaluator]:
-        """Yield an evaluator for each edit of a validation."""
-        text = OrdinaryText(self.backbone, shipped_pieces("choose"))
-        for records in self._val_chunks:
-            yield Evaluator(self.backbone, records, text=text)
-
     def _validate(self, evaluators: list[Evaluator]):
         """Edit the validation records with the network as it is; keep it if it is the best."""
-        figures, scores = [], []
-        for evaluator in evaluators:
-            evaluation = self._measure_edit(evaluator)
-            figures.append(evaluation.summary() | {"mean": evaluation.score()})
-            by = {"kept": evaluation.kept_score, "paper": evaluation.score}
-            scores.append(by[self.hparams.val_score]())
-        means = {name: mean(f[name] for f in figures if f[name] is not None) for name in figures[0]}
-        score = mean(scores)
-        self.history[-1]["validation"] = means | {"score": score}
+        figures = self.validation.figures(map(self._measure_edit, evaluators))
+        self.history[-1]["validation"] = figures
+        score = figures["score"]
         if self.best is None and not math.isfinite(score):
             raise HorseError(
                 f"step {self.step}: the validation's score is not finite. {HALF_PRECISION_HINT}"
             )
         if self.best is None or score > self.best["score"]:
-            self.best = {"step": self.step, "score": score, **means}
-            self._save(self._archive, self._checkpoint)
+            self.best = {"step": self.step, **figures}
+            # The archive comes before what names it the best.
+            self.writer.save(self.history, self._archive, self._checkpoint)
         else:
-            self._save(self._checkpoint)
+            self.writer.save(self.history, self._checkpoint)
 
     def _measure_edit(self, evaluator: Evaluator) -> Evaluation:
-        """Edit the evaluator's records with the network as it is, measure, and undo the edit."""
-        hp = replace(self.hparams, max_drift=None)  # a search for each validation
-        parts = hp, self.network, self.preserve, self.roots
-        editor = HorseEditor.from_backbone(self.backbone, *parts)
-        editor.edit(evaluator.edits)
-        try:
-            return evaluator.evaluate()
-        finally:
-            editor.undo()
+        return self.validation.measure(evaluator, self.network, self.preserve, self.roots)
 
     def _is_stale(self) -> bool:
         patience = self.hparams.early_stop_patience
@@ -408,32 +373,12 @@ class HORSETrainer:
     def _stop(self):
         """Stop between two steps, with an archive to use and a checkpoint to go on from."""
         parts = [self._checkpoint] if self.best else [self._archive, self._checkpoint]
-        self._save(*parts)
-        self._wait_for_writer()
+        self.writer.save(self.history, *parts)
+        self.writer.wait()
         raise KeyboardInterrupt(
             f"stopped after step {self.step} of {self.n_steps}; {self.out} holds an archive, and "
             "--resume goes on."
         )
-
-    def _save(self, *makers: Callable[[], Part]):
-        """Have a thread write files one after the other, an archive before what names it the best.
-
-        Training goes on meanwhile, at most until the next ones are to be written.
-        """
-        self._wait_for_writer()
-        if is_main_process():
-            parts = [make() for make in makers]
-            self._written = self._writer.submit(_write, self.out, parts, list(self.history))
-
-    def _wait_for_writer(self):
-        """Wait for the main process's writer, and raise the error that it ended with, if it did.
-
-        All processes wait, since each of them reads the archive next.
-        """
-        written, self._written = self._written, None
-        with raise_on_all_ranks():
-            if written:
-                written.result()
 
     def _archive(self) -> Part:
         return self._part(ARCHIVE, network_tensors(self.network), self.preserve)
@@ -472,12 +417,6 @@ class HORSETrainer:
         tensors, about = checkpoint.read(path, self.backbone, self.hparams, self._data)
         checkpoint.restore(path, tensors, about, self.network, self.optimizer)
         self.step, self.best, self.history = about["step"], about["best"], about["history"]
-
-
-def _write(folder: Path, parts: Sequence[Part], history: list[dict]):
-    for name, tensors, about in parts:
-        save_tensors(folder / name, tensors, about)
-    save_history(folder, history)
 
 
 def one_prompt_a_kind(edits: PreparedEdits, epoch: int) -> PreparedEdits:

@@ -10,9 +10,11 @@ import torch
 from horse_plugin import EditRecord, HorseEditor, HorseError, HORSETrainer, UsageError
 from horse_plugin.editing.archive import ARCHIVE, load_network
 from horse_plugin.editing.sweeps import sweeps
+from horse_plugin.evaluation.metrics import Evaluation
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 from horse_plugin.training import trainer as training
+from horse_plugin.training import writer
 from horse_plugin.training.checkpoint import CHECKPOINT
 from horse_plugin.training.history import HISTORY
 from horse_plugin.training.objective import TRAINED_ON
@@ -93,7 +95,7 @@ def test_training_goes_on_while_a_thread_writes(tmp_path, monkeypatch):
         return step(records)
 
     t.train_step = train_step
-    monkeypatch.setattr(training, "save_tensors", write_late)
+    monkeypatch.setattr(writer, "save_tensors", write_late)
     t.run()
     for name in (ARCHIVE, CHECKPOINT, HISTORY):  # as they were when their turn came
         assert read(tmp_path / "whole", name) == read(tmp_path / "slow", name)
@@ -104,7 +106,7 @@ def test_a_file_that_cannot_be_written_ends_the_training(tmp_path, monkeypatch):
     def fail(path, *args):
         raise HorseError(f"{path}: not written: full")
 
-    monkeypatch.setattr(training, "save_tensors", fail)
+    monkeypatch.setattr(writer, "save_tensors", fail)
     for interval, last in ((1, 2), (99, 6)):  # at the next validation at the latest, or at the end
         t = trainer(tmp_path, val_interval=interval)
         with pytest.raises(HorseError, match="not written: full"):
@@ -115,7 +117,10 @@ def test_a_file_that_cannot_be_written_ends_the_training(tmp_path, monkeypatch):
 def test_where_trunk_states_find_no_room_validation_keeps_its_own(tmp_path):
     """It reads each of them twice at every validation, and a step once an epoch."""
     t = trainer(tmp_path, max_iters=1)
-    validation, cache = [p for e in t._evaluators() for p in e.edits.flat()], t.backbone.trunk_cache
+    validation, cache = (
+        [p for e in t.validation.evaluators() for p in e.edits.flat()],
+        t.backbone.trunk_cache,
+    )
     cache._limits["memory"] -= cache._room["memory"]  # it fits, with the text beside it
     cache._forget()
     t.run()
@@ -358,7 +363,7 @@ def test_records_without_rephrased_or_unrelated_prompts_train(tmp_path):
 
 def test_validation_may_edit_more_at_once_than_a_step(tmp_path):
     t = trainer(tmp_path, edits_per_step=3, val_edits=6)
-    (evaluator,) = t._evaluators()
+    (evaluator,) = t.validation.evaluators()
     assert len(evaluator.edits) == 6
 
 
@@ -438,7 +443,7 @@ def test_an_archive_of_a_capped_network_edits_as_it_was_trained(tmp_path):
 def test_a_first_validation_that_is_no_number_ends_the_training(tmp_path, monkeypatch):
     """It would be the best for ever; a later one is only not the best."""
     scores = iter([50.0, math.nan, math.nan])
-    monkeypatch.setattr(training.Evaluation, "kept_score", lambda self: next(scores))
+    monkeypatch.setattr(Evaluation, "kept_score", lambda self: next(scores))
     trainer(tmp_path / "later", max_iters=4).run()
     with pytest.raises(HorseError, match="step 2: the validation's score"):
         trainer(tmp_path / "first").run()
