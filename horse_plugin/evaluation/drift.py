@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from horse_plugin.data.corpus import shipped_pieces
-from horse_plugin.data.prompts import text_prompts
 from horse_plugin.distributed import local_indices, sum_over_ranks
 from horse_plugin.errors import UsageError
 from horse_plugin.method.losses import some_rows
@@ -61,11 +60,10 @@ class OrdinaryText:
 
     def __init__(self, backbone: Backbone, pieces: Pieces):
         self.backbone = backbone
-        size = min(PIECE, backbone.max_length or PIECE)
         self.kinds = list(dict.fromkeys(kind for kind, _ in pieces))
         prompts, kind_of = [], []
         for kind, text in pieces:
-            found = text_prompts(backbone.tokenizer(text)["input_ids"], size)
+            found = backbone.read_text(text, PIECE)
             prompts += found
             kind_of += [self.kinds.index(kind)] * len(found)
         if not prompts:

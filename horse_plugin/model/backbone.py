@@ -16,7 +16,16 @@ from torch import nn
 from tqdm import tqdm
 
 from horse_plugin.data.formats import load_records
-from horse_plugin.data.prompts import KINDS, Batch, PreparedEdits, Prompt, ask, batches, prepare
+from horse_plugin.data.prompts import (
+    KINDS,
+    Batch,
+    PreparedEdits,
+    Prompt,
+    ask,
+    batches,
+    prepare,
+    text_prompts,
+)
 from horse_plugin.data.seam import PLAIN, Seam
 from horse_plugin.data.subjects import at_subjects
 from horse_plugin.distributed import local_indices
@@ -168,17 +177,26 @@ class Backbone(Halves):
         return self.place_keys(edits, warn)
 
     def _check_tokens(self, edits: PreparedEdits):
-        """Refuse tokens that the tokenizer knows and the model does not."""
-        n = self.model.get_input_embeddings().weight.shape[0]
         for kind, groups in edits.prompts.items():
             for i, group in enumerate(groups):
-                for token in {t for p in group for q in (p, *p.accepted) for t in q.ids if t >= n}:
-                    text = self.tokenizer.convert_ids_to_tokens(token)
-                    raise UsageError(
-                        f"record {i}: {text!r} in its {kind} prompt is token {token}, but the "
-                        f"model has {n}. Is this its tokenizer? If you added tokens, call "
-                        "model.resize_token_embeddings first."
-                    )
+                ids = {t for p in group for q in (p, *p.accepted) for t in q.ids}
+                self._check_ids(ids, f"record {i}, {kind} prompt")
+
+    def _check_ids(self, ids: Iterable[int], where: str):
+        """Refuse tokens that the tokenizer knows and the model does not."""
+        n = self.model.get_input_embeddings().weight.shape[0]
+        for token in (t for t in ids if t >= n):
+            text = self.tokenizer.convert_ids_to_tokens(token)
+            raise UsageError(
+                f"{where}: {text!r} is token {token}, but the model has {n}. Is this its "
+                "tokenizer? If you added tokens, call model.resize_token_embeddings first."
+            )
+
+    def read_text(self, text: str, size: int) -> list[Prompt]:
+        """Return ordinary text as prompts of at most ``size`` tokens, of which all count."""
+        ids = self.tokenizer(text)["input_ids"]
+        self._check_ids(ids, "ordinary text")
+        return text_prompts(ids, min(size, self.max_length or size))
 
     def ask(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt as the model is asked it, up to where the answer begins."""

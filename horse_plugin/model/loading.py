@@ -155,6 +155,8 @@ def resolve_device(device) -> torch.device:
         raise UsageError(f"device: {device!r} is not a device; try 0, cuda:0 or cpu.") from None
     if device.type == "meta":
         raise UsageError("device: 'meta' holds no weights; try 0, cuda:0 or cpu.")
+    if device.type == "mps":
+        raise UsageError("device: 'mps' has no float64, which edits are solved in; set it to cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: no CUDA GPU here; leave `device` out or set it to cpu.")
     if device.type == "cuda" and (device.index is None or distributed.world_size() > 1):

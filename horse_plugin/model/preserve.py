@@ -166,11 +166,9 @@ def ordinary_text(backbone: Backbone, source: str, n_tokens: int, seed: int) -> 
         lengths = torch.tensor([len(t) for t in texts], dtype=torch.long)
         ids = torch.tensor([i for t in texts for i in t], dtype=torch.long)
         lengths, ids = distributed.gather_rows(lengths), distributed.gather_rows(ids)
-        texts = [t.tolist() for t in ids.split(lengths.tolist())]
-    else:
-        texts = [backbone.tokenizer(t)["input_ids"] for t in texts_of(source, n_tokens)]
-    size = min(PIECE, backbone.max_length or PIECE)
-    return [prompt for text in texts for prompt in text_prompts(text, size)]
+        size = min(PIECE, backbone.max_length or PIECE)
+        return [p for t in ids.split(lengths.tolist()) for p in text_prompts(t.tolist(), size)]
+    return [p for text in texts_of(source, n_tokens) for p in backbone.read_text(text, PIECE)]
 
 
 def up_to(n_tokens: int, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:

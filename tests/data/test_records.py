@@ -391,8 +391,10 @@ def test_a_token_that_the_model_lacks_is_named():
     if len(tok) <= 400:
         tok.add_tokens([f"<{i}>" for i in range(401 - len(tok))] + ["Marla"])
     word = "Marla" if "Marla" in tok.get_vocab() else "Quint"
-    with pytest.raises(UsageError, match=f"record 1: '{word}' in its edit prompt is token"):
+    with pytest.raises(UsageError, match=f"record 1, edit prompt: '{word}' is token"):
         backbone.prepare([FLAT, {**FLAT, "prompt": f"where is {word}"}])
+    with pytest.raises(UsageError, match=f"ordinary text: '{word}' is token"):
+        backbone.read_text(f"where is {word}", 64)
 
 
 def test_accepted_answers_survive_json_and_others_are_written_as_in_0_1():

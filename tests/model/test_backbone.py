@@ -257,6 +257,11 @@ def test_a_device_that_is_not_there_is_named(device):
             resolve_device(device)
 
 
+def test_a_device_without_float64_is_refused():
+    with pytest.raises(UsageError, match="device: 'mps' has no float64"):
+        resolve_device("mps")
+
+
 def test_keys_and_gradients_stay_in_the_dtype_of_their_module():
     """Half the memory, and the same bits as in float32."""
     hparams, edits = tiny.hparams(strength=5.0), []
