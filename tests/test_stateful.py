@@ -34,7 +34,7 @@ from horse_plugin import (
     HORSETrainer,
     UsageError,
 )
-from horse_plugin.data.prompts import batches
+from horse_plugin.data.batches import batches
 from horse_plugin.editing.chain import read_edits
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.training.checkpoint import CHECKPOINT

@@ -6,7 +6,8 @@
     corpus    ordinary text, shipped or from a file or the hub
     seam      how a model is asked, and how an answer follows its prompt
     reader    a tokenizer that reads each text once, and many in one call
-    prompts   records as tokens, where each answer lies, and batches
+    prompts   records as tokens, and where each answer lies
+    batches   prompts side by side, padded
     subjects  where the keys of a fact lie, and where its edit must do nothing
 
 This package imports ``errors`` and ``assets`` only.

@@ -15,14 +15,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from horse_plugin.data.batches import Batch, batches
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.prompts import (
     KINDS,
-    Batch,
     PreparedEdits,
     Prompt,
     ask,
-    batches,
     prepare,
     text_prompts,
 )

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from horse_plugin.data.prompts import Batch, Prompt, batches
+from horse_plugin.data.batches import Batch, batches
+from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import UsageError, first_line
 from horse_plugin.model.guard import guard, guarded, hooked, none_packed, with_forward
 from horse_plugin.model.modules import (

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from horse_plugin import distributed
-from horse_plugin.data.prompts import Batch, PreparedEdits, Prompt, batches
+from horse_plugin.data.batches import Batch, batches
+from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.editing.solve import moving_rows, residuals_of
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.hparams import HORSEHyperParams

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from horse_plugin.data.prompts import FILLED, KINDS, Prompt, batches, prepare, tokenize
+from horse_plugin.data.batches import FILLED, batches
+from horse_plugin.data.prompts import KINDS, Prompt, prepare, tokenize
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.errors import UsageError
 from horse_plugin.evaluation.metrics import predict

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError
-from horse_plugin.data.prompts import batches
+from horse_plugin.data.batches import batches
 from horse_plugin.editing.solve import calibrate, edit_residuals, new_network, solve
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.capture import capture

@@ -7,7 +7,8 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from horse_plugin import HorseEditor
-from horse_plugin.data.prompts import Prompt, batches
+from horse_plugin.data.batches import batches
+from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from horse_plugin import Evaluator, HorseEditor, HorseError, HORSETrainer, UsageError
-from horse_plugin.data.prompts import batches
+from horse_plugin.data.batches import batches
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture

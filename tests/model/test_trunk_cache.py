@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from horse_plugin import UsageError
-from horse_plugin.data.prompts import batches
+from horse_plugin.data.batches import batches
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.trunk_cache import TrunkCache, _reserve
 from tests import tiny
