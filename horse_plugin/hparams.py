@@ -47,7 +47,8 @@ AT_LEAST = dict.fromkeys(
 PATHS = "model_name tokenizer_name archive preserve trunk_dir results_dir stats_dir".split()
 ABOVE_0 = """edit_memory_gb strength lr ridge edit_ridge max_drift meta_lr eta_meta_lr max_grad_norm
     preserve_rho residual_cap full_loss edit_step edit_holds""".split()
-AT_MOST_1 = ("preserve_mix", "preserve_rho", "edit_step", "edit_holds")
+AT_MOST = dict.fromkeys(("preserve_mix", "preserve_rho", "edit_step", "edit_holds"), 1)
+AT_MOST |= {"seed": 2**32 - 1}
 # The methods that our engine runs, and the settings that make it run them.
 METHODS = {
     "HORSE": {
@@ -73,6 +74,11 @@ METHODS = {
 UNTRAINED, SHIPPED = "untrained", "shipped"
 # Where a run works, and no figure of it.
 CHANGE_NO_FIGURE = ("stats_dir", "edit_memory_gb", "offload_keys", "shard_trunk")
+# Settings that only a training reads.
+OF_TRAINING = """edits_per_step min_edits_per_step max_epochs max_iters meta_lr eta_meta_lr
+    decay_meta_lr train_sweeps train_lamda train_spread edit_coef gen_coef loc_coef loc_loss
+    keep_coef keep_tokens max_grad_norm val_interval val_edits val_records val_score
+    early_stop_patience""".split()
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -128,9 +134,8 @@ class HORSEHyperParams:
     edit_ridge: float = 1.0  # share of e^lambda that an edit takes; a training step takes all of it
     max_drift: float | None = None  # most KL(unedited || edited) on ordinary text, nats a token: an
     # edit takes a larger ridge term where it must; null: no limit
-    coefficient: str = (
-        "token"  # c_i (Eq. 4); for ablation edit_only: not in Eq. 7, none: c_i = -eta
-    )
+    # c_i (Eq. 4); for ablation edit_only: not in Eq. 7, none: c_i = -eta
+    coefficient: str = "token"
     spread: str | None = None  # orthogonal (Eq. 6), gram_schmidt, released, uniform, decay (Eq. 5)
     spread_strength: float = 1.0  # 1: Eq. 6 as printed, 0: no projection
     token: str = "ans"  # where keys and gradients are read: at the answer tokens, or at the last
@@ -172,10 +177,9 @@ class HORSEHyperParams:
     val_interval: int = 10  # steps between two validations
     val_edits: int | None = None  # records edited at once in a validation; null: edits_per_step
     val_records: int | None = None  # records in a validation (alias: val_steps); null: val_edits
-    val_score: str | None = (
-        None  # chooses the archive. kept: mean of the three figures, locality and
-    )
-    # 100·e^−drift (HORSE); paper: mean of the three figures (MALMEN)
+    # Chooses the archive. kept: mean of the three figures, locality and 100·e^−drift (HORSE);
+    # paper: mean of the three figures (MALMEN).
+    val_score: str | None = None
     early_stop_patience: int | None = None  # steps without a better score
     seed: int = 0
 
@@ -233,17 +237,17 @@ class HORSEHyperParams:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UsageError(f"{key}: must be above 0, got {value}.")
-        for key in AT_MOST_1:
+        for key, most in AT_MOST.items():
             value = getattr(self, key)
-            if value is not None and value > 1:
-                raise UsageError(f"{key}: must be at most 1, got {value}.")
+            if value is not None and value > most:
+                raise UsageError(f"{key}: must be at most {most}, got {value}.")
         if (self.min_edits_per_step or 1) > self.edits_per_step:
             raise UsageError(
                 f"min_edits_per_step: must be at most edits_per_step, {self.edits_per_step}, got "
                 f"{self.min_edits_per_step}. Lower it, or set it to null."
             )
-        if not self.edit_coef + self.gen_coef + self.loc_coef > 0:
-            raise UsageError("edit_coef, gen_coef and loc_coef are all 0: nothing to train on.")
+        if not self.edit_coef + self.gen_coef > 0:
+            raise UsageError("edit_coef and gen_coef are both 0: nothing would teach the edit.")
 
     @classmethod
     def from_hparams(cls, path) -> "HORSEHyperParams":
@@ -372,7 +376,7 @@ for _alias, _name in ALIASES.items():  # as attributes, too
 
 def default_hparams() -> HORSEHyperParams:
     """Return the shipped settings for the default model."""
-    return HORSEHyperParams.from_hparams(DEFAULT_MODEL)
+    return HORSEHyperParams.from_hparams(shipped_yamls()[DEFAULT_MODEL])
 
 
 def canonical(keys: dict) -> dict:
@@ -402,8 +406,8 @@ def _checked(name, value, annotation):
                 return number
         elif origin is int:
             number = value if isinstance(value, int) else None
-            if number is None and (_number(value) or 0.5).is_integer():
-                number = int(_number(value))
+            if number is None and (found := _number(value)) is not None and found.is_integer():
+                number = int(found)
             if number is not None and not (isinstance(value, str) and str in options):
                 return number
         elif origin is list:

@@ -89,8 +89,6 @@ def _trained(
     written = file.stat().st_mtime_ns if file.is_file() else None
     network, preserve, about = _read_network(hparams.archive, written, backbone.edit_dtype)
     check_made_for(file, about, backbone)
-    if (trained := about["hparams"]["alg_name"]) != hparams.alg_name:
-        raise UsageError(f"{file}: trained as {trained}, but alg_name is {hparams.alg_name}.")
     return as_trained(hparams, about), to_edit_device(network, backbone), preserve
 
 

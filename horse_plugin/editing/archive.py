@@ -74,15 +74,29 @@ def read_network(folder) -> tuple[HyperNetwork, Preserve | None, dict]:
 def as_trained(hparams: HORSEHyperParams, about: dict) -> HORSEHyperParams:
     """Return the hparams for edits with an archive: they preserve what its training preserved.
 
+    Its network says how residuals are made. A warning names settings that are others.
+
     Args:
         about: the archive's description; before 0.2 nothing was preserved.
 
     Raises:
-        UsageError: it was trained on keys at other tokens.
+        UsageError: it was trained as another method, or on keys at other tokens.
     """
-    if (token := about["hparams"].get("token", "ans")) != hparams.token:
+    trained, form = about["hparams"], about["network"]
+    if (name := trained["alg_name"]) != hparams.alg_name:
+        raise UsageError(f"archive: trained as {name}, but alg_name is {hparams.alg_name}.")
+    if (token := trained.get("token", "ans")) != hparams.token:
         raise UsageError(f"archive: trained with token: {token}, but token is {hparams.token}.")
-    return replace(hparams, preserve=about["hparams"].get("preserve", "none"))
+    found = {"spread": form["spread"], "coefficient": form["coefficient"]}
+    found["normalizer"] = form.get("normalizer", "feature")
+    found["residual_cap"] = trained.get("residual_cap") if form.get("has_cap") else None
+    for key, value in found.items():
+        if value != (here := getattr(hparams, key)):
+            warnings.warn(
+                f"archive: trained with {key}: {value}, which edits have, too; not {here}",
+                stacklevel=4,
+            )
+    return replace(hparams, preserve=trained.get("preserve", "none"), **found)
 
 
 def network_tensors(network: HyperNetwork) -> dict[str, torch.Tensor]:
@@ -126,7 +140,7 @@ def network_of(path, tensors: dict[str, torch.Tensor], form: dict) -> HyperNetwo
         shapes = {n: t.shape for n, t in network.state_dict().items()}
         if shapes != {n: t.shape for n, t in tensors.items()}:
             raise ValueError("does not have the form of the tensors")
-        network.to_empty(device="cpu").load_state_dict(tensors)
+        network.to(tensors["log_eta"].dtype).to_empty(device="cpu").load_state_dict(tensors)
     except Exception as error:  # of a size, a name or a type that torch does not take
         raise HorseError(f"{path}: damaged: field 'network': {first_line(error)}.") from None
     for name, p in network.named_parameters():

@@ -31,6 +31,7 @@ from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.method.ridge import Ridge
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, Notes, capture
+from horse_plugin.storage.files import locked_folder
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 
 SECONDS = 60.0  # between two times that the sums are saved
@@ -193,6 +194,11 @@ class _Store:
         """Return the sweep that a block is at, its notes before this sweep, and its residuals."""
         path = self._path(i)
         if not path.is_file():
+            if sweep:
+                raise HorseError(
+                    f"{path}: is gone, and the edit cannot go on without it. Remove {self.folder}, "
+                    "and edit again."
+                )
             return None, None, []
         tensors, about = load_tensors(path)
         at, held = about["sweep"], tensors["held" if about["sweep"] == sweep else "holds"]
@@ -250,10 +256,19 @@ def files_of(folder: Path, digest: str) -> Iterator[Path]:
     """Yield the folder of an edit's files inside ``folder``, and remove it when the edit is made.
 
     Files of an edit of other facts, weights or settings are removed before.
+
+    Raises:
+        HorseError: another process works in the folder.
     """
     mine = folder / f"{PREFIX}{digest}"
+    with locked_folder(folder):
+        forget_others(folder, mine)
+        yield mine
+        shutil.rmtree(mine, ignore_errors=True)
+
+
+def forget_others(folder: Path, mine: Path | None = None):
+    """Remove the files of edits in blocks that were stopped, but for those in ``mine``."""
     for other in folder.glob(f"{PREFIX}*"):
         if other != mine:
             shutil.rmtree(other)
-    yield mine
-    shutil.rmtree(mine, ignore_errors=True)

@@ -9,11 +9,13 @@ A folder with a single edit, as :meth:`EditDelta.save` writes it, is read like a
 
 import contextlib
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from horse_plugin.distributed import is_main_process
 from horse_plugin.editing.delta import CHAIN_FILE, DELTA, EditDelta
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation import results
@@ -60,7 +62,7 @@ class Chain:
     def _changing(self) -> Iterator[None]:
         """Lock the folder, whose list must be the one that this object has read."""
         with locked_folder(self.folder):
-            if self._listed() != self.entries:
+            if is_main_process() and self._listed() != self.entries:
                 raise HorseError(
                     f"{self.folder}: another process has changed the chain. Open it again."
                 )
@@ -114,15 +116,18 @@ class Chain:
             UsageError: the name is taken, or no plain name for a folder.
         """
         if name is None:
-            count = len(self.entries) + 1
-            while (self.folder / f"{count:03d}").exists():
-                count += 1
-            return f"{count:03d}"
+            numbers = (f"{i:03d}" for i in itertools.count(len(self.entries) + 1))
+            return next(n for n in numbers if not self._is_taken(n))
         if not NAME.fullmatch(name):
             raise UsageError(f"{name!r}: not a name for an edit; use letters, digits, . _ and -.")
-        if (self.folder / name).exists() or name in (CHAIN_FILE, NOW):
+        if self._is_taken(name):
             raise UsageError(f"{self.folder}: {name} is there already; choose another name.")
         return name
+
+    def _is_taken(self, name: str) -> bool:
+        """Return whether a folder has the name, or an edit whose folder somebody removed."""
+        names = {CHAIN_FILE, NOW, *(entry["name"] for entry in self.entries)}
+        return name in names or (self.folder / name).exists()
 
     def add(self, delta: EditDelta, rows: Sequence[dict] = ()):
         """Put an edit and its figures on top, whole or not at all.
@@ -139,6 +144,9 @@ class Chain:
         """
         entry = {"name": delta.name, "made": delta.about["made"], "n_edits": len(delta.records)}
         entry["onto"] = self.in_force
+        if not is_main_process():  # which writes it
+            self.entries.append(entry | {"undone": None})
+            return
         with self._changing():
             with new_folder(self.folder / self.new_name(delta.name)) as made:
                 delta.save(made)
@@ -176,6 +184,8 @@ class Chain:
             if name not in undone:
                 there = f"undone are {', '.join(undone)}" if undone else "none is undone"
                 raise UsageError(f"{self.folder}: no edit {name} to put back; {there}.")
+            if not (self.folder / name / DELTA).exists():
+                raise UsageError(f"{self.folder}: the files of {name} are gone; it stays undone.")
             self._mark(name, None)
 
     def _mark(self, name: str, undone: str | None):

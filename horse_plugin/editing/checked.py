@@ -1,7 +1,8 @@
 """An edit with checks: find conflicts, measure, edit, measure again."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from horse_plugin.data.prompts import PreparedEdits, Prompt
@@ -72,7 +73,8 @@ def checked_edit(
     written = edits if records is not None else backbone.prepare(earlier, warn=False)
     prompts = editor.to_capture(edits)
 
-    with backbone.one_job("edit", _tokens(editor, written, prompts, pieces)):
+    job = backbone.one_job("edit", _tokens(editor, written, prompts, pieces))
+    with _undone_after_an_error(editor), job:
         backbone.cache_trunk_states(written.flat())
         captured = editor.capture_at_once(prompts)
         # A capture predicts the edit prompts' answers on its way, in the unedited model.
@@ -84,7 +86,8 @@ def checked_edit(
         if records is not None:
             conflicts |= report(known_facts(evaluator.before))
 
-        delta = editor.edit(edits, name, captured, unfinished)
+        asked = None if records is None else edits
+        delta = editor.edit(asked, name, captured, unfinished)
         del captured  # gigabytes, for a large edit of a large model
         if backbone.job:
             backbone.job.finish("capture", "check")  # the facts may hold before the last sweep
@@ -109,6 +112,18 @@ def checked_edit(
         results.row(hp.alg_name, dataset, hp, after, delta.about["seconds"]),
     ]
     return delta, rows
+
+
+@contextlib.contextmanager
+def _undone_after_an_error(editor: HorseEditor) -> Iterator[None]:
+    """Take back an edit that is made in a ``with`` which ends with an error."""
+    n = len(editor.history)
+    try:
+        yield
+    except BaseException:
+        if len(editor.history) > n:
+            editor.undo()
+        raise
 
 
 def figures_of(before: Evaluation, after: Evaluation) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from horse_plugin.data.records import EditRecord
+from horse_plugin.distributed import is_main_process
 from horse_plugin.editing.archive import MADE_FOR
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation.facts import FACTS_FILE, save_facts
@@ -120,6 +121,8 @@ class EditDelta:
             UsageError: the folder holds an edit, or a chain of edits, already.
             HorseError: another process writes into it.
         """
+        if not is_main_process():  # which writes it
+            return
         folder = check_free(folder)
         described = {**self.about, "records": [r.to_dict() for r in self.records]}
         text = to_json(described).encode()

@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from horse_plugin.data.records import EditRecord
 from horse_plugin.distributed import is_main_process
 from horse_plugin.editing.applied import AppliedEdits
 from horse_plugin.editing.archive import as_trained, load_network, network_form
-from horse_plugin.editing.blocks import files_of, solve_sums, sums_of_blocks
+from horse_plugin.editing.blocks import files_of, forget_others, solve_sums, sums_of_blocks
 from horse_plugin.editing.budget import Budget, smallest_ridge
 from horse_plugin.editing.crowding import Crowding
 from horse_plugin.editing.delta import EditDelta
@@ -42,7 +42,7 @@ from horse_plugin.evaluation.drift import OrdinaryText, Pieces
 from horse_plugin.evaluation.generation import answers
 from horse_plugin.evaluation.metrics import mean, predict
 from horse_plugin.evaluation.results import versions
-from horse_plugin.hparams import CHANGE_NO_FIGURE, UNTRAINED, HORSEHyperParams
+from horse_plugin.hparams import CHANGE_NO_FIGURE, OF_TRAINING, UNTRAINED, HORSEHyperParams
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, capture
@@ -54,6 +54,8 @@ from horse_plugin.storage.files import new_folder
 
 # Settings by which facts become prompts.
 WRITTEN_BY = "token", "chat_template", "system_prompt", "append_eos", "separator"
+# Settings that an edit in blocks may go on with when they have changed: its sums know none of them.
+NOT_OF_SUMS = (*CHANGE_NO_FIGURE, *OF_TRAINING, "max_drift", "archive", "results_dir", "trunk_dir")
 # From settings, the metric and the edits in force to the tensors of an edit.
 SolveWith = Callable[[HORSEHyperParams, Roots, InForce | None], dict[str, torch.Tensor]]
 # From a share of e^λ to them.
@@ -122,7 +124,7 @@ class HorseEditor(AppliedEdits):
             backbone: one of the same model.
             network, preserve, roots: as in :meth:`from_backbone`, but None is an untrained network.
         """
-        settings = "preserve preserve_tokens preserve_mix preserve_rho".split()
+        settings = "preserve preserve_tokens preserve_mix preserve_rho seed".split()
         metric = preserve, *(getattr(hparams, name) for name in settings)
         if roots is None and metric == self._metric:
             roots = self._roots
@@ -246,6 +248,8 @@ class HorseEditor(AppliedEdits):
             edits = PreparedEdits.of_none()
         else:
             edits = self.backbone.prepare(records, kinds=["edit"])
+            if not edits.records:
+                raise UsageError("edit: no record to edit.")
         asked = edits.records or self.facts_to_write_anew()
         hp, weights = self.hparams, self.current_digests()
         prompts = self.to_capture(edits)
@@ -259,6 +263,8 @@ class HorseEditor(AppliedEdits):
                 folder = unfinished or files.enter_context(tempfile.TemporaryDirectory())
                 network, solve_with = self._sweep_blocks(prompts, weights, Path(folder), files)
             else:
+                if unfinished:
+                    forget_others(Path(unfinished))
                 network, solve_with = self._sweep(prompts, captured)
             in_force = None
             if self._is_on_top:
@@ -356,8 +362,9 @@ class HorseEditor(AppliedEdits):
         self._check_memory(block, sums=1 if hp.edit_sweeps == 1 else 2)
         network = self.network or self.untrained_network(self._read_below(block))
         about = [[[p.ids, p.start, p.subject, p.still] for p in prompts]]
-        about += [{k: v for k, v in hp.to_dict().items() if k not in CHANGE_NO_FIGURE}]
+        about += [{k: v for k, v in hp.to_dict().items() if k not in NOT_OF_SUMS}]
         about += [weights, tensors_digest(network.state_dict(), {})]
+        about += [self._preserve.digest if self._preserve else None]  # which the metric is made of
         mine = files.enter_context(files_of(folder, json_digest(about)))
         with self._below():
             sums = sums_of_blocks(backbone, network, prompts, hp, roots, mine)
@@ -498,15 +505,18 @@ class HorseEditor(AppliedEdits):
         if not is_main_process():
             return
         with new_folder(folder) as made, quiet_transformers():
-            for part in (self.backbone.model, self.backbone.tokenizer):
+            for part, files in (
+                (self.backbone.model, "*config.json"),
+                (self.backbone.tokenizer, "tokenizer_config.json"),
+            ):
                 part.save_pretrained(made)
                 if not type(part).__module__.startswith("transformers_modules"):
-                    _name_no_code(made)
+                    _name_no_code(made.glob(files))
 
 
-def _name_no_code(folder: Path):
-    """Take ``auto_map`` out of the JSON files in a folder, which names code to load with them."""
-    for path in folder.glob("*config.json"):
+def _name_no_code(files: Iterable[Path]):
+    """Take ``auto_map`` out of JSON files, which names code to load with them."""
+    for path in files:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("auto_map", None):
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -86,7 +86,7 @@ def to_rank(
     if max_error is not None:
         parts = zip(roots, shifts, strict=True)
         values = [torch.linalg.svdvals(whitened(shift, root)) for root, shift in parts]
-        rank = min(rank or len(values[0]), _least_rank(values, max_error))
+        rank = min(rank or max(map(len, values)), _least_rank(values, max_error))
     factors, lost, norm = {}, 0.0, 0.0
     for module, root, shift in zip(modules, roots, shifts, strict=True):
         parts = _exact(deltas, module, rank) or _truncated(root, shift, rank)

@@ -1,6 +1,7 @@
 """What an edit or a training step takes beside the model, estimated before the work."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.backbone import Backbone
 
 GB = 1e9
-CONTROL_GROUP = Path("/sys/fs/cgroup")
+# Where the system says which control group a process is in, and what groups may take.
+OWN_GROUP, CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def check_memory(
@@ -153,7 +155,7 @@ def _system(n: int, d: int, d_out: int) -> int:
 def free_bytes(device: torch.device) -> float | None:
     """Return the memory that is free on a device, or None where the system does not say.
 
-    Of a CPU it is what the system has, or what the control group of this process has left. Pages
+    Of a CPU it is what the system has, or what a control group of this process has left. Pages
     of files that the system keeps at hand count as free.
     """
     if device.type == "cuda":
@@ -162,13 +164,23 @@ def free_bytes(device: torch.device) -> float | None:
     if device.type != "cpu":
         return None
     found = []
-    try:
+    with contextlib.suppress(OSError):  # another system
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
-        names = ("memory.max", "memory.current", "memory.stat")
-        limit, used, stat = ((CONTROL_GROUP / name).read_text() for name in names)
-        of = dict(line.split() for line in stat.splitlines())
-        found.append(int(limit) - int(used) + int(of["active_file"]) + int(of["inactive_file"]))
-    except (OSError, ValueError, KeyError):  # another system, or no limit
-        pass
-    return min(found, default=None)
+    return min([*found, *_left_in_groups()], default=None)
+
+
+def _left_in_groups() -> Iterator[float]:
+    """Yield what the control group of this process, and each above it, has left of its limit."""
+    path = ""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = OWN_GROUP.read_text().splitlines()
+        path = next(line[3:] for line in lines if line.startswith("0::")).strip("/")
+    for group in (CONTROL_GROUPS / path, *(CONTROL_GROUPS / path).parents):
+        if not group.is_relative_to(CONTROL_GROUPS):
+            break
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such group, or no limit
+            names = ("memory.max", "memory.current", "memory.stat")
+            limit, used, stat = ((group / name).read_text() for name in names)
+            of = dict(line.split() for line in stat.splitlines())
+            yield int(limit) - int(used) + int(of["active_file"]) + int(of["inactive_file"])

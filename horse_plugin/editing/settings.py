@@ -4,9 +4,9 @@ from pathlib import Path
 
 import yaml
 
-from horse_plugin.assets import DEFAULT_MODEL
+from horse_plugin.assets import DEFAULT_MODEL, shipped_yamls
 from horse_plugin.editing.memory import edit_bytes, training_bytes
-from horse_plugin.hparams import HORSEHyperParams, find_yaml, read_keys
+from horse_plugin.hparams import HORSEHyperParams, read_keys
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.fingerprint import describe
 
@@ -39,7 +39,7 @@ def yaml_for(model: str) -> str:
         UsageError: the model cannot be loaded, or not be edited.
     """
     folder = Path(model).expanduser()
-    keys = read_keys(find_yaml(DEFAULT_MODEL))
+    keys = read_keys(shipped_yamls()[DEFAULT_MODEL])
     keys["model_name"] = str(folder.resolve()) if folder.is_dir() else model
     if model != DEFAULT_MODEL:
         keys["archive"] = None

@@ -41,8 +41,14 @@ def inverse_root(metric: torch.Tensor) -> torch.Tensor:
     """Return the upper triangular W = L⁻ᵀ with W Wᵀ = C̄⁻¹, d×d, where C̄ = L Lᵀ.
 
     In the coordinates H' = HW and ΔW = W·ΔW' the metric is I, and Eq. 2 is the paper's.
+
+    Raises:
+        HorseError: C̄ is not positive definite.
     """
-    lower = torch.linalg.cholesky(metric)
+    try:
+        lower = torch.linalg.cholesky(metric)
+    except torch.linalg.LinAlgError:
+        raise HorseError("the metric has no inverse: preserve_rho is too small.") from None
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(lower, eye, upper=False).T
 

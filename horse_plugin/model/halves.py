@@ -60,6 +60,11 @@ class Halves:
     def __init__(self, model, inner_params: Sequence[str] = (), token: str = "ans"):
         self.model = model
         self.device = model.get_input_embeddings().weight.device
+        if self.device.type == "meta":
+            raise UsageError(
+                f"{type(model).__name__}: its embeddings are offloaded, so that token ids have "
+                "no place to go in. Keep them on a device (device_map)."
+            )
         self.head = model.get_output_embeddings()
         _, self.blocks = find_blocks(model)
         if any(p.is_inference() for p in model.parameters()):

@@ -224,11 +224,12 @@ def quiet_transformers():
     """Keep transformers' own progress bars and warnings out of the command line's output."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        logging.enable_progress_bar()
+        if has_bars:
+            logging.enable_progress_bar()

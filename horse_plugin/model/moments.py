@@ -61,7 +61,7 @@ def second_moments(
     """Return Σ k kᵀ over the answer positions of the prompts, for each edit module.
 
     The sums are made batch by batch, so that no key is kept: they take 4d² bytes a module. A pass
-    ends where the highest edit module gets its input.
+    ends where the last edit module gets its input.
 
     Args:
         prompts: at least one; ``Prompt(ids, 1)`` reads all positions of a text.
@@ -72,13 +72,13 @@ def second_moments(
         name: torch.zeros(d, d, **where)
         for (name, (d, _)) in zip(backbone.modules, backbone.shapes, strict=True)
     }
-    highest = list(backbone.modules)[-1]
 
-    def add_keys(name: str, batch):
+    def add_keys(name: str, batch, left: set[str]):
         def hook(module, args):
             where = backbone.key_positions(name, batch).to(args[0].device)
             add_gram(sums[name], args[0].flatten(0, -2)[where].to(sums[name].device))
-            if name == highest:
+            left.discard(name)
+            if not left:
                 raise StopForward(None)
 
         return hook
@@ -86,9 +86,10 @@ def second_moments(
     local = [prompts[i] for i in distributed.local_indices(prompts)]
     with backbone.lockstep.loop():
         for batch in backbone.batches(local, "statistics", progress):
+            left = set(backbone.modules)
             with contextlib.ExitStack() as hooks, contextlib.suppress(StopForward):
                 for name, module in backbone.modules.items():
-                    hook = add_keys(name, batch)
+                    hook = add_keys(name, batch, left)
                     hooks.enter_context(hooked(module.register_forward_pre_hook, hook))
                 backbone.logits(batch)
     count = sum(len(p.answer) for p in prompts)

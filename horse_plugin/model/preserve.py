@@ -26,7 +26,8 @@ from horse_plugin.model.moments import (
     second_moments,
 )
 from horse_plugin.model.sampling import written_texts
-from horse_plugin.storage.digest import json_digest
+from horse_plugin.model.sharding import local_part
+from horse_plugin.storage.digest import json_digest, sum_of_bits
 
 PIECE = 128  # tokens of ordinary text in one prompt
 FORM = {"mix": float, "rho": float, "n_text": int, "digest": str}  # see horse_plugin.storage.schema
@@ -135,15 +136,16 @@ class Preserve:
         text = moments_of(backbone, self.text, folder)
         unrelated = moments_of(backbone, self.unrelated, folder) if self.unrelated else None
         roots = []
-        for name, (
-            total,
-            count,
-        ) in text.items():  # one at a time: each takes several float64 d×d matrices
+        for name, (total, count) in text.items():
+            # One at a time: each takes several float64 d×d matrices.
             moment = (total / count).to(backbone.edit_device)
             if unrelated:
                 total, count = unrelated[name]
                 moment = (1 - self.mix) * moment + self.mix * (total / count).to(moment)
-            root = inverse_root(metric_of(moment, self.rho))
+            try:
+                root = inverse_root(metric_of(moment, self.rho))
+            except HorseError as error:
+                raise HorseError(f"{name}: {error}") from None
             roots.append(root.to(backbone.edit_dtype))
         return roots
 
@@ -185,7 +187,7 @@ def up_to(n_tokens: int, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
 def moments_of(backbone: Backbone, prompts: Sequence[Prompt], folder) -> Moments:
     """Return the moments over these prompts, from files in the folder or computed and written.
 
-    The files' name holds a digest of the model, its edit modules' weights, and the prompts.
+    The files' name holds a digest of the model with all of its weights, and of the prompts.
     """
     files = _files(backbone, prompts, folder)
     missing = torch.tensor(float(not all(file.is_file() for file in files.values())))
@@ -200,10 +202,15 @@ def moments_of(backbone: Backbone, prompts: Sequence[Prompt], folder) -> Moments
 
 def _files(backbone: Backbone, prompts: Sequence[Prompt], folder) -> dict[str, Path]:
     """Return module → the file of its moment over these prompts."""
-    about = [
-        backbone.fingerprint(),
-        backbone.weights.digests(),
-        [[p.ids, p.start] for p in prompts],
-    ]
+    about = [backbone.fingerprint(), _bits(backbone), [[p.ids, p.start] for p in prompts]]
     data = f"horse-{json_digest(about)}"
     return {m: moments_file(folder, backbone, m, data, len(prompts)) for m in backbone.modules}
+
+
+def _bits(backbone: Backbone) -> list[int]:
+    """Return sums of the bits of all weights, an adapter's among them."""
+    weights = (local_part(w) for w in (*backbone.model.parameters(), *backbone.model.buffers()))
+    sums = torch.tensor([sum_of_bits(w) for w in weights if not w.is_meta])
+    if backbone.lockstep.is_sharded:
+        sums = distributed.sum_over_ranks(sums)
+    return sums.tolist()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from horse_plugin.model.sharding import local_part
+from horse_plugin.storage.digest import sum_of_bits
 from horse_plugin.storage.files import check_writable
 
 
@@ -66,7 +67,7 @@ class TrunkCache:
 
     def _describe(self) -> tuple:
         weights = [w for w in self._find_weights() if not w.is_meta]
-        return [(id(w), _sum_of_bits(w)) for w in weights], self._probe().tolist()
+        return [(id(w), sum_of_bits(local_part(w))) for w in weights], self._probe().tolist()
 
     def _drop_stale(self):
         if [p._version for p in self._weights] != self._versions:
@@ -129,21 +130,6 @@ class TrunkCache:
         finally:
             os.close(handle)
             os.unlink(path)
-
-
-def _sum_of_bits(weight: torch.Tensor) -> int:
-    """Return a sum that tells every changed entry, and rows that changed places."""
-    rows = local_part(weight).detach().contiguous()
-    if not rows.numel():  # this process has no part of it
-        return 0
-    rows = rows.view(len(rows) if rows.dim() else 1, -1)
-    size = rows.element_size()
-    # Torch reads words at multiples of their size, and sums wide ones many times as fast.
-    is_even = (rows.shape[1] * size) % 8 == 0 == (rows.storage_offset() * size) % 8
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    rows = rows.view(torch.int64 if is_even else words[size]).sum(-1, dtype=torch.int64)
-    factors = torch.arange(1, 2 * len(rows), 2, device=rows.device)
-    return (rows * factors).sum().item()
 
 
 def _reserve(handle: int, n_bytes: int):

@@ -61,6 +61,24 @@ def weight_digest(weight: torch.Tensor, dtype: torch.dtype | None = None) -> str
     return f"{str(dtype).removeprefix('torch.')}:{found.hexdigest()[:32]}"
 
 
+def sum_of_bits(weight: torch.Tensor) -> int:
+    """Return a sum that tells every changed entry of a weight, and rows that changed places.
+
+    It costs a fraction of :func:`weight_digest`, and notices less.
+    """
+    rows = weight.detach().contiguous()
+    if not rows.numel():
+        return 0
+    rows = rows.view(len(rows) if rows.dim() else 1, -1)
+    size = rows.element_size()
+    # Torch reads words at multiples of their size, and sums wide ones many times as fast.
+    is_even = (rows.shape[1] * size) % 8 == 0 == (rows.storage_offset() * size) % 8
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    rows = rows.view(torch.int64 if is_even else words[size]).sum(-1, dtype=torch.int64)
+    factors = torch.arange(1, 2 * len(rows), 2, device=rows.device)
+    return (rows * factors).sum().item()
+
+
 def matches(weight: torch.Tensor, wanted) -> bool:
     """Return whether the weight, rounded to the dtype that a digest names, has that digest."""
     dtype = DTYPES.get(str(wanted).partition(":")[0])

@@ -5,6 +5,7 @@ model's losses and their gradient g at the edited weights, and the surrogate
 Σ_l ⟨H_l (HᵀH + e^λ C̄)⁻¹ g_l, R'_l⟩ whose gradient is that of the losses.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,8 @@ class Objective:
         self.coefs = dict(zip(LOSS_ON, weights, strict=True))
         prompts = {k: edits.flat(k) for k in TRAINED_ON} | {ORDINARY: list(ordinary)}
         prompts = {k: prompts[k] if self.coefs[k] else [] for k in LOSS_ON}
+        record_of = {k: [i for i, g in enumerate(edits.prompts[k]) for _ in g] for k in TRAINED_ON}
+        record_of[ORDINARY] = range(len(ordinary))
         if not (prompts["edit"] or prompts["rephrase"]):
             raise UsageError(
                 "nothing would teach the edit: edit_coef is 0 (as in MALMEN), and so is gen_coef, "
@@ -66,7 +69,7 @@ class Objective:
         self.n_tokens = {k: sum(len(p.answer) for p in prompts[k]) for k in LOSS_ON}
         local = [(k, i) for k in LOSS_ON for i in distributed.local_indices(prompts[k])]
         self.kind_of = [LOSS_ON.index(k) for k, _ in local]
-        self.prompt_of = [i for _, i in local]
+        self.record_of = [record_of[k][i] for k, i in local]  # or which piece of ordinary text
         local_prompts = [prompts[k][i] for k, i in local]
         self.batches = list(batches(local_prompts, backbone.batch_tokens, backbone.device))
         names = ("ce", "ce", hparams.loc_loss, "kl")  # of the losses on the kinds in LOSS_ON
@@ -149,8 +152,10 @@ class Objective:
         """
         totals = torch.zeros(len(LOSS_ON), dtype=self.backbone.edit_dtype)
         found = []  # read after the loop, so that the device never waits for the host
-        scale = [self.coefs[k] / max(1, self.n_tokens[k]) for k in LOSS_ON]
-        scale = torch.tensor(scale, dtype=totals.dtype)
+        scale = [self.coefs[k] / n if (n := self.n_tokens[k]) else 0.0 for k in LOSS_ON]
+        # A power of two, taken out for the passes, changes no bit; small ones are 0 in fp16.
+        unit = 2.0 ** math.floor(math.log2(max(scale)))
+        scale = torch.tensor(scale, dtype=totals.dtype) / unit
         gradients = self.backbone.weights.gradients(self.backbone.edit_device)
         with self.backbone.lockstep.loop(), gradients as (grads, collect), torch.enable_grad():
             for i, batch in enumerate(self.batches):
@@ -164,7 +169,7 @@ class Objective:
                 self._check(losses)
                 totals.index_add_(0, torch.cat(self.kinds), losses)
         totals = distributed.sum_over_ranks(totals)
-        grads = {name: distributed.sum_over_ranks(grad) for name, grad in grads.items()}
+        grads = {name: distributed.sum_over_ranks(grad) * unit for name, grad in grads.items()}
         for name, grad in grads.items():
             if not grad.isfinite().all():
                 raise HorseError(
@@ -216,7 +221,7 @@ class Objective:
         bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
         if bad:
             index = [i for b in self.batches for i in b.per_label(b.index)][bad[0]]
-            i, kind = self.prompt_of[index], LOSS_ON[self.kind_of[index]]
+            i, kind = self.record_of[index], LOSS_ON[self.kind_of[index]]
             where = f"record {i}: the loss on its {kind} prompt"
             if kind == ORDINARY:
                 where = f"piece {i} of ordinary text: the loss on it"

@@ -129,7 +129,46 @@ def test_where_an_edit_works_makes_it_no_other_edit(network, tmp_path, monkeypat
     monkeypatch.setattr(editing, "sums_of_blocks", stopped)
     first = began()
     assert began(offload_keys=True, stats_dir="elsewhere", edit_memory_gb=9.0) == first
+    assert began(max_drift=9.0, meta_lr=0.5, trunk_dir=str(tmp_path)) == first
     assert began(edit_ridge=2.0) != first
+
+
+def test_an_edit_of_another_preserved_text_is_another_one(network, tmp_path, monkeypatch):
+    text, sums = tmp_path / "text.txt", []
+
+    def stopped(*args):
+        sums.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(editing, "sums_of_blocks", stopped)
+    for i in range(2):
+        text.write_text("\n".join(tiny.words(i + j, 9) for j in range(12)))
+        settings = {"preserve": str(text), "stats_dir": str(tmp_path / "stats")}
+        with pytest.raises(KeyboardInterrupt):
+            editor(network, edit_block=3, **settings).edit(tiny.records(), unfinished=tmp_path)
+    assert sums[0][-1] != sums[1][-1]
+
+
+def test_a_block_whose_file_is_gone_ends_the_edit(network, tmp_path, monkeypatch):
+    """What its earlier sweeps wrote would be missing, without a word."""
+    ran, read = [], blocks.capture
+
+    def losing(*args):
+        ran.append(args)
+        if len(ran) == 2 * -(-len(tiny.records()) // 3):  # in the second sweep
+            next(tmp_path.rglob("block-000000.safetensors")).unlink()
+        return read(*args)
+
+    monkeypatch.setattr(blocks, "capture", losing)
+    with pytest.raises(HorseError, match=r"block-000000.*is gone.*Remove"):
+        editor(network, edit_block=3).edit(tiny.records(), unfinished=tmp_path)
+
+
+def test_files_of_a_stopped_edit_go_when_a_small_one_is_made(network, tmp_path):
+    other = tmp_path / f"{blocks.PREFIX}0123"
+    other.mkdir()
+    editor(network).edit(tiny.records(), unfinished=tmp_path)
+    assert not other.exists()
 
 
 def test_facts_in_force_are_part_of_the_sums(network):

@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError
+from horse_plugin.editing import chain as chains
+from horse_plugin.editing import delta as deltas
 from horse_plugin.editing.chain import CHAIN_FILE, Chain, read_edits
 from horse_plugin.storage.digest import weight_digest
 from horse_plugin.storage.files import locked_folder
@@ -166,6 +169,9 @@ def test_edits_of_one_model_combine_but_not_one_without_what_it_was_made_on():
     both.apply(a)
     both.apply(c)
     assert both.history == [a, c]
+    with pytest.raises(UsageError, match="001: is in force already, and would count twice"):
+        both.apply(a)
+    assert both.history == [a, c]
 
 
 def test_a_chain_that_fails_on_the_way_leaves_the_model_alone():
@@ -211,6 +217,29 @@ def test_an_undone_edit_comes_back_into_its_old_place(tmp_path):
     assert same(state(fresh), after)
     with pytest.raises(UsageError, match="no edit 1 to put back; none is undone"):
         chain.redo("1")
+
+
+def test_the_name_of_an_edit_whose_files_are_gone_is_not_free(tmp_path):
+    e, chain = editor(), Chain(tmp_path)
+    chain.add(e.edit(facts(5, 0), name="towns"))
+    chain.undo("towns")
+    shutil.rmtree(tmp_path / "towns")
+    with pytest.raises(UsageError, match="the files of towns are gone; it stays undone"):
+        chain.redo("towns")
+    with pytest.raises(UsageError, match="towns is there already"):
+        chain.new_name("towns")
+    assert Chain(tmp_path).in_force == []
+
+
+def test_of_several_processes_the_main_one_writes_the_chain(tmp_path, monkeypatch):
+    e, chain, second = editor(), Chain(tmp_path), Chain(tmp_path)
+    delta = e.edit(facts(5, 0))
+    chain.add(delta)
+    for module in (chains, deltas):
+        monkeypatch.setattr(module, "is_main_process", lambda: False)
+    second.add(delta)  # which comes when the main one is done
+    delta.save(tmp_path / "001")
+    assert second.in_force == chain.in_force == ["001"]
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden", "", "..", "towns"])

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from horse_plugin import EditRecord, HorseEditor, HorseError, UsageError
+from horse_plugin import EditRecord, Evaluator, HorseEditor, HorseError, UsageError
 from horse_plugin.data.prompts import prepare
 from horse_plugin.editing.checked import checked_edit
 from horse_plugin.editing.conflicts import Conflicts, find_conflicts
@@ -89,6 +89,20 @@ def test_strict_undoes_an_edit_with_a_bad_verdict(editor):
     delta, _ = checked_edit(editor, tiny.records(), "facts", max_rise=1e9)
     assert delta.about["figures"]["verdict"]["facts"] == "bad"
     assert delta.about["figures"]["held"] == (0, 6) and delta.about["figures"]["kept"][1] == 6
+
+
+def test_an_edit_that_cannot_be_measured_is_taken_back(editor, monkeypatch):
+    before = {n: w.clone() for n, w in editor.backbone.model.state_dict().items()}
+
+    def out_of_memory(self, *args):
+        raise MemoryError
+
+    monkeypatch.setattr(Evaluator, "evaluate", out_of_memory)
+    with pytest.raises(MemoryError):
+        checked_edit(editor, tiny.records(), "facts")
+    assert not editor.history
+    after = editor.backbone.model.state_dict()
+    assert all(torch.equal(after[n], w) for n, w in before.items())
 
 
 def test_edits_on_top_of_others_are_compared_with_them(editor):

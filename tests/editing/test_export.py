@@ -88,6 +88,15 @@ def test_the_least_rank_that_keeps_to_an_error_is_found(tmp_path):
     assert to_rank(e, [delta], 1, max_error=0.3).rank == 1  # the rank is a limit, too
 
 
+def test_the_rank_of_modules_of_several_widths_is_that_of_the_widest(tmp_path):
+    names = [f"model.layers.5.{name}" for name in ("self_attn.k_proj", "mlp.down_proj")]
+    hparams = tiny.hparams(inner_params=names, strength=5.0)
+    e = HorseEditor(tiny.model(), tiny.bpe_tokenizer(), hparams)
+    delta = e.edit(tiny.records(24))
+    e.undo()
+    assert to_rank(e, [delta], max_error=1e-3).error <= 1e-3
+
+
 def test_a_rank_keeps_what_the_metric_charges_most(tmp_path):
     """There the factors of ΔW's own singular values are further from the edit."""
     e = saved_editor(tmp_path, "llama")
@@ -181,6 +190,28 @@ def test_a_quantised_model_with_the_adapter_says_the_new_answers(tmp_path, monke
             assert tuple(model(input_ids=ids).logits[0, p.start - 1 :].argmax(-1)) != p.answer
     with pytest.raises(UsageError, match="quantised or packed"):
         HorseEditor(model.unload(), tiny.bpe_tokenizer(), settings)
+
+
+def test_a_saved_model_with_code_of_its_own_still_names_it(tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    tiny.model().save_pretrained(base)
+    tiny.bpe_tokenizer().save_pretrained(base)
+    (base / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    own = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
+    own = {name: f"modeling_own.{of}" for name, of in own.items()}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": own}
+    (base / "config.json").write_text(json.dumps(config))
+    settings = {"trust_remote_code": True, "strength": 5.0}
+    e = HorseEditor.from_hparams(tiny.hparams(model_name=str(base), **settings))
+    e.edit(tiny.records())
+    e.save_model(tmp_path / "model")
+    opened = HorseEditor.from_hparams(tiny.hparams(model_name=str(tmp_path / "model"), **settings))
+    assert torch.equal(logits(opened.backbone.model), logits(e.backbone.model))
 
 
 @pytest.mark.slow

@@ -135,8 +135,15 @@ def test_files_that_the_system_keeps_at_hand_are_free(tmp_path, monkeypatch):
     }
     for name, text in given.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
     assert memory.free_bytes(torch.device("cpu")) == 700
+    monkeypatch.setattr(memory, "OWN_GROUP", tmp_path / "cgroup")
+    (tmp_path / "job" / "step").mkdir(parents=True)  # as Slurm and systemd have them
+    (tmp_path / "cgroup").write_text("0::/job/step\n")
+    for name, text in (given | {"memory.max": "950\n"}).items():
+        (tmp_path / "job" / name).write_text(text)
+    assert memory.free_bytes(torch.device("cpu")) == 650
+    (tmp_path / "cgroup").write_text("0::/\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes(torch.device("cpu")) > 10_000
 

@@ -65,6 +65,10 @@ def test_moments_are_computed_once_and_belong_to_one_model(text, tmp_path, monke
     other = Backbone(tiny.model(seed=1), tiny.bpe_tokenizer())
     Preserve.of(other, hp).roots(other, tmp_path)
     assert len(sorted(tmp_path.rglob("*.npz"))) == 2 * len(files)
+    merged = Backbone(tiny.model(), tiny.bpe_tokenizer())  # as with a LoRA: the embeddings stay
+    merged.blocks[0].self_attn.q_proj.weight.data.mul_(2)
+    found = Preserve.of(merged, hp).roots(merged, tmp_path)
+    assert not any(torch.equal(x, y) for x, y in zip(roots, found, strict=True))
     with monkeypatch.context() as patch:
         patch.setattr("horse_plugin.model.preserve.second_moments", None)  # not called again
         again = Preserve.of(b, hp).roots(b, tmp_path)

@@ -158,6 +158,27 @@ def test_of_several_sweeps_each_adds_its_residuals(cap):
         assert (p.grad - g).abs().max() < 1e-8 * g.abs().max(), name
 
 
+def test_half_precision_loses_no_gradient_of_ordinary_text():
+    """A token's share of the loss, divided among a thousand, is less than fp16 can hold."""
+
+    def gradients(dtype):
+        model = tiny.model("llama", torch.float16).to(dtype)
+        hparams = tiny.hparams(edit_coef=1e-9, gen_coef=0.0, loc_coef=0.0, keep_coef=1.0)
+        backbone = Backbone.of(model, tiny.bpe_tokenizer(), hparams)
+        draw = torch.Generator().manual_seed(1)
+        text = [torch.randint(3, 399, (65,), generator=draw).tolist() for _ in range(8)]
+        prompts = backbone.prepare(tiny.records(2), TRAINED_ON)
+        objective = Objective(backbone, prompts, hparams, [Prompt(tuple(ids), 1) for ids in text])
+        for module in backbone.modules.values():
+            shift = 0.01 * torch.randn(module.weight.shape, generator=draw)
+            module.weight.data += shift.half()
+            module.weight.data = module.weight.data.half().to(dtype)
+        return objective.weight_gradients()[1]
+
+    for found, wanted in zip(gradients(torch.float16), gradients(torch.float32), strict=True):
+        assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
 def test_more_tokens_than_features_uses_the_primal_and_agrees():
     hparams, backbone, network, _, prompts = case("llama")
     many = [Prompt(p.ids, max(1, len(p.ids) - 9)) for p in prompts.flat("edit", "unrelated")]

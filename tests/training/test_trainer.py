@@ -17,7 +17,7 @@ from horse_plugin.training import trainer as training
 from horse_plugin.training import writer
 from horse_plugin.training.checkpoint import CHECKPOINT
 from horse_plugin.training.history import HISTORY
-from horse_plugin.training.objective import TRAINED_ON
+from horse_plugin.training.objective import TRAINED_ON, Objective
 from horse_plugin.training.trainer import one_prompt_a_kind
 from tests import tiny
 
@@ -359,6 +359,43 @@ def test_records_without_rephrased_or_unrelated_prompts_train(tmp_path):
     losses = t.train_step(t.backbone.prepare(plain, TRAINED_ON))
     assert losses["edit"] > 0
     assert losses["rephrase"] is losses["unrelated"] is None
+
+
+def test_a_loss_that_is_not_finite_names_its_record(tmp_path, monkeypatch):
+    """The first records have no rephrasing, so that prompts and records count differently."""
+    t = trainer(tmp_path)
+    records = [replace(r, rephrases=()) if i < 3 else r for i, r in enumerate(tiny.records(6))]
+    objective = Objective(t.backbone, t.backbone.prepare(records, TRAINED_ON), t.hparams)
+    first, index = objective.batches[0].prompts[0], objective.batches[0].index[0]
+    monkeypatch.setattr(
+        objective, "_token_losses", lambda i, b: torch.full(b.labels.shape, math.nan)
+    )
+    kind, i = TRAINED_ON[objective.kind_of[index]], objective.record_of[index]
+    assert first.ids in [p.ids for p in t.backbone.prepare(records, TRAINED_ON).of(kind, i)]
+    with pytest.raises(HorseError, match=f"record {i}: the loss on its {kind} prompt"):
+        objective.weight_gradients()
+
+
+def test_a_float64_archive_is_read_as_it_was_written(tmp_path):
+    hparams = tiny.hparams(max_epochs=1, val_interval=1, edits_per_step=6)
+    backbone = Backbone.of(tiny.model("llama", torch.float64), tiny.bpe_tokenizer(), hparams)
+    data = tiny.records(18)
+    t = HORSETrainer(hparams, data[:12], data[12:], tmp_path, backbone, False, False)
+    t.run()
+    again = HORSETrainer(hparams, data[:12], data[12:], tmp_path, backbone, True, False)
+    for name, tensor in t.network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[name], tensor)
+
+
+def test_an_archive_says_how_residuals_are_made_and_of_which_method(tmp_path):
+    t = trainer(tmp_path)
+    t.run()
+    settings = replace(t.hparams, archive=str(tmp_path), spread="gram_schmidt", residual_cap=0.5)
+    with pytest.warns(UserWarning, match="trained with spread: orthogonal.*not gram_schmidt"):
+        found = HorseEditor.from_backbone(t.backbone, settings).hparams
+    assert found.spread == "orthogonal" and found.residual_cap is None
+    with pytest.raises(UsageError, match="trained as HORSE, but alg_name is MALMEN"):
+        HorseEditor.from_backbone(t.backbone, replace(settings, alg_name="MALMEN"))
 
 
 def test_validation_may_edit_more_at_once_than_a_step(tmp_path):
