@@ -105,7 +105,8 @@ def _replaces(row: dict, held: dict, is_done: bool) -> bool:
     """
     if is_whole(row):
         return True
-    is_same = row.get("settings") == held.get("settings")
+    # A failed row that knows no settings, as its YAML is missing, may have had the held row's.
+    is_same = row.get("settings") in (None, held.get("settings"))
     if is_whole(held):
         return is_done and not is_same
     return not is_same or len(row.get("batches", ())) >= len(held.get("batches", ()))

@@ -307,6 +307,17 @@ def test_a_method_without_a_yaml_says_so(plan):
     assert "no such hparams file, so FT cannot run" in row["reason"]
 
 
+def test_a_method_whose_yaml_is_gone_takes_the_place_of_no_figures(plan, yamls, tmp_path):
+    folder = tmp_path / "yamls"
+    shutil.copytree(yamls, folder)
+    asked = replace(plan({"MALMEN": Engine("MALMEN", trained=False)}), hparams_dir=folder)
+    (measured,) = runner.run(asked, progress=False)
+    (folder / "MALMEN/tiny.yaml").unlink()
+    (row,) = runner.run(asked, progress=False)
+    assert "no such hparams file, so MALMEN cannot run" in row["reason"]
+    assert runner.held_rows(tmp_path / "out") == [measured]
+
+
 def test_a_comment_in_a_yaml_is_no_other_setting_but_a_key_is(plan, yamls):
     one = plan({})
     data = one.datasets[0]
