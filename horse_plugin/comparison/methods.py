@@ -8,11 +8,12 @@ add a row to :data:`METHODS`; to add an ablation, one to :data:`ABLATIONS`.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from horse_plugin import distributed
 from horse_plugin.comparison.task import Edited, Task, records_digest
+from horse_plugin.data.seam import Seam
 from horse_plugin.editing.archive import read_network
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import UsageError
@@ -27,7 +28,8 @@ from horse_plugin.training.trainer import HORSETrainer
 
 # Settings are digested under the names of 0.1, where a key has one.
 OLDER = {new: old for old, new in ALIASES.items() if old != "alg"}
-OF_BACKBONE = ("inner_params", "batch_tokens", "max_length", "token")
+OF_SEAM = tuple(f.name for f in fields(Seam))
+OF_BACKBONE = ("inner_params", "batch_tokens", "max_length", "token", *OF_SEAM)
 
 
 class Unedited:
@@ -61,6 +63,7 @@ class Engine:
         if made.alg_name != self.alg_name:
             made = HORSEHyperParams.from_hparams(task.yaml(self.alg_name))
         own = {"dtype": task.hparams.dtype, "half": task.hparams.half, "archive": None}
+        own |= asdict(Seam.of(task.hparams))  # edited as the model is measured
         return replace(made, device=task.hparams.device, seed=task.seed, **own | self.changes)
 
     def settings(self, task: Task) -> dict:

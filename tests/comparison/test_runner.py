@@ -18,6 +18,7 @@ from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.tables import drawn_in, pages, retention, retention_table
 from horse_plugin.comparison.task import Edited, Task
+from horse_plugin.data.seam import PLAIN
 from horse_plugin.editing.archive import read_network
 from horse_plugin.evaluation import charts
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
@@ -316,6 +317,19 @@ def test_a_method_whose_yaml_is_gone_takes_the_place_of_no_figures(plan, yamls, 
     (row,) = runner.run(asked, progress=False)
     assert "no such hparams file, so MALMEN cannot run" in row["reason"]
     assert runner.held_rows(tmp_path / "out") == [measured]
+
+
+def test_a_method_edits_the_model_as_it_is_measured_whatever_its_own_yaml_says(plan):
+    asked = plan({})
+    hparams = HORSEHyperParams.from_hparams(asked.models["tiny"])
+    hparams = replace(hparams, separator=" → ", append_eos=True)
+    backbone = HorseEditor.from_hparams(hparams).backbone
+    data = asked.datasets[0]
+    facts = data.records, data.train, data.val
+    task = Task("tiny", data.name, backbone, hparams, *facts, asked.hparams_dir, asked.out)
+    malmen = Engine("MALMEN", trained=False, changes={"max_length": 60})  # of another backbone
+    with contextlib.closing(malmen(task)) as states:
+        assert next(states).backbone.seam == backbone.seam != PLAIN
 
 
 def test_a_comment_in_a_yaml_is_no_other_setting_but_a_key_is(plan, yamls):
