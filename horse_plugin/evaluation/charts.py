@@ -1,7 +1,8 @@
 """Pictures of results, as SVG. Nothing else imports matplotlib, which takes a second to load."""
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 from cycler import cycler
@@ -93,12 +94,11 @@ def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Fig
     size = (3.4 * columns + 1.2, 2.7 * lines + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flat
+    styles = _lines(curves)
     for axes, name in zip(panels, names, strict=False):
-        axes.set_prop_cycle(color=COLORS)
         for method, of_figure in curves.items():
-            style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
             if of_figure[name]:
-                axes.plot(*zip(*of_figure[name], strict=True), label=_label(method), **style)
+                axes.plot(*zip(*of_figure[name], strict=True), **styles[method])
         axes.set(title=name, xlabel="edits", xscale="log")
         if name in COST:
             axes.set_yscale("log" if name == "perplexity" else "linear")
@@ -109,8 +109,7 @@ def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Fig
         _open(axes)
     for axes in panels:  # left over in the last line
         axes.set_visible(False)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, **BELOW, ncols=4)
+    _legend(figure, ncols=4)
     return figure
 
 
@@ -131,19 +130,36 @@ def retention(
         names: which of the three to draw, side by side.
     """
     figure = Figure(figsize=(3.4 * len(names) + 1.2, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    panels, styles = figure.subplots(1, len(names), squeeze=False)[0], _lines(curves)
     for axes, name in zip(panels, names, strict=True):
-        axes.set_prop_cycle(color=COLORS)
         for method, of in curves.items():
-            style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
-            axes.plot(range(1, len(of[name]) + 1), of[name], label=_label(method), **style)
+            if of[name]:
+                axes.plot(range(1, len(of[name]) + 1), of[name], **styles[method])
         axes.set(**dict(zip(("title", "xlabel", "ylabel"), RETENTION[name], strict=True)))
         axes.set_ylim(0, None if name == "drift" else 103)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _open(axes)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, **BELOW, ncols=2 * len(names))
+    _legend(figure, ncols=2 * len(names))
     return figure
+
+
+def _lines(methods: Iterable[str]) -> dict[str, dict]:
+    """Return method → how its line is drawn, in whichever panels it has points."""
+    colors = itertools.cycle(COLORS)
+    return {
+        method: {"marker": "o", "ms": 3, "label": _label(method)}
+        | (STANDING_OUT.get(method) or {"color": next(colors)})
+        for method in methods
+    }
+
+
+def _legend(figure: Figure, ncols: int):
+    """Name below all panels each line that any of them has."""
+    found = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True)) | found
+    figure.legend(found.values(), found.keys(), **BELOW, ncols=ncols)
 
 
 def side_by_side(

@@ -118,6 +118,23 @@ def test_the_report_needs_nothing_but_itself_and_shows_fig_2(tmp_path):
     assert (tmp_path / "edits-llama-facts.svg").read_text().startswith("<svg")
 
 
+def test_a_method_has_one_colour_in_all_panels_and_a_place_in_the_legend():
+    points = [(1, 90.0), (100, 80.0)]
+    of = {"MEND": ["drift"], "HORSE": ["efficacy", "drift"], "FT": ["efficacy", "drift"]}
+    names = ["efficacy", "drift"]
+    curves = {m: {name: points if name in has else [] for name in names} for m, has in of.items()}
+    over_edits = charts.over_edits(curves, names)
+    stopped = {"by age": [], "so far": [1.0], "drift": [1.0]}
+    retention = charts.retention({"MEND": stopped, "FT": {key: [1.0] for key in stopped}})
+    for figure, n in ((over_edits, 3), (retention, 2)):
+        lines = [line for axes in figure.axes for line in axes.lines]
+        colors = {line.get_label(): line.get_color() for line in lines}
+        assert all(line.get_color() == colors[line.get_label()] for line in lines)
+        assert len(set(colors.values())) == len(colors) == n
+        (legend,) = figure.legends
+        assert {text.get_text() for text in legend.texts} == set(colors)
+
+
 def batches(efficacy, drift):
     return [
         {"efficacy": e, "drift": d, "perplexity": 40.0}
