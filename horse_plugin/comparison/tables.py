@@ -260,12 +260,15 @@ def drawn_in(curves: dict[str, dict], names: Iterable[str] = CURVES) -> list[str
 
 
 def means(rows: list[dict], page: Page) -> dict[str, dict]:
-    """Return data set → method → the shares; rows without figures are left out."""
+    """Return data set → method → the shares, None where one was not measured.
+
+    Rows without figures are left out.
+    """
     rows = of_page(rows, page)
     done = [r for r in rows if is_whole(r)]
     return {
         dataset: {
-            method: [m.mean if (m := _mean(done, method, dataset, f)) else 0 for f in SHARES]
+            method: [m and m.mean for m in (_mean(done, method, dataset, f) for f in SHARES)]
             for method in _values([r for r in done if r["dataset"] == dataset], "method")
         }
         for dataset in _values(rows, "dataset")

@@ -38,17 +38,24 @@ def svg(figure: Figure) -> str:
 
 
 def before_and_after(rows: list[dict]) -> Figure:
-    """Draw the shares and the perplexity as groups of bars, one bar a row of ``results.json``."""
+    """Draw the shares and the perplexity as groups of bars, one bar a row of ``results.json``.
+
+    What a row has no figure of has no bar, and what no row has no place.
+    """
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, width_ratios=(4, 1))
     width = 0.8 / len(rows)
     for axes, names in zip(panels, (SHARES, ("perplexity",)), strict=True):
+        names = [n for n in names if any(r.get(n) is not None for r in rows)]
         for i, r in enumerate(rows):
-            positions = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(names))]
-            heights = [r.get(n) or 0 for n in names]
+            known = [j for j, n in enumerate(names) if r.get(n) is not None]
+            positions = [j + (i - (len(rows) - 1) / 2) * width for j in known]
+            heights = [r[names[j]] for j in known]
             bars = axes.bar(positions, heights, width * 0.92, label=_label(r["method"]))
             axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
         axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.set_xlim(-0.5, max(1, len(names)) - 0.5)
+        axes.set_visible(bool(names))
         _open(axes)
     panels[0].set(ylabel="percent", ylim=(0, 108))
     panels[1].yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -163,20 +170,23 @@ def _legend(figure: Figure, ncols: int):
 
 
 def side_by_side(
-    dataset: str, means: dict[str, Sequence[float]], perplexities: dict[str, float]
+    dataset: str, means: dict[str, Sequence[float | None]], perplexities: dict[str, float]
 ) -> Figure:
     """Draw the shares and the perplexity of one data set as horizontal bars, one group a method.
 
     Args:
-        means: method → the shares, in percent.
+        means: method → the shares, in percent; None has no bar.
         perplexities: method → the perplexity, of those that have one.
     """
     figure = Figure(figsize=(5.6, 1.3 + 0.55 * len(means)), layout="constrained")
     axes, beside = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
     methods = list(means)[::-1]
-    for i, name in enumerate(SHARES):
-        positions = [j - (i - 1.5) * 0.21 for j in range(len(methods))]
-        axes.barh(positions, [means[m][i] for m in methods], 0.19, label=name)
+    shown = [i for i in range(len(SHARES)) if any(of[i] is not None for of in means.values())]
+    for k, i in enumerate(shown):
+        known = [j for j, m in enumerate(methods) if means[m][i] is not None]
+        positions = [j - (k - (len(shown) - 1) / 2) * 0.21 for j in known]
+        values = [means[methods[j]][i] for j in known]
+        axes.barh(positions, values, 0.19, color=f"C{i}", label=SHARES[i])
     axes.set_yticks(range(len(methods)), map(_label, methods))
     axes.set(title=_label(dataset), xlabel="percent", xlim=(0, 100))
     places, values = [methods.index(m) for m in perplexities], list(perplexities.values())
@@ -184,6 +194,7 @@ def side_by_side(
     beside.bar_label(bars, map(_short, values), fontsize=8, padding=2)
     beside.set(xlabel="perplexity", xscale="log", xlim=(1, 30 * max(values, default=1)), xticks=[])
     beside.minorticks_off()
+    beside.set_visible(bool(perplexities))
     for panel in (axes, beside):
         _open(panel)
     figure.legend(*axes.get_legend_handles_labels(), **BELOW, ncols=4)

@@ -109,6 +109,23 @@ def test_pictures_of_shares_show_the_perplexity_too():
     assert [text.get_text() for text in drawn.axes[1].texts] == ["21", "9e+07"]
 
 
+def test_what_was_not_measured_has_no_bar():
+    rows = [row("unedited", 5.0, **COSTS | {"locality": None}), row("HORSE", 0.0, locality=None)]
+    rows[1]["specificity"] = None
+    names = ["efficacy", "generalization", "specificity"]
+    drawn = charts.before_and_after(rows)
+    shares, perplexity = drawn.axes
+    assert [bar.get_height() for bar in shares.patches] == [5.0, 5.0, 10.0, 0.0, 0.0]
+    assert [label.get_text() for label in shares.get_xticklabels()] == names
+    assert [bar.get_height() for bar in perplexity.patches] == [21.0]
+    means = tables.means(rows, PAGE)["facts"]
+    assert means["HORSE"] == [0.0, 0.0, None, None]
+    shares, perplexity = charts.side_by_side("facts", means, {}).axes
+    assert sorted(bar.get_width() for bar in shares.patches) == [0.0, 0.0, 5.0, 5.0, 10.0]
+    assert shares.get_legend_handles_labels()[1] == names
+    assert not perplexity.get_visible()
+
+
 def test_the_report_needs_nothing_but_itself_and_shows_fig_2(tmp_path):
     rows = [row(m, 10.0 * i, n=n) for i, m in enumerate(("unedited", "HORSE")) for n in (1, 100)]
     write_output(tmp_path, rows)
