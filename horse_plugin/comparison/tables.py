@@ -298,11 +298,12 @@ def verdicts(rows: list[dict], page: Page) -> list[Table]:
             for method in _values(done, "method")
             for values in [[_mean(done, method, dataset, f) for f in ALL_FIGURES]]
         }
-        before = means.pop(UNEDITED, {})
+        before = means.pop(UNEDITED, {}) | {"drift": 0.0}
+        unmeasured = {r["method"] for r in done if "drift" not in r}  # as release 0.1 left rows
         lines = [
             [method, judge({"before": before, "after": after}).sentence]
             for method, after in means.items()
-            if after["drift"] is not None
+            if method not in unmeasured
         ]
         caption = f"{visible(dataset)}, {page.heading}{_seeds(rows)}."
         found.append(Table(["method", "verdict"], lines, caption, is_text=True))

@@ -88,9 +88,11 @@ def test_each_method_has_a_verdict_before_all_else(tmp_path):
     for seed, drift in enumerate((0.5, 0.9)):
         rows.append(row("FT", 99.0, seed, **COSTS | {"drift": drift}))
     rows += [row("HORSE", 99.0, **COSTS), row("MEND", None, reason="no archive")]
+    rows += [row("LoRA", 99.0, **COSTS | {"drift": None, "perplexity": None}), row("ROME", 99.0)]
     (table,) = tables.verdicts(rows, PAGE)
     said = dict(table.lines)
-    assert list(said) == ["FT", "HORSE"]
+    assert list(said) == ["FT", "HORSE", "LoRA"]  # what 0.1 measured, ROME, has no drift
+    assert "drift not finite, perplexity not finite. The model is damaged." in said["LoRA"]
     assert "drift 0.700. The model is damaged." in said["FT"]
     assert "perplexity 20.0 → 21.0, drift 0.050. The model is unharmed." in said["HORSE"]
     write_output(tmp_path, rows)
