@@ -45,7 +45,7 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
     has less of the same does not take its place.
 
     Raises:
-        UsageError: the model cannot be loaded.
+        UsageError: the model cannot be loaded, or cannot read a record that is to be edited.
         HorseError: a method left the model other than it was.
     """
     if plan.check:
@@ -232,11 +232,21 @@ class _MeasuredModel:
         if self.backbone is None:
             self.backbone = Backbone.load(self.hparams)
             self.digest = weights_digest(self.backbone)
+            self._check_records()
             self.text = OrdinaryText(self.backbone, heldout_pieces())
         task.backbone = self.backbone
         if self._evaluates != (task.dataset, len(task.records)):
             self.evaluator = Evaluator(self.backbone, task.records, text=self.text, writing=True)
             self._evaluates = task.dataset, len(task.records)
+
+    def _check_records(self):
+        """Refuse records that the model cannot read now, and not after hours of other cells."""
+        for data in self.plan.datasets:
+            records = data.records[: max(self.plan.n_edits)]
+            try:
+                self.backbone.prepare(records, warn=False).check()
+            except UsageError as error:
+                raise UsageError(f"{data.name}: {error}") from None
 
     def _failed(self, name: str, task: Task, error: Exception) -> dict:
         empty = Evaluation([dict.fromkeys(FIGURES)] * len(task.records))

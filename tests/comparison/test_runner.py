@@ -124,6 +124,31 @@ def test_probabilities_are_those_of_the_edited_model_and_measured_if_a_row_lacks
     assert len(counted.seen) == 2  # the third run measured nothing
 
 
+def test_records_that_the_model_cannot_read_are_refused_before_the_first_cell(plan):
+    counted = Counted()
+    asked = plan({"unedited": counted})
+    (data,) = asked.datasets
+    bad = replace(data.records[1], target_new="no " * 5000)
+    asked.datasets = [data, DataSet("bad", [data.records[0], bad, *data.records[2:4]])]
+    with pytest.raises(UsageError, match=r"^bad: record 1: answer .*longer than max_length"):
+        runner.run(asked, progress=False)
+    assert counted.seen == []
+
+
+def test_a_comparison_that_is_stopped_leaves_tables_of_what_was_measured(
+    yamls, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(METHODS, "FT", Stops(0))
+    asked = ["unedited", "FT"], ["tiny"], [DataSet("facts", tiny.records(4))], (4,)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.compare(tmp_path / "out", *asked, hparams_dir=yamls)
+    assert "| unedited |" in (tmp_path / "out/table.md").read_text()
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        experiments.compare(tmp_path / "out", ["FT"], *asked[1:], hparams_dir=yamls)
+    assert not list((tmp_path / "out").iterdir())  # there is nothing to show
+
+
 def test_what_was_measured_before_a_stop_is_there_after_it(plan, tmp_path, monkeypatch):
     class Stop(methods.Unedited):
         def __call__(self, task):
