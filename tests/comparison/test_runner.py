@@ -5,6 +5,8 @@ import copy
 import itertools
 import json
 import shutil
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -147,6 +149,37 @@ def test_a_comparison_that_is_stopped_leaves_tables_of_what_was_measured(
     with pytest.raises(KeyboardInterrupt):
         experiments.compare(tmp_path / "out", ["FT"], *asked[1:], hparams_dir=yamls)
     assert not list((tmp_path / "out").iterdir())  # there is nothing to show
+
+
+def test_probabilities_that_cannot_be_had_are_asked_for_once(plan):
+    counted = Counted()
+    asked = replace(plan({"unedited": counted}), probabilities=True)
+    facts = [replace(r, ground_truth=None, unrelated=()) for r in asked.datasets[0].records]
+    asked.datasets = [DataSet("facts", facts)]
+    (row,) = runner.run(asked, progress=False)
+    assert row["probabilities"] == {}
+    assert runner.run(asked, progress=False) == [row]
+    assert len(counted.seen) == 1
+
+
+def test_a_check_is_made_of_rows_that_are_there_and_what_they_had_stays(plan, monkeypatch):
+    def both(backbone, hparams, records, ours):
+        return {"records": len(records), "ours": {}, "easyedit": {}}
+
+    name = "horse_plugin.comparison.baselines.check"  # which imports EasyEdit
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(both=both))
+    counted = Counted()
+
+    def measured(**more):
+        (row,) = runner.run(replace(plan({"unedited": counted}), **more), progress=False)
+        return (row.get("check") or {}).get("records"), bool(row.get("probabilities"))
+
+    assert measured(probabilities=True) == (None, True)
+    assert measured(check=2) == (2, True)
+    assert measured(check=1) == measured() == measured(probabilities=True) == (2, True)
+    assert len(counted.seen) == 2
+    assert measured(check=20) == measured(check=30) == (4, True)  # of 4 records
+    assert len(counted.seen) == 3
 
 
 def test_what_was_measured_before_a_stop_is_there_after_it(plan, tmp_path, monkeypatch):
