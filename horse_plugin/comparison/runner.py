@@ -61,7 +61,8 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
 
     def keep(row: dict, is_done: bool = True):
         nonlocal rows
-        same = [r for r in rows if _cell(r) == _cell(row)]
+        seeded = plan.methods[row["method"]].seeded
+        same = [r for r in rows if _cell(r, seeded) == _cell(row, seeded)]
         if row not in same and all(_replaces(row, r, is_done) for r in same):
             rows = [r for r in rows if r not in same] + [row]
             results.save(plan.out / RESULTS, rows)
@@ -95,9 +96,10 @@ def held_rows(out: Path) -> list[dict]:
     return read_json(path, [ROW]) if path.exists() else []
 
 
-def _cell(row: dict) -> tuple:
-    key = tuple(row[k] for k in ("method", "dataset", "model", "n_edits", "seed"))
-    return *key, row.get("batch")
+def _cell(row: dict, seeded: bool) -> tuple:
+    """Return what tells a row from others; without its seed if that changes nothing."""
+    key = tuple(row[k] for k in ("method", "dataset", "model", "n_edits"))
+    return *key, row.get("batch"), row["seed"] if seeded else None
 
 
 def _replaces(row: dict, held: dict, is_done: bool) -> bool:
@@ -152,8 +154,9 @@ class _MeasuredModel:
             settings = json_digest(about)
         except UsageError as error:
             return self._failed(name, task, error)
-        key = (name, data.name, hparams.model_name, n, seed, task.batch)
-        same = [r for r in rows if _cell(r) == key and r.get("settings") == settings]
+        key = name, data.name, hparams.model_name, n, task.batch, seed if method.seeded else None
+        of_cell = (r for r in rows if _cell(r, method.seeded) == key)
+        same = (r for r in of_cell if r.get("settings") == settings)
         held = next(filter(is_whole, same), {})
         if held and self._has_extras(held):
             return held

@@ -421,6 +421,19 @@ def test_seeds_do_not_repeat_what_they_do_not_change(plan):
     assert [r["method"] for r in rows] == ["unedited", "HORSE", "HORSE", "HORSE"]
 
 
+def test_other_seeds_do_not_measure_again_what_they_do_not_change(plan, tmp_path):
+    counted = Counted()
+    (row,) = runner.run(plan({"unedited": counted}), progress=False)
+    asked = plan({"unedited": counted}, seeds=(1, 2))
+    assert runner.run(asked, progress=False) == [row]
+    assert len(counted.seen) == 1
+    results = tmp_path / "out/results.json"
+    results.write_text(json.dumps([row, row | {"seed": 1}]))  # as earlier releases left them
+    asked.datasets[0].records = asked.datasets[0].records[::-1]
+    again = runner.run(asked, progress=False)
+    assert len(counted.seen) == 2 and json.loads(results.read_text()) == again
+
+
 def test_more_edits_than_records_are_refused_before_anything_runs(plan):
     with pytest.raises(UsageError, match="facts: 7 edits asked for"):
         plan({}, (7,))
