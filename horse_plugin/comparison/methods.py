@@ -14,12 +14,12 @@ from pathlib import Path
 from horse_plugin import distributed
 from horse_plugin.comparison.task import Edited, Task, records_digest
 from horse_plugin.data.seam import Seam
-from horse_plugin.editing.archive import read_network
+from horse_plugin.editing.archive import ARCHIVE, read_network
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import UsageError
 from horse_plugin.hparams import ALIASES, CHANGE_NO_FIGURE, HORSEHyperParams, canonical
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage.digest import json_digest
+from horse_plugin.storage.digest import json_digest, source_digest
 from horse_plugin.storage.files import write
 from horse_plugin.storage.schema import Maybe, read_json
 from horse_plugin.training.checkpoint import CHECKPOINT
@@ -72,7 +72,10 @@ class Engine:
             del about[key]
         if about["min_edits_per_step"] is None:  # as cells were kept before there was such a key
             del about["min_edits_per_step"]
+        about["preserve"] = source_digest(about["preserve"])
         about["trained"] = self.archive or self.trained
+        if self.archive and (file := Path(self.archive, ARCHIVE).expanduser()).is_file():
+            about["trained"] = source_digest(file)
         if self.trained:
             about |= {"train": records_digest(task.train), "val": records_digest(task.val)}
         return about
@@ -140,7 +143,7 @@ class EasyEdit:
             steps = [hp.edits_per_step, hp.max_epochs, hp.max_iters]
             steps += [hp.min_edits_per_step] if hp.min_edits_per_step else []  # as above
             return {"yaml": keys, "train": records_digest(task.train), "steps": steps}
-        return {"yaml": keys, "corpus": task.corpus}
+        return {"yaml": keys, "corpus": source_digest(task.corpus)}
 
     def __call__(self, task: Task) -> Iterator[Edited]:
         path = task.yaml(self.name)

@@ -21,7 +21,7 @@ from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.tables import drawn_in, pages, retention, retention_table
 from horse_plugin.comparison.task import Edited, Task
 from horse_plugin.data.seam import PLAIN
-from horse_plugin.editing.archive import read_network
+from horse_plugin.editing.archive import ARCHIVE, read_network
 from horse_plugin.evaluation import charts
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.evaluation.probability import success_and_magnitude
@@ -528,6 +528,28 @@ def test_malmen_is_trained_on_as_many_records_in_no_fewer_steps_than_horse():
     losses_own = {"loc_coef", "edit_coef", "gen_coef", "keep_coef", "meta_lr"}
     assert differing == methods_own | losses_own
     assert theirs["max_iters"] >= ours["max_iters"]
+
+
+def test_what_is_in_an_archive_or_in_a_text_is_a_setting(plan, tmp_path):
+    asked = plan({})
+    text, archive = tmp_path / "text.txt", tmp_path / ARCHIVE
+
+    def settings(engine, **changes):
+        hparams = HORSEHyperParams.from_hparams(asked.models["tiny"])
+        task = Task("tiny", "facts", None, replace(hparams, **changes), [], [], [], tmp_path, ROOT)
+        return engine.settings(task)
+
+    preserved, trained = [], []
+    for content in ("one", "two", "two"):
+        text.write_text(content)
+        archive.write_text(content)
+        preserved.append(settings(Engine(), preserve=str(text))["preserve"])
+        trained.append(settings(Engine(archive=str(tmp_path)))["trained"])
+    for first, second, third in (preserved, trained):
+        assert first != second == third
+    for source in ("shipped", "model", "owner/name:configuration"):
+        assert settings(Engine(), preserve=source)["preserve"] == source
+    assert settings(Engine(archive="owner/name"))["trained"] == "owner/name"
 
 
 def test_rows_and_archives_of_0_1_stay_held():
