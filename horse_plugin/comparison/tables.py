@@ -158,7 +158,8 @@ def probability_table(rows: list[dict], page: Page) -> Table:
 
 def to_csv(rows: list[dict]) -> str:
     """Return one line a row, with every plain value of it; no spreadsheet computes a text."""
-    names = list(dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict)))
+    nested = {k for r in rows for k, v in r.items() if isinstance(v, (dict, list))}
+    names = list(dict.fromkeys(k for r in rows for k in r if k not in nested))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows(

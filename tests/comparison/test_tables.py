@@ -74,10 +74,12 @@ def test_probabilities_have_a_table_where_they_were_measured(tmp_path):
 
 
 def test_csv_holds_every_row():
-    rows = [row("FT", None, reason='said "no", twice'), row("HORSE", 2.0)]
+    rows = [row("FT", None, reason='said "no", twice', check=None), row("HORSE", 2.0)]
+    rows[1] |= {"batches": batches([[1.0]], [0.1]), "check": {"records": 2}}
     read = list(csv.DictReader(tables.to_csv(rows).splitlines()))
     assert [r["method"] for r in read] == ["FT", "HORSE"]
     assert read[0]["reason"] == 'said "no", twice'
+    assert not read[0].keys() & {"batches", "check", "versions"}
 
 
 COSTS = {"locality": 80.0, "written": 90.0, "drift": 0.05, "perplexity": 21.0, "fluency": 5.0}
