@@ -4,6 +4,7 @@ import csv
 import re
 
 from horse_plugin.comparison import tables
+from horse_plugin.comparison.methods import ABLATIONS
 from horse_plugin.comparison.output import write_output
 from horse_plugin.evaluation import charts
 
@@ -29,6 +30,13 @@ def test_best_is_bold_second_underlined_and_the_unedited_model_apart():
     assert r"HORSE & \textbf{80.0} & \textbf{80.0} & \textbf{10.0} & \textbf{56.7} \\" in latex
     assert r"MEMIT & \underline{70.0}" in latex
     assert r"$\Delta$ & +10.0" in latex
+
+
+def test_the_rows_of_an_ablation_are_symbols_that_latex_knows():
+    latex = tables.figures_table([row(name, 1.0) for name in ABLATIONS], PAGE).latex()
+    for name in (r"$\bar{C}$ = I", "$C_0$ only", r"$\lambda$ from 0", "w/o $c_i$ in the loss"):
+        assert f"\n{name} & " in latex
+    assert latex.isascii()
 
 
 def test_one_method_alone_is_not_marked_as_the_best():
