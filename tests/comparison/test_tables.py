@@ -164,6 +164,18 @@ def test_a_method_has_one_colour_in_all_panels_and_a_place_in_the_legend():
         assert {text.get_text() for text in legend.texts} == set(colors)
 
 
+def test_two_models_of_one_folder_name_have_pictures_of_their_own(tmp_path):
+    models, n_edits = ("a/llama", "b/llama", "c/gpt"), (1, 100)
+    rows = [row("HORSE", 99.0, n=n, **COSTS | {"model": m}) for m in models for n in n_edits]
+    write_output(tmp_path, rows)
+    assert len(list(tmp_path.glob("held-llama-*.svg"))) == 4
+    assert len(list(tmp_path.glob("edits-llama-*-facts.svg"))) == 2
+    assert (tmp_path / "held-gpt-100.svg").exists()
+    page = (tmp_path / "report.html").read_text()
+    headings = "100 edits on a/llama", "facts on b/llama, over", "100 edits on gpt"
+    assert all(heading in page for heading in headings)
+
+
 def batches(efficacy, drift):
     return [
         {"efficacy": e, "drift": d, "perplexity": 40.0}
