@@ -182,11 +182,11 @@ def failed(name: str, facts: Sequence[dict]) -> RichTable:
 def forecast(found: Forecast, device: torch.device) -> str:
     """Return what a training would take, in a sentence or two."""
     free, on = free_bytes(device), "GPU" if device.type == "cuda" else "machine"
-    there = f"; {number(free / 2**30)} GB are free now" if free else ""
+    there = f"; {number(free / 10**9)} GB are free now" if free else ""
     return (
         f"{found.steps:,} steps of {number(found.step_seconds)} s, {found.validations:,} "
         f"validations: about {_duration(found.seconds)} in all. Memory of the {on}: about "
-        f"{number(found.peak_memory_mb / 2**10)} GB, the model included{there}."
+        f"{number(found.peak_memory_mb * 2**20 / 10**9)} GB, the model included{there}."
     )
 
 

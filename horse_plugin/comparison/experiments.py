@@ -156,13 +156,14 @@ def _measured(plan: Plan) -> list[dict]:
     """Run the plan, and write tables and report of all rows that the folder holds.
 
     Methods may so be measured one after the other, some at fewer numbers of edits or seeds. The
-    folder is locked meanwhile: of two runs at the same time, one would lose the other's rows.
+    folder is locked meanwhile: of two runs at the same time, one would lose the other's rows. What
+    was measured before an error, or before somebody stopped the run, is in tables and report, too.
     """
     with locked_folder(plan.out):
-        rows = run(plan)
-        order = {name: i for i, name in enumerate(METHODS | ABLATIONS)}
-        if is_main_process():
-            held = held_rows(plan.out)
-            held.sort(key=lambda row: order.get(row["method"], len(order)))
-            write_output(plan.out, held)
-    return rows
+        try:
+            return run(plan)
+        finally:
+            order = {name: i for i, name in enumerate(METHODS | ABLATIONS)}
+            if is_main_process() and (held := held_rows(plan.out)):
+                held.sort(key=lambda row: order.get(row["method"], len(order)))
+                write_output(plan.out, held)

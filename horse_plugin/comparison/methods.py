@@ -8,17 +8,18 @@ add a row to :data:`METHODS`; to add an ablation, one to :data:`ABLATIONS`.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from horse_plugin import distributed
 from horse_plugin.comparison.task import Edited, Task, records_digest
-from horse_plugin.editing.archive import read_network
+from horse_plugin.data.seam import Seam
+from horse_plugin.editing.archive import ARCHIVE, read_network
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import UsageError
 from horse_plugin.hparams import ALIASES, CHANGE_NO_FIGURE, HORSEHyperParams, canonical
 from horse_plugin.model.backbone import Backbone
-from horse_plugin.storage.digest import json_digest
+from horse_plugin.storage.digest import json_digest, source_digest
 from horse_plugin.storage.files import write
 from horse_plugin.storage.schema import Maybe, read_json
 from horse_plugin.training.checkpoint import CHECKPOINT
@@ -27,7 +28,8 @@ from horse_plugin.training.trainer import HORSETrainer
 
 # Settings are digested under the names of 0.1, where a key has one.
 OLDER = {new: old for old, new in ALIASES.items() if old != "alg"}
-OF_BACKBONE = ("inner_params", "batch_tokens", "max_length", "token")
+OF_SEAM = tuple(f.name for f in fields(Seam))
+OF_BACKBONE = ("inner_params", "batch_tokens", "max_length", "token", *OF_SEAM)
 
 
 class Unedited:
@@ -61,6 +63,7 @@ class Engine:
         if made.alg_name != self.alg_name:
             made = HORSEHyperParams.from_hparams(task.yaml(self.alg_name))
         own = {"dtype": task.hparams.dtype, "half": task.hparams.half, "archive": None}
+        own |= asdict(Seam.of(task.hparams))  # edited as the model is measured
         return replace(made, device=task.hparams.device, seed=task.seed, **own | self.changes)
 
     def settings(self, task: Task) -> dict:
@@ -69,7 +72,10 @@ class Engine:
             del about[key]
         if about["min_edits_per_step"] is None:  # as cells were kept before there was such a key
             del about["min_edits_per_step"]
+        about["preserve"] = source_digest(about["preserve"])
         about["trained"] = self.archive or self.trained
+        if self.archive and (file := Path(self.archive, ARCHIVE).expanduser()).is_file():
+            about["trained"] = source_digest(file)
         if self.trained:
             about |= {"train": records_digest(task.train), "val": records_digest(task.val)}
         return about
@@ -137,7 +143,7 @@ class EasyEdit:
             steps = [hp.edits_per_step, hp.max_epochs, hp.max_iters]
             steps += [hp.min_edits_per_step] if hp.min_edits_per_step else []  # as above
             return {"yaml": keys, "train": records_digest(task.train), "steps": steps}
-        return {"yaml": keys, "corpus": task.corpus}
+        return {"yaml": keys, "corpus": source_digest(task.corpus)}
 
     def __call__(self, task: Task) -> Iterator[Edited]:
         path = task.yaml(self.name)

@@ -44,10 +44,9 @@ def write_output(out: Path, rows: list[dict]):
         for dataset, of in tables.retention(rows, page).items():
             drawn = charts.svg(charts.retention(of, tables.drawn_in(of, charts.RETENTION)))
             write(out / f"retention-{page.file}-{file_name(dataset)}.svg", drawn)
-    for model, dataset, curves in _curves(rows):
+    for page, dataset, curves in _curves(rows):
         drawn = charts.svg(charts.over_edits(curves, tables.drawn_in(curves)))
-        name = f"edits-{file_name(Path(model).name)}-{file_name(dataset)}.svg"
-        write(out / name, drawn)
+        write(out / f"edits-{page.model_file}-{file_name(dataset)}.svg", drawn)
     write(out / "report.html", comparison_report(rows).html())
 
 
@@ -77,9 +76,9 @@ def comparison_report(rows: list[dict]) -> "Report":
                 drawn.append(charts.side_by_side(dataset, of, perplexities))
         pictures = [charts.svg(figure) for figure in drawn]
         made.sections.append(report.Section(page.heading, "", pictures, found))
-    for model, dataset, curves in _curves(rows):
+    for page, dataset, curves in _curves(rows):
         drawn = [charts.over_edits(curves, [name]) for name in tables.drawn_in(curves)]
-        heading = f"{dataset} on {Path(model).name}, over the number of edits"
+        heading = f"{dataset} on {page.name}, over the number of edits"
         made.sections.append(report.Section(heading, "", [charts.svg(f) for f in drawn]))
     return made
 
@@ -105,8 +104,9 @@ def _tables(rows: list[dict]) -> list[tuple]:
     return [(page, *of(page)) for page in tables.pages(rows)]
 
 
-def _curves(rows: list[dict]) -> Iterator[tuple[str, str, dict]]:
-    """Yield model, data set and curves wherever several numbers of edits were measured."""
+def _curves(rows: list[dict]) -> Iterator[tuple[tables.Page, str, dict]]:
+    """Yield a page of the model, data set and curves where several numbers were measured."""
+    of_model = {page.model: page for page in tables.pages(rows)}
     for model, dataset in dict.fromkeys((r["model"], r["dataset"]) for r in rows):
         if curves := tables.curves(rows, model, dataset):
-            yield model, dataset, curves
+            yield of_model[model], dataset, curves

@@ -13,6 +13,7 @@ from horse_plugin import distributed
 from horse_plugin.comparison.plan import DataSet, Plan, repeated
 from horse_plugin.comparison.tables import is_whole
 from horse_plugin.comparison.task import Edited, Task
+from horse_plugin.data.seam import PLAIN, Seam
 from horse_plugin.errors import HorseError, UsageError, reason, visible
 from horse_plugin.evaluation import results
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
@@ -34,18 +35,20 @@ ROW |= {"probabilities": Maybe({str: NUMBER})}
 ROW |= {"versions": Maybe({str: str}), "batch": Maybe(count)}
 AFTER_BATCH = {"efficacy": [(int, float)], "drift": NUMBER, "perplexity": NUMBER}
 ROW |= {"batches": Maybe([AFTER_BATCH])}
+EXTRAS = ("check", "probabilities")  # what a run may ask for in addition
 
 
 def run(plan: Plan, progress: bool = True) -> list[dict]:
     """Measure what ``results.json`` does not hold yet, and return all rows that the plan asks for.
 
-    A row is held if it was measured with the same settings on the same records. A method that fails
-    leaves a row with its ``reason`` and no figures, and is tried again next time. So does one that
-    is stopped between batches, with what was measured after each of them; from then on a row that
-    has less of the same does not take its place.
+    A row is held if it was measured with the same settings on the same records, and has the check
+    and the probabilities that the plan asks for. A method that fails leaves a row with its
+    ``reason`` and no figures, and is tried again next time. So does one that is stopped between
+    batches, with what was measured after each of them; from then on a row that has less of the same
+    does not take its place.
 
     Raises:
-        UsageError: the model cannot be loaded.
+        UsageError: the model cannot be loaded, or cannot read a record that is to be edited.
         HorseError: a method left the model other than it was.
     """
     if plan.check:
@@ -58,7 +61,8 @@ def run(plan: Plan, progress: bool = True) -> list[dict]:
 
     def keep(row: dict, is_done: bool = True):
         nonlocal rows
-        same = [r for r in rows if _cell(r) == _cell(row)]
+        seeded = plan.methods[row["method"]].seeded
+        same = [r for r in rows if _cell(r, seeded) == _cell(row, seeded)]
         if row not in same and all(_replaces(row, r, is_done) for r in same):
             rows = [r for r in rows if r not in same] + [row]
             results.save(plan.out / RESULTS, rows)
@@ -92,9 +96,10 @@ def held_rows(out: Path) -> list[dict]:
     return read_json(path, [ROW]) if path.exists() else []
 
 
-def _cell(row: dict) -> tuple:
-    key = tuple(row[k] for k in ("method", "dataset", "model", "n_edits", "seed"))
-    return *key, row.get("batch")
+def _cell(row: dict, seeded: bool) -> tuple:
+    """Return what tells a row from others; without its seed if that changes nothing."""
+    key = tuple(row[k] for k in ("method", "dataset", "model", "n_edits"))
+    return *key, row.get("batch"), row["seed"] if seeded else None
 
 
 def _replaces(row: dict, held: dict, is_done: bool) -> bool:
@@ -105,7 +110,8 @@ def _replaces(row: dict, held: dict, is_done: bool) -> bool:
     """
     if is_whole(row):
         return True
-    is_same = row.get("settings") == held.get("settings")
+    # A failed row that knows no settings, as its YAML is missing, may have had the held row's.
+    is_same = row.get("settings") in (None, held.get("settings"))
     if is_whole(held):
         return is_done and not is_same
     return not is_same or len(row.get("batches", ())) >= len(held.get("batches", ()))
@@ -148,12 +154,12 @@ class _MeasuredModel:
             settings = json_digest(about)
         except UsageError as error:
             return self._failed(name, task, error)
-        key = (name, data.name, hparams.model_name, n, seed, task.batch)
-        for row in rows:
-            whole = not self.plan.probabilities or row.get("probabilities")
-            held = row.get("settings") == settings and is_whole(row)
-            if _cell(row) == key and held and whole:
-                return row
+        key = name, data.name, hparams.model_name, n, task.batch, seed if method.seeded else None
+        of_cell = (r for r in rows if _cell(r, method.seeded) == key)
+        same = (r for r in of_cell if r.get("settings") == settings)
+        held = next(filter(is_whole, same), {})
+        if held and self._has_extras(held):
+            return held
         self._load(task)
         results.reset_peak_memory()
         known = {"settings": settings, "command": self.plan.command}
@@ -177,6 +183,7 @@ class _MeasuredModel:
         try:
             with contextlib.closing(method(task)) as states:
                 row = with_known(self._row(name, task, states, measured))
+                row = {k: held[k] for k in EXTRAS if k in held} | row
         except _Unkept as error:
             raise error.__cause__ from None
         except Exception as error:  # whatever a method of others raises: the row says so
@@ -186,6 +193,13 @@ class _MeasuredModel:
         if weights_digest(self.backbone) != self.digest:
             raise HorseError(f"{name}: the model's weights are not what they were before it ran.")
         return row
+
+    def _has_extras(self, row: dict) -> bool:
+        """Return whether a row has what the plan asks for beside the figures, if it can have it."""
+        can_be_checked = Seam.of(self.hparams) == PLAIN
+        wanted = min(self.plan.check, row["n_edits"]) if can_be_checked else 0
+        is_checked = (row.get("check") or {}).get("records", 0) >= wanted
+        return is_checked and not (self.plan.probabilities and row.get("probabilities") is None)
 
     def _row(
         self, name: str, task: Task, states: Iterator[Edited], measured: Callable[[dict], None]
@@ -208,7 +222,8 @@ class _MeasuredModel:
         if self.plan.check:
             row["check"] = self._checked(task, edited.backbone, evaluation)
         if self.plan.probabilities:
-            with contextlib.suppress(UsageError):  # no record of these has what they compare
+            row["probabilities"] = {}  # if no record of these has what they compare
+            with contextlib.suppress(UsageError):
                 row["probabilities"] = success_and_magnitude(edited.backbone, task.records)
         return row | {"train_seconds": edited.train_seconds, "budget": edited.budget}
 
@@ -231,11 +246,21 @@ class _MeasuredModel:
         if self.backbone is None:
             self.backbone = Backbone.load(self.hparams)
             self.digest = weights_digest(self.backbone)
+            self._check_records()
             self.text = OrdinaryText(self.backbone, heldout_pieces())
         task.backbone = self.backbone
         if self._evaluates != (task.dataset, len(task.records)):
             self.evaluator = Evaluator(self.backbone, task.records, text=self.text, writing=True)
             self._evaluates = task.dataset, len(task.records)
+
+    def _check_records(self):
+        """Refuse records that the model cannot read now, and not after hours of other cells."""
+        for data in self.plan.datasets:
+            records = data.records[: max(self.plan.n_edits)]
+            try:
+                self.backbone.prepare(records, warn=False).check()
+            except UsageError as error:
+                raise UsageError(f"{data.name}: {error}") from None
 
     def _failed(self, name: str, task: Task, error: Exception) -> dict:
         empty = Evaluation([dict.fromkeys(FIGURES)] * len(task.records))

@@ -14,6 +14,7 @@ from horse_plugin.errors import visible
 from horse_plugin.evaluation.metrics import ALL_FIGURES, COST, SCORED, SHARES, mean
 from horse_plugin.evaluation.tables import DIGITS, UNEDITED, Table, not_computed, number
 from horse_plugin.evaluation.verdict import judge
+from horse_plugin.storage.digest import text_digest
 from horse_plugin.storage.files import file_name
 
 HEADINGS = {
@@ -34,11 +35,15 @@ AGES = 6  # the most batches that a table shows
 
 
 class Page(NamedTuple):
-    """What one table is about: edits of one model, at once or ``batch`` at a time."""
+    """What one table is about: edits of one model, at once or ``batch`` at a time.
+
+    ``is_shared`` is whether another model of the rows has a folder of the same name.
+    """
 
     model: str
     n_edits: int
     batch: int | None = None
+    is_shared: bool = False
 
     @property
     def edits(self) -> str:
@@ -46,14 +51,25 @@ class Page(NamedTuple):
         return edits(self.n_edits) + (f", {self.batch:,} at a time" if self.batch else "")
 
     @property
+    def name(self) -> str:
+        """The model, without the folders that it is in unless they tell it from another."""
+        return self.model if self.is_shared else Path(self.model).name
+
+    @property
     def heading(self) -> str:
-        return f"{self.edits} on {_name(self.model)}"
+        return f"{self.edits} on {self.name}"
+
+    @property
+    def model_file(self) -> str:
+        """The model in the name of a file."""
+        apart = f"-{text_digest(self.model, 6)}" if self.is_shared else ""
+        return file_name(Path(self.model).name + apart)
 
     @property
     def file(self) -> str:
         """The page in the name of a file."""
         n = f"{self.n_edits}-by-{self.batch}" if self.batch else str(self.n_edits)
-        return f"{file_name(_name(self.model))}-{n}"
+        return f"{self.model_file}-{n}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ def figures_table(rows: list[dict], page: Page) -> Table:
     how = ", each batch on top of those before it;" if page.batch else " at once;"
     first = " First: the efficacy that is left of the first batch." if page.batch else ""
     caption = (
-        f"{page.edits}{how} {_name(page.model)}, percent; drift in nats a token and "
+        f"{page.edits}{how} {page.name}, percent; drift in nats a token and "
         f"perplexity (PPL), both on held-out text{_seeds(rows)}.{first} Best bold, second "
         f"underlined, the unedited model apart.{_budgets(rows)}{_checked(rows)}"
     )
@@ -158,7 +174,8 @@ def probability_table(rows: list[dict], page: Page) -> Table:
 
 def to_csv(rows: list[dict]) -> str:
     """Return one line a row, with every plain value of it; no spreadsheet computes a text."""
-    names = list(dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict)))
+    nested = {k for r in rows for k, v in r.items() if isinstance(v, (dict, list))}
+    names = list(dict.fromkeys(k for r in rows for k in r if k not in nested))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows(
@@ -226,12 +243,16 @@ def retention_table(rows: list[dict], page: Page) -> Table:
 
 def of_page(rows: list[dict], page: Page) -> list[dict]:
     """Return the rows of one page."""
-    return [r for r in rows if Page(r["model"], r["n_edits"], r.get("batch")) == page]
+    return [r for r in rows if (r["model"], r["n_edits"], r.get("batch")) == page[:3]]
 
 
 def pages(rows: list[dict]) -> list[Page]:
     """Return every table to write, most edits last, and those of batches after those at once."""
-    found = {Page(r["model"], r["n_edits"], r.get("batch")) for r in rows}
+    names = [Path(model).name for model in _values(rows, "model")]
+    found = {
+        Page(r["model"], r["n_edits"], r.get("batch"), names.count(Path(r["model"]).name) > 1)
+        for r in rows
+    }
     return sorted(found, key=lambda page: (page.model, page.batch or 0, page.n_edits))
 
 
@@ -260,12 +281,15 @@ def drawn_in(curves: dict[str, dict], names: Iterable[str] = CURVES) -> list[str
 
 
 def means(rows: list[dict], page: Page) -> dict[str, dict]:
-    """Return data set → method → the shares; rows without figures are left out."""
+    """Return data set → method → the shares, None where one was not measured.
+
+    Rows without figures are left out.
+    """
     rows = of_page(rows, page)
     done = [r for r in rows if is_whole(r)]
     return {
         dataset: {
-            method: [m.mean if (m := _mean(done, method, dataset, f)) else 0 for f in SHARES]
+            method: [m and m.mean for m in (_mean(done, method, dataset, f) for f in SHARES)]
             for method in _values([r for r in done if r["dataset"] == dataset], "method")
         }
         for dataset in _values(rows, "dataset")
@@ -295,11 +319,12 @@ def verdicts(rows: list[dict], page: Page) -> list[Table]:
             for method in _values(done, "method")
             for values in [[_mean(done, method, dataset, f) for f in ALL_FIGURES]]
         }
-        before = means.pop(UNEDITED, {})
+        before = means.pop(UNEDITED, {}) | {"drift": 0.0}
+        unmeasured = {r["method"] for r in done if "drift" not in r}  # as release 0.1 left rows
         lines = [
             [method, judge({"before": before, "after": after}).sentence]
             for method, after in means.items()
-            if after["drift"] is not None
+            if method not in unmeasured
         ]
         caption = f"{visible(dataset)}, {page.heading}{_seeds(rows)}."
         found.append(Table(["method", "verdict"], lines, caption, is_text=True))
@@ -338,10 +363,6 @@ def _delta(ours: Mean | None, others: list[Mean | None], figure: str) -> str:
     best = choose((o.mean for o in others if o is not None), default=None)
     digits = DIGITS.get(figure, 1)
     return "–" if ours is None or best is None else f"{ours.mean - best:+,.{digits}f}"
-
-
-def _name(model: str) -> str:
-    return Path(model).name
 
 
 def _seeds(rows) -> str:

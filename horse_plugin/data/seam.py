@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from horse_plugin.errors import UsageError, first_line
 
@@ -40,6 +40,11 @@ class Seam:
     chat_template: bool = False
     system_prompt: str | None = None
     append_eos: bool = False
+
+    @classmethod
+    def of(cls, hparams) -> "Seam":
+        """Return what the hparams say."""
+        return cls(**{f.name: getattr(hparams, f.name) for f in fields(cls)})
 
     def ask(self, tokenizer, prompt: str) -> str:
         """Return the text that the model reads before the answer."""

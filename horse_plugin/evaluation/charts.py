@@ -1,7 +1,8 @@
 """Pictures of results, as SVG. Nothing else imports matplotlib, which takes a second to load."""
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 from cycler import cycler
@@ -37,17 +38,24 @@ def svg(figure: Figure) -> str:
 
 
 def before_and_after(rows: list[dict]) -> Figure:
-    """Draw the shares and the perplexity as groups of bars, one bar a row of ``results.json``."""
+    """Draw the shares and the perplexity as groups of bars, one bar a row of ``results.json``.
+
+    What a row has no figure of has no bar, and what no row has no place.
+    """
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, width_ratios=(4, 1))
     width = 0.8 / len(rows)
     for axes, names in zip(panels, (SHARES, ("perplexity",)), strict=True):
+        names = [n for n in names if any(r.get(n) is not None for r in rows)]
         for i, r in enumerate(rows):
-            positions = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(names))]
-            heights = [r.get(n) or 0 for n in names]
+            known = [j for j, n in enumerate(names) if r.get(n) is not None]
+            positions = [j + (i - (len(rows) - 1) / 2) * width for j in known]
+            heights = [r[names[j]] for j in known]
             bars = axes.bar(positions, heights, width * 0.92, label=_label(r["method"]))
             axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
         axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.set_xlim(-0.5, max(1, len(names)) - 0.5)
+        axes.set_visible(bool(names))
         _open(axes)
     panels[0].set(ylabel="percent", ylim=(0, 108))
     panels[1].yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -93,12 +101,11 @@ def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Fig
     size = (3.4 * columns + 1.2, 2.7 * lines + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flat
+    styles = _lines(curves)
     for axes, name in zip(panels, names, strict=False):
-        axes.set_prop_cycle(color=COLORS)
         for method, of_figure in curves.items():
-            style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
             if of_figure[name]:
-                axes.plot(*zip(*of_figure[name], strict=True), label=_label(method), **style)
+                axes.plot(*zip(*of_figure[name], strict=True), **styles[method])
         axes.set(title=name, xlabel="edits", xscale="log")
         if name in COST:
             axes.set_yscale("log" if name == "perplexity" else "linear")
@@ -109,8 +116,7 @@ def over_edits(curves: dict[str, dict[str, Curve]], names: Sequence[str]) -> Fig
         _open(axes)
     for axes in panels:  # left over in the last line
         axes.set_visible(False)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, **BELOW, ncols=4)
+    _legend(figure, ncols=4)
     return figure
 
 
@@ -131,36 +137,56 @@ def retention(
         names: which of the three to draw, side by side.
     """
     figure = Figure(figsize=(3.4 * len(names) + 1.2, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    panels, styles = figure.subplots(1, len(names), squeeze=False)[0], _lines(curves)
     for axes, name in zip(panels, names, strict=True):
-        axes.set_prop_cycle(color=COLORS)
         for method, of in curves.items():
-            style = {"marker": "o", "ms": 3} | STANDING_OUT.get(method, {})
-            axes.plot(range(1, len(of[name]) + 1), of[name], label=_label(method), **style)
+            if of[name]:
+                axes.plot(range(1, len(of[name]) + 1), of[name], **styles[method])
         axes.set(**dict(zip(("title", "xlabel", "ylabel"), RETENTION[name], strict=True)))
         axes.set_ylim(0, None if name == "drift" else 103)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _open(axes)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, **BELOW, ncols=2 * len(names))
+    _legend(figure, ncols=2 * len(names))
     return figure
 
 
+def _lines(methods: Iterable[str]) -> dict[str, dict]:
+    """Return method → how its line is drawn, in whichever panels it has points."""
+    colors = itertools.cycle(COLORS)
+    return {
+        method: {"marker": "o", "ms": 3, "label": _label(method)}
+        | (STANDING_OUT.get(method) or {"color": next(colors)})
+        for method in methods
+    }
+
+
+def _legend(figure: Figure, ncols: int):
+    """Name below all panels each line that any of them has."""
+    found = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True)) | found
+    figure.legend(found.values(), found.keys(), **BELOW, ncols=ncols)
+
+
 def side_by_side(
-    dataset: str, means: dict[str, Sequence[float]], perplexities: dict[str, float]
+    dataset: str, means: dict[str, Sequence[float | None]], perplexities: dict[str, float]
 ) -> Figure:
     """Draw the shares and the perplexity of one data set as horizontal bars, one group a method.
 
     Args:
-        means: method → the shares, in percent.
+        means: method → the shares, in percent; None has no bar.
         perplexities: method → the perplexity, of those that have one.
     """
     figure = Figure(figsize=(5.6, 1.3 + 0.55 * len(means)), layout="constrained")
     axes, beside = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
     methods = list(means)[::-1]
-    for i, name in enumerate(SHARES):
-        positions = [j - (i - 1.5) * 0.21 for j in range(len(methods))]
-        axes.barh(positions, [means[m][i] for m in methods], 0.19, label=name)
+    shown = [i for i in range(len(SHARES)) if any(of[i] is not None for of in means.values())]
+    for k, i in enumerate(shown):
+        known = [j for j, m in enumerate(methods) if means[m][i] is not None]
+        positions = [j - (k - (len(shown) - 1) / 2) * 0.21 for j in known]
+        values = [means[methods[j]][i] for j in known]
+        axes.barh(positions, values, 0.19, color=f"C{i}", label=SHARES[i])
     axes.set_yticks(range(len(methods)), map(_label, methods))
     axes.set(title=_label(dataset), xlabel="percent", xlim=(0, 100))
     places, values = [methods.index(m) for m in perplexities], list(perplexities.values())
@@ -168,6 +194,7 @@ def side_by_side(
     beside.bar_label(bars, map(_short, values), fontsize=8, padding=2)
     beside.set(xlabel="perplexity", xscale="log", xlim=(1, 30 * max(values, default=1)), xticks=[])
     beside.minorticks_off()
+    beside.set_visible(bool(perplexities))
     for panel in (axes, beside):
         _open(panel)
     figure.legend(*axes.get_legend_handles_labels(), **BELOW, ncols=4)

@@ -37,12 +37,14 @@ class Style:
 _LATEX = {c: f"\\{c}" for c in "&%#_{}"} | {"\\": r"\textbackslash{}", "$": r"\$"}
 _LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
 _LATEX |= {">": r"\textgreater{}", "λ": r"$\lambda$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--"}
+_SYMBOLS = {"c_i": "$c_i$", "C̄": r"$\bar{C}$", "C₀": "$C_0$"}  # of the paper, and of the metric
+_SYMBOL = re.compile(f"({'|'.join(_SYMBOLS)})")
 _MARKDOWN = {c: f"\\{c}" for c in "\\`*[]|$"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def _latex(text: str) -> str:
-    parts = visible(text).split("c_i")  # the paper's symbol
-    return "$c_i$".join("".join(_LATEX.get(c, c) for c in part) for part in parts)
+    parts = _SYMBOL.split(visible(text))
+    return "".join(_SYMBOLS.get(part) or "".join(_LATEX.get(c, c) for c in part) for part in parts)
 
 
 def _markdown(text: str) -> str:

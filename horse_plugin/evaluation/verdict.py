@@ -4,9 +4,11 @@ The limits are ours. They were set beside what edited models write: up to the fi
 nobody would notice the edit in ordinary text, and beyond the second one anybody does.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+from horse_plugin.evaluation.metrics import COST
 from horse_plugin.evaluation.tables import figure, number
 
 GOOD, FAIR, BAD = LEVELS = ("good", "fair", "bad")
@@ -60,6 +62,8 @@ def judge(figures: Mapping) -> Verdict:
             of facts that were measured. Edits of earlier releases have neither.
     """
     before, after = figures["before"], figures["after"]
+    wrecked = [name for name in COST if _is_not_finite(before.get(name), after.get(name))]
+    after = {name: value for name, value in after.items() if name not in wrecked}
     measured = {
         "held": after["efficacy"] if after.get("written") is None else after["written"],
         "locality": after.get("locality"),
@@ -68,6 +72,7 @@ def judge(figures: Mapping) -> Verdict:
         "repetition": -(rise(before.get("fluency"), after.get("fluency")) or 0),
     }
     levels = {name: level_of(name, value) for name, value in measured.items() if value is not None}
+    levels |= dict.fromkeys(wrecked, BAD)
     facts = levels.pop("held")
     model = worst(levels.values())
     held, kept = figures.get("held"), figures.get("kept")
@@ -77,16 +82,26 @@ def judge(figures: Mapping) -> Verdict:
         parts.append(f"the unrelated answers of {kept[0]:,} of {kept[1]:,} facts stay")
     elif "locality" in levels:
         parts.append(f"{number(measured['locality'])} percent of the unrelated answers stay")
+    text = [f"{name} not finite" for name in wrecked]
     if after.get("perplexity") is not None:
-        text = f"perplexity {_change('perplexity', before, after)}"
-        if measured["drift"] is not None:
-            text += f", drift {figure('drift', measured['drift'])}"
-        parts.append(f"ordinary text: {text}")
+        text.append(f"perplexity {_change('perplexity', before, after)}")
+    if measured["drift"] is not None:
+        text.append(f"drift {figure('drift', measured['drift'])}")
+    if text:
+        parts.append(f"ordinary text: {', '.join(text)}")
     if levels.get("repetition", GOOD) != GOOD:
         parts.append(f"the model repeats itself: fluency {_change('fluency', before, after)}")
     sentence = f"{'; '.join(parts)}. The model is {HARM[model]}."
     advice = [MORE_FACTS] * (facts != GOOD) + [LESS_HARM] * (model != GOOD)
     return Verdict(facts, model, sentence, advice)
+
+
+def _is_not_finite(before: float | None, after: float | None) -> bool:
+    """Return whether a figure of an edit is no finite number, for which files have null.
+
+    A figure that was measured before the edit was measured after it, too.
+    """
+    return before is not None if after is None else not math.isfinite(after)
 
 
 def _change(name: str, before: Mapping, after: Mapping) -> str:

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from typing import TypeVar
 
 import torch
@@ -145,8 +144,7 @@ class Backbone(Halves):
         names = """inner_params batch_tokens max_length trunk_cache_gb trunk_disk_gb trunk_dir
             token offload_keys""".split()
         settings = {name: getattr(hparams, name) for name in names}
-        seam = Seam(**{f.name: getattr(hparams, f.name) for f in fields(Seam)})
-        return cls(model, tokenizer, **settings, seam=seam, progress=progress)
+        return cls(model, tokenizer, **settings, seam=Seam.of(hparams), progress=progress)
 
     @property
     def max_length(self) -> int | None:

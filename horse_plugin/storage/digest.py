@@ -1,4 +1,4 @@
-"""Digests: of text, of JSON values, of named tensors, and of a weight's bits where the weight lies.
+"""Digests: of text, JSON values, files and named tensors, and of a weight's bits where it lies.
 
 No weight leaves its device for its digest. The bits are words of 32; in blocks, they are multiplied
 by 64-bit factors and summed modulo 2⁶⁴ (multilinear hashing), twice; the sums of all blocks then go
@@ -11,8 +11,11 @@ on purpose: the digest is no signature.
 import functools
 import hashlib
 import json
+from pathlib import Path
 
 import torch
+
+from horse_plugin.errors import UsageError, first_line
 
 BLOCK = 2**14  # words with one sum, and a factor each
 AT_ONCE = {"cpu": 4 * BLOCK}  # words that are multiplied at once: what its caches hold
@@ -28,6 +31,24 @@ def text_digest(text: str | bytes, length: int = 12) -> str:
 def json_digest(value, length: int = 12) -> str:
     """Return the digest of a plain JSON value, whatever the order of its keys."""
     return text_digest(json.dumps(value, sort_keys=True), length)
+
+
+def source_digest(source) -> str:
+    """Return the digest of a file's content, or a source as it is if it names no file.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    if not Path(source).is_file():
+        return str(source)
+    found = hashlib.sha256()
+    try:
+        with Path(source).open("rb") as file:
+            while block := file.read(2**20):
+                found.update(block)
+    except OSError as error:
+        raise UsageError(f"{source}: cannot be read ({first_line(error)}).") from None
+    return found.hexdigest()
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor], about: dict) -> str:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from horse_plugin import HorseEditor, UsageError
-from horse_plugin.cli import app, asking, changing, measuring, preparing, using
+from horse_plugin.cli import app, asking, changing, measuring, preparing, show, using
 from horse_plugin.cli.console import PlainConsole
 from horse_plugin.comparison import tables
 from horse_plugin.comparison.output import write_output
@@ -24,6 +24,7 @@ from horse_plugin.evaluation.tables import Table
 from horse_plugin.hparams import HORSEHyperParams
 from horse_plugin.model.moments import moments_file
 from horse_plugin.storage.files import file_name
+from horse_plugin.training.trainer import Forecast
 from tests import tiny
 
 NASTY = "[/red][conceal]x[/conceal] :smile: \x1b[8m\x1b]0;t\x07\r\u202e\ud800\n<b>&$\\$ |`*_{}~^%#"
@@ -53,6 +54,13 @@ def printed(monkeypatch):
 def plain(text: str) -> str:
     """The text without the styles that rich gave it."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_gigabytes_of_a_forecast_are_10_to_the_9_bytes(monkeypatch):
+    monkeypatch.setattr(show, "free_bytes", lambda device: 24 * 2**30)
+    found = Forecast(2, 1, 60.0, 1.0, peak_memory_mb=16 * 2**10)
+    said = show.forecast(found, torch.device("cpu"))
+    assert said.endswith("about 17.2 GB, the model included; 25.8 GB are free now.")
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import copy
 import itertools
 import json
 import shutil
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -18,7 +20,8 @@ from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.tables import drawn_in, pages, retention, retention_table
 from horse_plugin.comparison.task import Edited, Task
-from horse_plugin.editing.archive import read_network
+from horse_plugin.data.seam import PLAIN
+from horse_plugin.editing.archive import ARCHIVE, read_network
 from horse_plugin.evaluation import charts
 from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
 from horse_plugin.evaluation.probability import success_and_magnitude
@@ -121,6 +124,62 @@ def test_probabilities_are_those_of_the_edited_model_and_measured_if_a_row_lacks
     assert row["probabilities"] == success_and_magnitude(backbone, records)
     assert runner.run(asked, progress=False) == [row]
     assert len(counted.seen) == 2  # the third run measured nothing
+
+
+def test_records_that_the_model_cannot_read_are_refused_before_the_first_cell(plan):
+    counted = Counted()
+    asked = plan({"unedited": counted})
+    (data,) = asked.datasets
+    bad = replace(data.records[1], target_new="no " * 5000)
+    asked.datasets = [data, DataSet("bad", [data.records[0], bad, *data.records[2:4]])]
+    with pytest.raises(UsageError, match=r"^bad: record 1: answer .*longer than max_length"):
+        runner.run(asked, progress=False)
+    assert counted.seen == []
+
+
+def test_a_comparison_that_is_stopped_leaves_tables_of_what_was_measured(
+    yamls, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(METHODS, "FT", Stops(0))
+    asked = ["unedited", "FT"], ["tiny"], [DataSet("facts", tiny.records(4))], (4,)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.compare(tmp_path / "out", *asked, hparams_dir=yamls)
+    assert "| unedited |" in (tmp_path / "out/table.md").read_text()
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        experiments.compare(tmp_path / "out", ["FT"], *asked[1:], hparams_dir=yamls)
+    assert not list((tmp_path / "out").iterdir())  # there is nothing to show
+
+
+def test_probabilities_that_cannot_be_had_are_asked_for_once(plan):
+    counted = Counted()
+    asked = replace(plan({"unedited": counted}), probabilities=True)
+    facts = [replace(r, ground_truth=None, unrelated=()) for r in asked.datasets[0].records]
+    asked.datasets = [DataSet("facts", facts)]
+    (row,) = runner.run(asked, progress=False)
+    assert row["probabilities"] == {}
+    assert runner.run(asked, progress=False) == [row]
+    assert len(counted.seen) == 1
+
+
+def test_a_check_is_made_of_rows_that_are_there_and_what_they_had_stays(plan, monkeypatch):
+    def both(backbone, hparams, records, ours):
+        return {"records": len(records), "ours": {}, "easyedit": {}}
+
+    name = "horse_plugin.comparison.baselines.check"  # which imports EasyEdit
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(both=both))
+    counted = Counted()
+
+    def measured(**more):
+        (row,) = runner.run(replace(plan({"unedited": counted}), **more), progress=False)
+        return (row.get("check") or {}).get("records"), bool(row.get("probabilities"))
+
+    assert measured(probabilities=True) == (None, True)
+    assert measured(check=2) == (2, True)
+    assert measured(check=1) == measured() == measured(probabilities=True) == (2, True)
+    assert len(counted.seen) == 2
+    assert measured(check=20) == measured(check=30) == (4, True)  # of 4 records
+    assert len(counted.seen) == 3
 
 
 def test_what_was_measured_before_a_stop_is_there_after_it(plan, tmp_path, monkeypatch):
@@ -307,6 +366,30 @@ def test_a_method_without_a_yaml_says_so(plan):
     assert "no such hparams file, so FT cannot run" in row["reason"]
 
 
+def test_a_method_whose_yaml_is_gone_takes_the_place_of_no_figures(plan, yamls, tmp_path):
+    folder = tmp_path / "yamls"
+    shutil.copytree(yamls, folder)
+    asked = replace(plan({"MALMEN": Engine("MALMEN", trained=False)}), hparams_dir=folder)
+    (measured,) = runner.run(asked, progress=False)
+    (folder / "MALMEN/tiny.yaml").unlink()
+    (row,) = runner.run(asked, progress=False)
+    assert "no such hparams file, so MALMEN cannot run" in row["reason"]
+    assert runner.held_rows(tmp_path / "out") == [measured]
+
+
+def test_a_method_edits_the_model_as_it_is_measured_whatever_its_own_yaml_says(plan):
+    asked = plan({})
+    hparams = HORSEHyperParams.from_hparams(asked.models["tiny"])
+    hparams = replace(hparams, separator=" → ", append_eos=True)
+    backbone = HorseEditor.from_hparams(hparams).backbone
+    data = asked.datasets[0]
+    facts = data.records, data.train, data.val
+    task = Task("tiny", data.name, backbone, hparams, *facts, asked.hparams_dir, asked.out)
+    malmen = Engine("MALMEN", trained=False, changes={"max_length": 60})  # of another backbone
+    with contextlib.closing(malmen(task)) as states:
+        assert next(states).backbone.seam == backbone.seam != PLAIN
+
+
 def test_a_comment_in_a_yaml_is_no_other_setting_but_a_key_is(plan, yamls):
     one = plan({})
     data = one.datasets[0]
@@ -336,6 +419,19 @@ def test_seeds_do_not_repeat_what_they_do_not_change(plan):
     table = {"unedited": METHODS["unedited"], "HORSE": Engine(trained=False)}
     rows = runner.run(plan(table, seeds=(0, 1, 2)), progress=False)
     assert [r["method"] for r in rows] == ["unedited", "HORSE", "HORSE", "HORSE"]
+
+
+def test_other_seeds_do_not_measure_again_what_they_do_not_change(plan, tmp_path):
+    counted = Counted()
+    (row,) = runner.run(plan({"unedited": counted}), progress=False)
+    asked = plan({"unedited": counted}, seeds=(1, 2))
+    assert runner.run(asked, progress=False) == [row]
+    assert len(counted.seen) == 1
+    results = tmp_path / "out/results.json"
+    results.write_text(json.dumps([row, row | {"seed": 1}]))  # as earlier releases left them
+    asked.datasets[0].records = asked.datasets[0].records[::-1]
+    again = runner.run(asked, progress=False)
+    assert len(counted.seen) == 2 and json.loads(results.read_text()) == again
 
 
 def test_more_edits_than_records_are_refused_before_anything_runs(plan):
@@ -432,6 +528,28 @@ def test_malmen_is_trained_on_as_many_records_in_no_fewer_steps_than_horse():
     losses_own = {"loc_coef", "edit_coef", "gen_coef", "keep_coef", "meta_lr"}
     assert differing == methods_own | losses_own
     assert theirs["max_iters"] >= ours["max_iters"]
+
+
+def test_what_is_in_an_archive_or_in_a_text_is_a_setting(plan, tmp_path):
+    asked = plan({})
+    text, archive = tmp_path / "text.txt", tmp_path / ARCHIVE
+
+    def settings(engine, **changes):
+        hparams = HORSEHyperParams.from_hparams(asked.models["tiny"])
+        task = Task("tiny", "facts", None, replace(hparams, **changes), [], [], [], tmp_path, ROOT)
+        return engine.settings(task)
+
+    preserved, trained = [], []
+    for content in ("one", "two", "two"):
+        text.write_text(content)
+        archive.write_text(content)
+        preserved.append(settings(Engine(), preserve=str(text))["preserve"])
+        trained.append(settings(Engine(archive=str(tmp_path)))["trained"])
+    for first, second, third in (preserved, trained):
+        assert first != second == third
+    for source in ("shipped", "model", "owner/name:configuration"):
+        assert settings(Engine(), preserve=source)["preserve"] == source
+    assert settings(Engine(archive="owner/name"))["trained"] == "owner/name"
 
 
 def test_rows_and_archives_of_0_1_stay_held():

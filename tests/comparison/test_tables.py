@@ -4,6 +4,7 @@ import csv
 import re
 
 from horse_plugin.comparison import tables
+from horse_plugin.comparison.methods import ABLATIONS
 from horse_plugin.comparison.output import write_output
 from horse_plugin.evaluation import charts
 
@@ -29,6 +30,13 @@ def test_best_is_bold_second_underlined_and_the_unedited_model_apart():
     assert r"HORSE & \textbf{80.0} & \textbf{80.0} & \textbf{10.0} & \textbf{56.7} \\" in latex
     assert r"MEMIT & \underline{70.0}" in latex
     assert r"$\Delta$ & +10.0" in latex
+
+
+def test_the_rows_of_an_ablation_are_symbols_that_latex_knows():
+    latex = tables.figures_table([row(name, 1.0) for name in ABLATIONS], PAGE).latex()
+    for name in (r"$\bar{C}$ = I", "$C_0$ only", r"$\lambda$ from 0", "w/o $c_i$ in the loss"):
+        assert f"\n{name} & " in latex
+    assert latex.isascii()
 
 
 def test_one_method_alone_is_not_marked_as_the_best():
@@ -74,10 +82,12 @@ def test_probabilities_have_a_table_where_they_were_measured(tmp_path):
 
 
 def test_csv_holds_every_row():
-    rows = [row("FT", None, reason='said "no", twice'), row("HORSE", 2.0)]
+    rows = [row("FT", None, reason='said "no", twice', check=None), row("HORSE", 2.0)]
+    rows[1] |= {"batches": batches([[1.0]], [0.1]), "check": {"records": 2}}
     read = list(csv.DictReader(tables.to_csv(rows).splitlines()))
     assert [r["method"] for r in read] == ["FT", "HORSE"]
     assert read[0]["reason"] == 'said "no", twice'
+    assert not read[0].keys() & {"batches", "check", "versions"}
 
 
 COSTS = {"locality": 80.0, "written": 90.0, "drift": 0.05, "perplexity": 21.0, "fluency": 5.0}
@@ -88,9 +98,11 @@ def test_each_method_has_a_verdict_before_all_else(tmp_path):
     for seed, drift in enumerate((0.5, 0.9)):
         rows.append(row("FT", 99.0, seed, **COSTS | {"drift": drift}))
     rows += [row("HORSE", 99.0, **COSTS), row("MEND", None, reason="no archive")]
+    rows += [row("LoRA", 99.0, **COSTS | {"drift": None, "perplexity": None}), row("ROME", 99.0)]
     (table,) = tables.verdicts(rows, PAGE)
     said = dict(table.lines)
-    assert list(said) == ["FT", "HORSE"]
+    assert list(said) == ["FT", "HORSE", "LoRA"]  # what 0.1 measured, ROME, has no drift
+    assert "drift not finite, perplexity not finite. The model is damaged." in said["LoRA"]
     assert "drift 0.700. The model is damaged." in said["FT"]
     assert "perplexity 20.0 → 21.0, drift 0.050. The model is unharmed." in said["HORSE"]
     write_output(tmp_path, rows)
@@ -109,6 +121,23 @@ def test_pictures_of_shares_show_the_perplexity_too():
     assert [text.get_text() for text in drawn.axes[1].texts] == ["21", "9e+07"]
 
 
+def test_what_was_not_measured_has_no_bar():
+    rows = [row("unedited", 5.0, **COSTS | {"locality": None}), row("HORSE", 0.0, locality=None)]
+    rows[1]["specificity"] = None
+    names = ["efficacy", "generalization", "specificity"]
+    drawn = charts.before_and_after(rows)
+    shares, perplexity = drawn.axes
+    assert [bar.get_height() for bar in shares.patches] == [5.0, 5.0, 10.0, 0.0, 0.0]
+    assert [label.get_text() for label in shares.get_xticklabels()] == names
+    assert [bar.get_height() for bar in perplexity.patches] == [21.0]
+    means = tables.means(rows, PAGE)["facts"]
+    assert means["HORSE"] == [0.0, 0.0, None, None]
+    shares, perplexity = charts.side_by_side("facts", means, {}).axes
+    assert sorted(bar.get_width() for bar in shares.patches) == [0.0, 0.0, 5.0, 5.0, 10.0]
+    assert shares.get_legend_handles_labels()[1] == names
+    assert not perplexity.get_visible()
+
+
 def test_the_report_needs_nothing_but_itself_and_shows_fig_2(tmp_path):
     rows = [row(m, 10.0 * i, n=n) for i, m in enumerate(("unedited", "HORSE")) for n in (1, 100)]
     write_output(tmp_path, rows)
@@ -116,6 +145,35 @@ def test_the_report_needs_nothing_but_itself_and_shows_fig_2(tmp_path):
     assert page.count("<svg") == 5  # bars at 1 and at 100 edits, and three panels of Fig. 2
     assert not re.search(r"""(src|href) *= *["']?[^"'#]|url\((?!#)|@import|<script""", page)
     assert (tmp_path / "edits-llama-facts.svg").read_text().startswith("<svg")
+
+
+def test_a_method_has_one_colour_in_all_panels_and_a_place_in_the_legend():
+    points = [(1, 90.0), (100, 80.0)]
+    of = {"MEND": ["drift"], "HORSE": ["efficacy", "drift"], "FT": ["efficacy", "drift"]}
+    names = ["efficacy", "drift"]
+    curves = {m: {name: points if name in has else [] for name in names} for m, has in of.items()}
+    over_edits = charts.over_edits(curves, names)
+    stopped = {"by age": [], "so far": [1.0], "drift": [1.0]}
+    retention = charts.retention({"MEND": stopped, "FT": {key: [1.0] for key in stopped}})
+    for figure, n in ((over_edits, 3), (retention, 2)):
+        lines = [line for axes in figure.axes for line in axes.lines]
+        colors = {line.get_label(): line.get_color() for line in lines}
+        assert all(line.get_color() == colors[line.get_label()] for line in lines)
+        assert len(set(colors.values())) == len(colors) == n
+        (legend,) = figure.legends
+        assert {text.get_text() for text in legend.texts} == set(colors)
+
+
+def test_two_models_of_one_folder_name_have_pictures_of_their_own(tmp_path):
+    models, n_edits = ("a/llama", "b/llama", "c/gpt"), (1, 100)
+    rows = [row("HORSE", 99.0, n=n, **COSTS | {"model": m}) for m in models for n in n_edits]
+    write_output(tmp_path, rows)
+    assert len(list(tmp_path.glob("held-llama-*.svg"))) == 4
+    assert len(list(tmp_path.glob("edits-llama-*-facts.svg"))) == 2
+    assert (tmp_path / "held-gpt-100.svg").exists()
+    page = (tmp_path / "report.html").read_text()
+    headings = "100 edits on a/llama", "facts on b/llama, over", "100 edits on gpt"
+    assert all(heading in page for heading in headings)
 
 
 def batches(efficacy, drift):

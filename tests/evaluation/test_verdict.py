@@ -1,8 +1,12 @@
 """The verdict: levels at their limits, and a sentence with the figures that it is made of."""
 
+import json
+import math
+
 import pytest
 
 from horse_plugin.evaluation.verdict import LESS_HARM, MORE_FACTS, judge
+from horse_plugin.storage.files import to_json
 
 BEFORE = {"efficacy": 4.0, "written": 1.0, "locality": 100.0, "drift": 0.0, "perplexity": 42.0}
 BEFORE |= {"fluency": 4.0}
@@ -62,6 +66,26 @@ def test_levels_change_at_the_documented_limits(after, facts, model):
         facts != "good",
         model != "good",
     )
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"drift": math.nan, "perplexity": math.nan},
+        {"drift": math.inf, "perplexity": 50.0},
+        {"drift": 0.03, "perplexity": math.inf},
+    ],
+)
+def test_a_model_that_is_not_finite_is_damaged_before_it_is_saved_and_after(after):
+    found = judge(figures(**after))
+    assert found.level == "bad" and "not finite" in found.sentence
+    assert judge(json.loads(to_json(figures(**after)))) == found
+
+
+def test_an_edit_whose_drift_was_never_measured_is_no_worse_for_it():
+    unknown = {"drift": None, "perplexity": None}
+    found = judge({"before": BEFORE | unknown, "after": GOOD | unknown})
+    assert (found.level, "ordinary text" in found.sentence) == ("good", False)
 
 
 def test_an_edit_of_an_earlier_release_is_judged_by_what_it_has():

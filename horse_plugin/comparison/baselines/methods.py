@@ -30,7 +30,7 @@ from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import copy_of, own_random_numbers, pad_with_eos
 from horse_plugin.model.moments import model_name
-from horse_plugin.storage.digest import text_digest
+from horse_plugin.storage.digest import source_digest, text_digest
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,8 @@ def _prepare_statistics(hparams, task: Task):
     """Take statistics from where the YAML has them (``horse stats``), or make them here."""
     backbone, modules = task.backbone, stats.modules_of(hparams)
     if not all(stats.stats_file(hparams, backbone, m).is_file() for m in modules):
-        hparams.stats_dir = str(task.folder / "stats" / text_digest(task.corpus))
+        corpus = text_digest(source_digest(task.corpus))
+        hparams.stats_dir = str(task.folder / "stats" / corpus)
     if getattr(hparams, "P_loc", None) and not Path(hparams.P_loc).is_file():
         about = text_digest(f"{hparams.layers} {hparams.nullspace_threshold}")
         hparams.P_loc = str(

@@ -129,6 +129,16 @@ def test_each_method_edits_a_copy_and_is_the_same_when_repeated(plan, name):
     assert log.is_file()
 
 
+def test_another_text_in_the_file_of_a_corpus_has_statistics_of_its_own(plan, tmp_path):
+    asked, seen = plan("ROME"), set()
+    asked.corpus = str(tmp_path / "corpus.txt")
+    for text in ("Wool is sheared", "Bread is baked"):
+        Path(asked.corpus).write_text(text)
+        (row,) = runner.run(asked, progress=False)
+        seen.add(row["settings"])
+    assert len(seen) == len(list((asked.out / "stats").iterdir())) == 2
+
+
 def test_easyedits_metrics_agree_with_ours_on_every_edited_model(plan):
     checked = plan("unedited", "FT", "HORSE, untrained")
     checked.check = 3
