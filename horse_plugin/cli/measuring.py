@@ -25,6 +25,7 @@ from horse_plugin.cli.options import (
     hparams_of,
     names_of,
     numbers_of,
+    path_option,
 )
 from horse_plugin.errors import UsageError, visible
 
@@ -39,7 +40,7 @@ def evaluate(
     hparams: Hparams = DEFAULT_MODEL,
     delta: Delta = None,
     n_edits: NEdits = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write the row, and facts.csv.")] = None,
+    out: Annotated[Path | None, path_option(help="Where to write the row, and facts.csv.")] = None,
     generate: Annotated[bool, typer.Option(help="Let the model write its answers, too.")] = False,
     probabilities: Annotated[
         bool, typer.Option(help="CounterFact's success and magnitude, too.")
@@ -121,7 +122,7 @@ def evaluate(
 
 @command()
 def compare(
-    out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
+    out: Annotated[Path, path_option(help="Folder for tables, report and results.json.")],
     methods: Annotated[str, typer.Option(help="Names, comma-separated; all by default.")] = "",
     data: Datas = None,
     train: Trains = None,
@@ -131,7 +132,7 @@ def compare(
         str, typer.Option(help="Batches one after the other, instead: 20x100.")
     ] = "",
     models: Annotated[str, typer.Option(help="Stems of YAMLs in <hparams-dir>/<method>.")] = "",
-    hparams_dir: Annotated[Path | None, typer.Option(help="Folder of YAMLs.")] = None,
+    hparams_dir: Annotated[Path | None, path_option(help="Folder of YAMLs.")] = None,
     seeds: Seeds = "0",
     corpus: Annotated[
         str, typer.Option(help="Text for the baselines' statistics: file, hub id or shipped.")
@@ -172,9 +173,9 @@ def compare(
 
 @command()
 def ablate(
-    out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
+    out: Annotated[Path, path_option(help="Folder for tables, report and results.json.")],
     hparams: Hparams = DEFAULT_MODEL,
-    archive: Annotated[Path | None, typer.Option(help="The full method's; else trained.")] = None,
+    archive: Annotated[Path | None, path_option(help="The full method's; else trained.")] = None,
     data: Datas = None,
     train: Trains = None,
     val: Vals = None,
@@ -200,21 +201,21 @@ def ablate(
 
 @command()
 def general(
-    out: Annotated[Path, typer.Option(help="Folder for results.json and table.md.")],
+    out: Annotated[Path, path_option(help="Folder for results.json and table.md.")],
     hparams: Hparams = DEFAULT_MODEL,
-    delta: Annotated[Path | None, typer.Option(help="An edit, or a chain of them.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Or a folder with the edited model.")] = None,
+    delta: Annotated[Path | None, path_option(help="An edit, or a chain of them.")] = None,
+    model: Annotated[Path | None, path_option(help="Or a folder with the edited model.")] = None,
     tasks: Annotated[
         str, typer.Option(help="Comma-separated.")
     ] = "mmlu,nli,mrpc,qnli,qqp,commonsenseqa",
     data: Annotated[
-        Path | None, typer.Option(help="Folder of <task>.jsonl; none: tasks from the hub.")
+        Path | None, path_option(help="Folder of <task>.jsonl; none: tasks from the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task, at most.", min=1)] = None,
     include: Annotated[
-        Path | None, typer.Option(help="Folder of the harness's YAMLs: tasks of your own.")
+        Path | None, path_option(help="Folder of the harness's YAMLs: tasks of your own.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="A text, for drift and perplexity.")] = None,
+    text: Annotated[Path | None, path_option(help="A text, for drift and perplexity.")] = None,
 ):
     """General ability before and after an edit, as the paper's Table 3."""
     from horse_plugin.cli import show
@@ -255,7 +256,7 @@ def general(
 
 @command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the archive, the edit and the report.")],
+    out: Annotated[Path, path_option(help="Folder for the archive, the edit and the report.")],
     hparams: AnotherModel = None,
 ):
     """Train on real facts, edit 200 at once, show what happened. Needs no file of yours."""
@@ -272,10 +273,10 @@ def demo(
 
 @command()
 def bench(
-    out: Annotated[Path, typer.Option(help="Where to write the figures, as JSON.")],
+    out: Annotated[Path, path_option(help="Where to write the figures, as JSON.")],
     hparams: Hparams = DEFAULT_MODEL,
     config: Annotated[
-        Path | None, typer.Option(help="Config of a model, which gets random weights.")
+        Path | None, path_option(help="Config of a model, which gets random weights.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Facts; the shipped ones by default.")] = None,
     n_edits: Annotated[int, typer.Option(help="Facts edited at once.", min=1)] = 500,

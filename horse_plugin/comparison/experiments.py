@@ -68,14 +68,14 @@ def compare(
     table = choose(names, METHODS)
     if quick:
         table = {name: _briefly_trained(method) for name, method in table.items()}
-    folder = Path(hparams_dir or hparams_folder())
+    folder = Path(hparams_dir or hparams_folder()).expanduser()
     plan = Plan(
         table,
         {m: folder / "HORSE" / f"{m}.yaml" for m in models or (DEFAULT_MODEL,)},
         datasets or [shipped_facts()],
         n_edits or (QUICK["n_edits"] if quick else (100,)),
         folder,
-        Path(out),
+        Path(out).expanduser(),
         seeds,
         corpus,
         check,
@@ -125,7 +125,7 @@ def ablate(
         datasets or [shipped_facts()],
         n_edits,
         yaml.parent.parent,
-        Path(out),
+        Path(out).expanduser(),
         seeds,
         command=command,
     )

@@ -56,7 +56,7 @@ def read_corpus(source, size: int) -> list[str]:
     """
     if not isinstance(source, (str, Path)):
         texts = _of_records(source)
-    elif (path := Path(source)).suffix.lower() in (".json", ".jsonl", ".parquet"):
+    elif (path := Path(source).expanduser()).suffix.lower() in (".json", ".jsonl", ".parquet"):
         items = read_items(path)
         plain = [i["text"] for i in items if isinstance(i, dict) and isinstance(i.get("text"), str)]
         texts = plain or _of_records(load_records(path))

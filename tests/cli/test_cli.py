@@ -8,10 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 
 from horse_plugin import HorseEditor, HORSEHyperParams, HORSETrainer
+from horse_plugin.cli.main import app
+from horse_plugin.cli.options import expanded
 from horse_plugin.editing.archive import ARCHIVE
 from horse_plugin.evaluation.facts import read_facts
 from horse_plugin.storage.tensors import load_tensors
@@ -359,6 +362,54 @@ def test_strict_refuses_on_the_command_line(folder, horse):
     code, _, err = horse("edit --hparams tiny --data twice.json --out strict --strict")
     assert (code, "facts that contradict another one on the same prompt: 1" in err) == (2, True)
     assert not list((folder / "strict").iterdir())
+
+
+def test_every_command_takes_the_users_folder_in_every_path():
+    commands = [command.callback for command in app.registered_commands]
+    hints = [h for c in commands for h in get_type_hints(c, include_extras=True).items()]
+    paths = [(name, hint) for name, hint in hints if "Path" in str(hint)]
+    assert len(paths) > 30
+    assert [name for name, hint in paths if hint.__metadata__[0].callback is not expanded] == []
+
+
+def test_a_users_folder_is_looked_at_before_it_is_written_to(folder, horse, tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    again = "there is something already"
+    assert horse("init model --out=~/begin")[0] == 0
+    (tmp_path / "begin/facts.json").write_text("[]")
+    code, _, err = horse("init model --out=~/begin")
+    assert (code, again in err) == (2, True)
+    (tmp_path / "begin/model.yaml").unlink()
+    assert horse("init model --out=~/begin")[0] == 0
+    assert (tmp_path / "begin/facts.json").read_text() == "[]"
+
+    (tmp_path / "other.yaml").write_text("alg_name: MALMEN\nmodel_name: m\n")
+    assert horse("convert-hparams ~/other.yaml --out=~/ours.yaml")[0] == 0
+    code, _, err = horse("convert-hparams ~/other.yaml --out=~/ours.yaml")
+    assert (code, again in err) == (2, True)
+
+    line = "train --hparams tiny --train train.json --val val.json --epochs 1 --out=~/a"
+    assert horse(line)[0] == 0
+    code, _, err = horse(line)
+    assert (code, "holds an archive already" in err) == (2, True)
+
+    assert horse("edit --hparams tiny --data val.json --onto=~/chain --max-rise 1e9")[0] == 0
+    assert horse("eval --hparams tiny --delta=~/chain")[0] == 0
+    assert (tmp_path / "chain/now.json").is_file()
+
+    (tmp_path / "mine/HORSE").mkdir(parents=True)
+    (tmp_path / "mine/HORSE/small.yaml").write_text((folder / "tiny.yaml").read_text())
+    line = "compare --hparams-dir=~/mine --models small --methods unedited --data val.json"
+    line += " --out=~/o --n-edits"
+    assert horse(f"{line} 2")[0] == 0
+    assert horse(f"{line} 3")[0] == 0
+    rows = json.loads((tmp_path / "o/results.json").read_text())
+    assert [row["n_edits"] for row in rows] == [2, 3]
+    assert not (folder / "~").exists()
+
+    code, _, err = horse("show ~nobody-of-that-name/e")
+    assert (code, "~nobody-of-that-name/e" in err) == (2, True)
 
 
 def test_wrong_options_are_usage(horse):

@@ -31,6 +31,13 @@ def test_shipped_text_begins_with_all_kinds_and_is_not_the_held_out_one(shipped_
     assert any("return" in t for t in kept[:5]) and any(ord(max(t)) > 0x400 for t in kept[:15])
 
 
+def test_a_corpus_is_found_in_the_users_folder(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    (tmp_path / "a.txt").write_text("one\n")
+    assert read_corpus("~/a.txt", 2) == ["one"]
+
+
 def test_a_file_of_bytes_is_no_text_and_parquet_is_read(tmp_path):
     datasets.Dataset.from_dict({"text": ["one text", "another"]}).to_parquet(tmp_path / "c.parquet")
     assert read_corpus(tmp_path / "c.parquet", 9) == ["one text", "another"]

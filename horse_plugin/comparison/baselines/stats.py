@@ -91,6 +91,7 @@ def statistics_of_yamls(yamls: Sequence[Path], corpus, folder: Path | None = Non
         try:
             hparams = SimpleNamespace(**read_keys(path))
             hparams.stats_dir = str(folder or hparams.stats_dir)
+            expand_paths(hparams)
             modules_of(hparams), hparams.mom2_dataset, hparams.mom2_dtype, hparams.mom2_n_samples
         except (TypeError, AttributeError) as error:
             raise UsageError(f"{path}: not a YAML that asks for statistics ({error}).") from None
@@ -101,6 +102,13 @@ def statistics_of_yamls(yamls: Sequence[Path], corpus, folder: Path | None = Non
             backbones[name] = Backbone.load(HORSEHyperParams(model_name=name))
         made += prepare(hparams, backbones[name], corpus)
     return made
+
+
+def expand_paths(hparams):
+    """Have ``~`` mean the user's folder in EasyEdit's hparams, whose code takes it as a name."""
+    for key in ("archive", "P_loc", "stats_dir"):
+        if path := getattr(hparams, key, None):
+            setattr(hparams, key, str(Path(path).expanduser()))
 
 
 def modules_of(hparams) -> list[str]:
