@@ -71,6 +71,8 @@ def evaluate(
     generate = generate or bool(data and settings.evaluation_type)
     if judge and not (generate and out):
         raise UsageError("eval: --judge needs --generate, and --out for the answers to keep.")
+    if probabilities:
+        probability.comparisons(records)  # refuses facts that have none before the work
     grader = Judge(judge, judge_model) if judge else None
     beside = ("facts.csv", "written.csv", "judged.jsonl")
     files = [out, *(out.with_name(f"{out.stem}-{name}") for name in beside)] if out else []
@@ -230,12 +232,12 @@ def general(
     with locked_folder(out):
         editor, deltas = editor_of(hparams_of(hparams), delta)
         asked = {"tasks": names_of(tasks), "data": data, "limit": limit, "include": include}
+        edited = editor.backbone
+        if model:  # before the work, so that a wrong name costs nothing
+            edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
         ordinary = text and OrdinaryText(editor.backbone, heldout_pieces(text))
         before = general_ability.measure(editor.backbone, **asked)
         editor.apply_chain(deltas)
-        edited = editor.backbone
-        if model:
-            edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
         after = general_ability.measure(edited, **asked)
         for when, found in (("before", before), ("after", after)):
             found.save(out, when)

@@ -200,6 +200,12 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ("edit --hparams n.yaml --data val.json --out x", 2, "horse: n.yaml: no such hparams"),
         ("eval --hparams lama2-7b --data val.json", 2, "Did you mean llama2-7b?"),
         ("eval --hparams near --data val.json", 2, "modle' not loaded"),
+        (
+            "eval --hparams near --data bare.json --probabilities",
+            2,
+            "no record has its true answer",
+        ),
+        ("general --hparams tiny --model wrong --data . --out x", 2, "'wrong' not loaded"),
         ("eval --hparams tiny", 2, "give --data, or --delta for the facts of its edits"),
         ("eval --hparams near --data val.json", 2, "Did you mean model?"),
         ("edit --hparams tiny --data none.json --out x", 2, "none.json: no such file"),
@@ -241,6 +247,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, 
     (folder / "bad.json").write_text("[{]")
     (folder / "empty.json").write_text("[]")
     (folder / "field.json").write_text('[{"prompt": "a", "target_new": "b"}, {"prompt": "a"}]')
+    (folder / "bare.json").write_text('[{"prompt": "a", "target_new": "b"}]')
     good = json.loads((folder / "tiny.yaml").read_text())
     (folder / "key.yaml").write_text(json.dumps(good | {"rnak": 3}))
     (folder / "type.yaml").write_text(json.dumps(good | {"rank": "high"}))
