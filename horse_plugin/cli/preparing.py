@@ -118,7 +118,9 @@ def train(
 
 @command()
 def stats(
-    hparams: Annotated[list[Path], path_option(help="YAML of MEMIT, PMET, …; may be repeated.")],
+    hparams: Annotated[
+        list[Path], path_option(help="YAML of MEMIT …, or a shipped one; repeatable.")
+    ],
     corpus: Annotated[
         str, typer.Option(help="File of text or facts, a hub data-set id, or shipped.")
     ] = "shipped",

@@ -18,7 +18,7 @@ from horse_plugin.cli.options import expanded
 from horse_plugin.editing.archive import ARCHIVE
 from horse_plugin.evaluation.facts import read_facts
 from horse_plugin.storage.tensors import load_tensors
-from tests import tiny
+from tests import ROOT, tiny
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +236,14 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ("compare --data val.json --train a --train b --out x", 2, "2 files for 1 data sets"),
         ("ablate --hparams tiny --data val.json --n-edits 99 --out x", 2, "99 edits asked for"),
         ("stats --hparams tiny.yaml --corpus val.json", 2, "not a YAML that asks for statistics"),
+        ("stats --hparams asks --corpus val.json", 2, "statistics: model_name is missing"),
+        ("stats --hparams FT/llama-smollm2-135m --out x", 2, "mom2_dataset is missing"),
+        ("stats --hparams layers --out x", 2, "layers: expected a list of numbers, got 5"),
+        (
+            "stats --hparams MEMIT/llama-smollm2 --out x",
+            2,
+            "Did you mean MEMIT/llama-smollm2-135m?",
+        ),
         (
             "train --hparams tiny --train val.json --val val.json --out x --n-edits 7",
             2,
@@ -247,6 +255,9 @@ def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, 
     (folder / "bad.json").write_text("[{]")
     (folder / "empty.json").write_text("[]")
     (folder / "field.json").write_text('[{"prompt": "a", "target_new": "b"}, {"prompt": "a"}]')
+    (folder / "asks.yaml").write_text("layers: [2]\nstats_dir: s\nmom2_dataset: corpus\n")
+    asks = (ROOT / "hparams/MEMIT/llama-smollm2-135m.yaml").read_text()
+    (folder / "layers.yaml").write_text(re.sub("layers: .*", "layers: 5", asks))
     (folder / "bare.json").write_text('[{"prompt": "a", "target_new": "b"}]')
     good = json.loads((folder / "tiny.yaml").read_text())
     (folder / "key.yaml").write_text(json.dumps(good | {"rnak": 3}))

@@ -1,7 +1,9 @@
 """Second-moment statistics of any text, as EasyEdit's MEMIT family reads them."""
 
 import json
+from pathlib import Path
 
+import pytest
 import torch
 
 from horse_plugin.comparison.baselines import stats
@@ -41,6 +43,16 @@ def test_statistics_in_the_users_folder_are_made_once(tmp_path, monkeypatch):
     made = stats.statistics_of_yamls([yaml], tiny.records())
     assert len(made) == 2 and all(path.is_file() for path in made)
     assert stats.statistics_of_yamls([yaml], tiny.records()) == []
+
+
+@pytest.mark.parametrize("name", ["MEMIT", "PMET", "AlphaEdit"])
+def test_a_shipped_yaml_is_found_by_its_name(tmp_path, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(stats.Backbone, "load", lambda hparams: None)
+    monkeypatch.setattr(stats, "prepare", lambda hparams, *_: asked.append(hparams) or [])
+    stats.statistics_of_yamls([Path(f"{name}/llama-smollm2-135m")], "shipped", tmp_path)
+    (hparams,) = asked
+    assert hparams.stats_dir == str(tmp_path) and "model.layers.8." in stats.modules_of(hparams)[0]
 
 
 def test_the_null_space_holds_what_the_text_does_not_use(tmp_path):
