@@ -230,6 +230,9 @@ REPHRASINGS = (
     "paraphrase_prompts",
     "question",
 )
+# What they are called in `requested_rewrite`; the second are of AKEW's WikiUpdate.
+NESTED_ANSWER = ("target_new", "answer_new")
+NESTED_BEFORE = ("target_true", "answer_true")
 UNRELATED = {
     "locality_prompt": ("locality_ground_truth", "locality_ans"),
     "loc": ("loc_ans",),
@@ -238,10 +241,13 @@ UNRELATED = {
 PORTABILITY = {
     "mhop": ("mhop_ans",),
     "portability_hop": ("portability_hop_ans",),
+    "portability_prompt": ("portability_ground_truth",),
     "personas": ANSWER,
     "portability_personas": ANSWER,
     "questions": ("new_answer",),
 }
+# In place of a group of objects, where it is text, with its answers beside it.
+UNRELATED_TEXTS = {"locality": ("locality_ans",)}
 UNRELATED_GROUPS = ("locality", "unrelated", "locality_rs", "locality_f")
 PORTABILITY_GROUPS = ("portability", "portability_r", "portability_s", "portability_l")
 # Nobody misses these: names and notes, and what serves figures that HORSE does not have.
@@ -288,14 +294,14 @@ def nested_counterfact(field: Fields) -> EditRecord | list[EditRecord]:
         rewrite = Fields(item, where)
         subject, template = rewrite.text("subject"), rewrite.text("prompt")
         last = i == len(rewrites) - 1 if several else True
-        truth = rewrite.text("target_true", required=False)
+        truth = rewrite.text(rewrite.first(NESTED_BEFORE), required=False)
         neighbours = field.texts("neighborhood_prompts") if last else ()
         if neighbours and truth is None:
             raise UsageError(f"{rewrite.where}: field 'target_true' is missing or empty.")
         records.append(
             EditRecord(
                 prompt=subject.join(SLOT.split(template)),
-                target_new=rewrite.text("target_new"),
+                target_new=rewrite.text(rewrite.first(NESTED_ANSWER)),
                 rephrases=_rephrasings(field, subject) + _rephrasings(rewrite, subject),
                 unrelated=tuple(Query(prompt, truth) for prompt in neighbours)
                 + (_about(field, _unrelated(field, nested=True), subject) if last else ()),
@@ -412,7 +418,14 @@ def _rephrasings(field: Fields, subject: str | None) -> tuple[str, ...]:
 def _unrelated(field: Fields, nested: bool = False) -> tuple[Query, ...]:
     """Return the unrelated queries; of a nested record without its neighbours."""
     pairs = {k: v for k, v in UNRELATED.items() if not (nested and k == "neighborhood_prompts")}
-    return _beside(field, pairs) + _groups(field, UNRELATED_GROUPS)
+    texts = {k: v for k, v in UNRELATED_TEXTS.items() if _are_texts(field.item.get(k))}
+    groups = [name for name in UNRELATED_GROUPS if name not in texts]
+    return _beside(field, pairs | texts) + _groups(field, groups)
+
+
+def _are_texts(value) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return bool(values) and all(isinstance(v, str) and v for v in values)
 
 
 def _portability(field: Fields) -> tuple[Query, ...]:
