@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +114,7 @@ def evaluate(
             parts = editor.backbone.tokenizer, evaluator.before, evaluation
             save_facts(files[1], fact_rows(evaluator.edits, *parts))
             if texts:
-                save_facts(files[2], list(map(asdict, texts)))
+                save_facts(files[2], written.rows(texts))
     console.print(show.figures(rows))
     if generate:
         console.print(show.printed(written.table(rows[0]["generated"])))
