@@ -32,12 +32,14 @@ def prompts_of(file: Path) -> list[str]:
         UsageError: the file cannot be read, or holds none.
     """
     try:
-        lines = read_text(file).splitlines()
+        # Not splitlines(), which also breaks at marks that a prompt may hold.
+        lines = read_text(file).removeprefix("\ufeff").split("\n")
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: not readable as UTF-8 text ({error}).") from None
-    if not any(line.strip() for line in lines):
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    if not prompts:
         raise UsageError(f"{file}: holds no prompt.")
-    return [line for line in lines if line.strip()]
+    return prompts
 
 
 def answer(editor: HorseEditor, prompts: Sequence[str], before: bool, n_tokens: int):

@@ -61,7 +61,7 @@ def read_corpus(source, size: int) -> list[str]:
         plain = [i["text"] for i in items if isinstance(i, dict) and isinstance(i.get("text"), str)]
         texts = plain or _of_records(load_records(path))
     elif path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
             texts = [line.strip() for line in file]
         if any("\0" in text for text in texts):
             raise UsageError(f"{path}: is no text, as its bytes say.")

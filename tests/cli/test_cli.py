@@ -13,6 +13,7 @@ from typing import get_type_hints
 import pytest
 
 from horse_plugin import HorseEditor, HORSEHyperParams, HORSETrainer
+from horse_plugin.cli.asking import prompts_of
 from horse_plugin.cli.main import app
 from horse_plugin.cli.options import expanded
 from horse_plugin.editing.archive import ARCHIVE
@@ -371,6 +372,13 @@ def test_the_edited_model_is_asked_once_and_in_a_conversation(folder, horse, mon
     assert "/undo NAME" in answers[5]
     (folder / "none.txt").write_text("")
     assert "none.txt: holds no prompt" in horse(f"{ask} --file none.txt")[2]
+
+
+def test_a_file_of_prompts_is_read_as_other_files_of_text_are(tmp_path):
+    text = "\ufeffWho is Ada?\r\n\r\nThe city\u2028of Oslo\x0cis\n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    found = prompts_of(tmp_path / "prompts.txt")
+    assert found == ["Who is Ada?", "The city\u2028of Oslo\x0cis"]
 
 
 def test_strict_refuses_on_the_command_line(folder, horse):

@@ -9,7 +9,7 @@ from tests import tiny
 
 
 def test_a_corpus_is_any_text(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\nthree\n")
+    (tmp_path / "a.txt").write_text("\ufeffone\n\ntwo\nthree\n", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert read_corpus(tmp_path / "a.txt", 2) == ["one", "two"]
     assert read_corpus(tmp_path / "b.jsonl", 9) == ["one", "two"]
