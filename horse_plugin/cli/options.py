@@ -82,7 +82,7 @@ def names_of(text: str) -> list[str]:
 def numbers_of(option: str, text: str, least: int = 1) -> list[int]:
     """Return the numbers of a list with commas; ``option`` names it where one is none."""
     numbers = names_of(text)
-    if not all(n.isdigit() and int(n) >= least for n in numbers):
+    if not all(n.isdecimal() and int(n) >= least for n in numbers):
         raise UsageError(f"--{option}: expected whole numbers from {least}, got {text!r}.")
     return [int(n) for n in numbers]
 
@@ -90,7 +90,7 @@ def numbers_of(option: str, text: str, least: int = 1) -> list[int]:
 def batches_of(text: str) -> tuple[list[int], int]:
     """Return (number of edits,) and how many of them at once, of a text such as 20x100."""
     times, _, size = text.lower().partition("x")
-    if not (times.isdigit() and size.isdigit() and int(times) and int(size)):
+    if not (times.isdecimal() and size.isdecimal() and int(times) and int(size)):
         raise UsageError(f"--sequential: expected batches x facts, such as 20x100, got {text!r}.")
     return [int(times) * int(size)], int(size)
 

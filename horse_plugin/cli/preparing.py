@@ -13,6 +13,8 @@ from horse_plugin.cli.app import app, console
 from horse_plugin.cli.options import Hparams, hparams_of, path_argument, path_option
 from horse_plugin.errors import UsageError
 
+CONFIGS = ("config.json", "adapter_config.json")  # one of which a folder of transformers has
+
 command = functools.partial(app.command, rich_help_panel="Prepare")
 
 
@@ -25,7 +27,10 @@ def init(
     from horse_plugin.editing.settings import EXAMPLE_FACTS, yaml_for
     from horse_plugin.storage.files import reserved, write
 
-    yaml, facts = out / f"{Path(model).expanduser().resolve().name}.yaml", out / "facts.json"
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not any((folder / name).exists() for name in CONFIGS):
+        raise UsageError(f"{model}: holds no {CONFIGS[0]}; name the folder of a model.")
+    yaml, facts = out / f"{folder.resolve().name}.yaml", out / "facts.json"
     with reserved(yaml):
         if yaml.exists():
             raise UsageError(f"{yaml}: there is something already; choose another --out.")

@@ -151,6 +151,8 @@ def edit(
         lines = [[r.prompt, r.target_new] for r in delta.records[first : first + n_records]]
         shown = f"Facts {first + 1:,} to {first + len(lines):,} of {len(delta.records):,}"
         records = [printed(Table(["prompt", "answer"], lines, shown, is_text=True))]
+        if not lines:
+            records = [Text(f"None of {len(delta.records):,} facts comes after {first:,} others.")]
     else:
         records = []
     overview = RichTable(box=box.SIMPLE, show_header=False)

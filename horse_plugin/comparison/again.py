@@ -38,7 +38,9 @@ def report_of(folder) -> report.Report:
     if not path.exists():
         raise UsageError(f"{folder}: holds no edit, no training and no results.json.")
     rows = read_json(path, [dict])
-    if rows and "task" in rows[0]:
+    if not rows:
+        raise UsageError(f"{path}: holds no row.")
+    if "task" in rows[0]:
         check_form(path, rows, [general.ROW])
         return report.Report(
             "General ability before and after",

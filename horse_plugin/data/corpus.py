@@ -93,5 +93,5 @@ def _hub_texts(name: str, size: int) -> list[str]:
         return [row["text"] for row in rows.take(size)]
     except Exception as error:  # whatever the hub and its formats raise
         raise UsageError(
-            f"corpus: {name!r} is no file, and not loaded as one: {first_line(error)}"
+            f"{name!r}: no such file of text, nor a data set of the hub ({first_line(error)})."
         ) from None

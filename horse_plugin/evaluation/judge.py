@@ -58,7 +58,10 @@ class Judge:
     model: str
 
     def __post_init__(self):
-        parts = urllib.parse.urlsplit(self.url)
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+        except ValueError:  # half an address of IPv6
+            parts = urllib.parse.urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"judge: {self.url!r} is no URL such as http://localhost:8000/v1.")
         if parts.scheme == "http" and os.environ.get(KEY) and not _is_here(parts.hostname):

@@ -207,6 +207,11 @@ def test_stats_go_where_the_yaml_says(folder, horse):
             "no record has its true answer",
         ),
         ("general --hparams tiny --model wrong --data . --out x", 2, "'wrong' not loaded"),
+        ("edit --hparams own --data val.json --out x", 2, "horse: 'own.txt': no such file of text"),
+        ("init broken --out x", 2, "broken: holds no config.json"),
+        ("compare --data val.json --seeds ² --out x", 2, "--seeds: expected whole numbers"),
+        ("compare --data val.json --sequential ²x² --out x", 2, "batches x facts"),
+        ("report nothing", 2, "results.json: holds no row"),
         ("eval --hparams tiny", 2, "give --data, or --delta for the facts of its edits"),
         ("eval --hparams near --data val.json", 2, "Did you mean model?"),
         ("edit --hparams tiny --data none.json --out x", 2, "none.json: no such file"),
@@ -253,14 +258,17 @@ def test_stats_go_where_the_yaml_says(folder, horse):
     ],
 )
 def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, says):
+    good = json.loads((folder / "tiny.yaml").read_text())
     (folder / "bad.json").write_text("[{]")
     (folder / "empty.json").write_text("[]")
     (folder / "field.json").write_text('[{"prompt": "a", "target_new": "b"}, {"prompt": "a"}]')
     (folder / "asks.yaml").write_text("layers: [2]\nstats_dir: s\nmom2_dataset: corpus\n")
     asks = (ROOT / "hparams/MEMIT/llama-smollm2-135m.yaml").read_text()
     (folder / "layers.yaml").write_text(re.sub("layers: .*", "layers: 5", asks))
+    (folder / "own.yaml").write_text(json.dumps(good | {"preserve": "own.txt"}))
+    (folder / "nothing").mkdir(exist_ok=True)
+    (folder / "nothing/results.json").write_text("[]")
     (folder / "bare.json").write_text('[{"prompt": "a", "target_new": "b"}]')
-    good = json.loads((folder / "tiny.yaml").read_text())
     (folder / "key.yaml").write_text(json.dumps(good | {"rnak": 3}))
     (folder / "type.yaml").write_text(json.dumps(good | {"rank": "high"}))
     (folder / "nomodel.yaml").write_text(json.dumps(good | {"model_name": "nowhere"}))

@@ -91,6 +91,8 @@ def test_show_pages_through_all_facts(tmp_path, horse, printed):
         assert re.search(r"Facts \d+ to \d+ of 25", plain(printed.getvalue()))
         printed.seek(0), printed.truncate()
     assert seen == [str(i) for i in range(25)]
+    assert horse("show e --skip 30")[0] == 0
+    assert "None of 25 facts comes after 30 others." in plain(printed.getvalue())
 
 
 def test_an_error_or_a_warning_steers_no_terminal(tmp_path, horse):

@@ -143,8 +143,9 @@ def test_a_key_goes_nowhere_else(server, tmp_path, monkeypatch):
     Judge("https://example.org/v1", "m"), Judge("http://localhost:1/v1", "m")
     monkeypatch.delenv(KEY)
     Judge("http://example.org/v1", "m")
-    with pytest.raises(UsageError, match="is no URL"):
-        Judge("file:///etc/passwd", "m")
+    for url in ("file:///etc/passwd", "http://[x/v1"):
+        with pytest.raises(UsageError, match="is no URL"):
+            Judge(url, "m")
 
 
 def test_kept_answers_of_another_form_are_named(tmp_path):
