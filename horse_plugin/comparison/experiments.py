@@ -135,7 +135,7 @@ def ablate(
 def shipped_facts() -> DataSet:
     """Return the facts that ship with the package."""
     files = (FACTS / f"{name}.json" for name in ("edit", "train", "val"))
-    return replace(DataSet.load(*files), name="facts")
+    return DataSet.load(*files, name="facts")
 
 
 def data_sets(data: Sequence[str], train: Sequence[str], val: Sequence[str]) -> list[DataSet]:
