@@ -40,7 +40,9 @@ def evaluate(
     hparams: Hparams = DEFAULT_MODEL,
     delta: Delta = None,
     n_edits: NEdits = None,
-    out: Annotated[Path | None, path_option(help="Where to write the row, and facts.csv.")] = None,
+    out: Annotated[
+        Path | None, path_option(help="Where to write the row, and beside it OUT-facts.csv.")
+    ] = None,
     generate: Annotated[bool, typer.Option(help="Let the model write its answers, too.")] = False,
     probabilities: Annotated[
         bool, typer.Option(help="CounterFact's success and magnitude, too.")
