@@ -13,7 +13,7 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.export import Adapter
 from horse_plugin.editing.memory import free_bytes
 from horse_plugin.editing.standing import UNSETTLED, Since, is_unsettled, stale
-from horse_plugin.errors import visible
+from horse_plugin.errors import counted, visible
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import ALL_FIGURES
 from horse_plugin.evaluation.tables import (
@@ -186,8 +186,9 @@ def forecast(found: Forecast, device: torch.device) -> str:
     free, on = free_bytes(device), "GPU" if device.type == "cuda" else "machine"
     there = f"; {number(free / 2**30)} GB are free now" if free else ""
     return (
-        f"{found.steps:,} steps of {number(found.step_seconds)} s, {found.validations:,} "
-        f"validations: about {_duration(found.seconds)} in all. Memory of the {on}: about "
+        f"{counted(found.steps, 'step')} of {number(found.step_seconds)} s, "
+        f"{counted(found.validations, 'validation')}: about {_duration(found.seconds)} in all. "
+        f"Memory of the {on}: about "
         f"{number(found.peak_memory_mb / 2**10)} GB, the model included{there}."
     )
 

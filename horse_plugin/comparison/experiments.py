@@ -10,7 +10,7 @@ from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.runner import held_rows, run
 from horse_plugin.distributed import is_main_process
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, counted
 from horse_plugin.hparams import find_yaml
 from horse_plugin.storage.files import locked_folder
 
@@ -146,7 +146,8 @@ def data_sets(data: Sequence[str], train: Sequence[str], val: Sequence[str]) -> 
     """
     for name, files in (("train", train), ("val", val)):
         if files and len(files) != len(data):
-            raise UsageError(f"--{name}: {len(files)} files for {len(data)} data sets.")
+            given, wanted = counted(len(files), "file"), counted(len(data), "data set")
+            raise UsageError(f"--{name}: {given} for {wanted}.")
     nothing = [None] * len(data)
     files = zip(data, train or nothing, val or nothing, strict=True)
     return [DataSet.load(*f) for f in files]

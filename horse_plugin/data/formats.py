@@ -18,7 +18,7 @@ from pathlib import Path
 
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.data.sources import read_items
-from horse_plugin.errors import UsageError, first_line
+from horse_plugin.errors import UsageError, counted, first_line
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,17 @@ def load_records(source, size: int | None = None) -> list[EditRecord]:
     records, notes = [], Counter()
     for i, item in enumerate(raw):
         if _has_no_edit(item):
-            notes["zsRE records without an answer (alt) left out"] += 1
+            notes["zsRE record", "without an answer (alt) left out"] += 1
         else:
             found = _record(item, i, where, notes)
             records += found if isinstance(found, list) else [found]
-    for what, n in notes.items():
+    for (what, why), n in notes.items():
         if n:
-            warnings.warn(f"{where}: {n} {what}", stacklevel=2)
+            warnings.warn(f"{where}: {counted(n, what)} {why}", stacklevel=2)
     _warn_of_unread(raw, where)
     if not records or (size or 0) > len(records):
-        raise UsageError(f"{where}: {size or 1} records asked for, but it holds {len(records)}.")
+        wanted = counted(size or 1, "record")
+        raise UsageError(f"{where}: {wanted} asked for, but it holds {len(records)}.")
     return records[:size]
 
 
@@ -155,7 +156,7 @@ class Fields:
         if not isinstance(item, Mapping):
             raise UsageError(f"{where}: expected an object, found {type(item).__name__}.")
         self.item, self.where = item, where
-        self.notes = Counter() if notes is None else notes  # what to warn of → how many
+        self.notes = Counter() if notes is None else notes  # (what, why) to warn of → how many
 
     def first(self, names: Sequence[str]) -> str:
         """Return the first of these names that the record has a value for; else the first."""
@@ -384,7 +385,7 @@ def _filled(field: Fields, prompt: str, subject: str | None) -> str:
     if not SLOT.search(prompt):
         return prompt
     if subject and subject in SLOT.sub("", prompt):
-        field.notes["prompts with {} that name their subject, and keep the {}"] += 1
+        field.notes["prompt", "with {} beside the name of the subject; the {} stay"] += 1
         return prompt
     if not subject:
         raise UsageError(
@@ -487,5 +488,5 @@ def _queries(field: Fields, prompts, accepted, name: str) -> list[Query]:
         accepted = [()] * len(prompts)
     if len(prompts) != len(accepted):
         raise UsageError(f"{field.where}: needs as many {name} texts as prompts.")
-    field.notes["prompts without an answer left out"] += sum(not a for a in accepted)
+    field.notes["prompt", "without an answer left out"] += sum(not a for a in accepted)
     return [Query(p, a[0], tuple(a[1:])) for p, a in zip(prompts, accepted, strict=True) if a]

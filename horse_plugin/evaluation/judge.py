@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from horse_plugin.errors import HorseError, UsageError, first_line
+from horse_plugin.errors import HorseError, UsageError, counted, first_line
 from horse_plugin.evaluation.written import Written
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.schema import read_text
@@ -71,7 +71,7 @@ class Judge:
         """Return how much there is to ask beyond what is kept, in words."""
         asked = [self._question(w) for w in self._missing(written, self._kept(kept))]
         tokens = sum(len(question) for question in asked) // 4
-        return f"{len(asked):,} requests to {self.url}, of about {tokens:,} tokens in all"
+        return f"{counted(len(asked), 'request')} to {self.url}, of about {tokens:,} tokens in all"
 
     def grade(self, written: Sequence[Written], kept) -> list[Written]:
         """Return what was written with its grades.

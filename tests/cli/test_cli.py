@@ -239,7 +239,7 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ("compare --data val.json --n-edits 3,x --out x", 2, "--n-edits: expected whole numbers"),
         ("compare --data val.json --sequential 3 --out x", 2, "batches x facts, such as 20x100"),
         ("compare --data val.json --sequential 2x2 --n-edits 4 --out x", 2, "leave --n-edits out"),
-        ("compare --data val.json --train a --train b --out x", 2, "2 files for 1 data sets"),
+        ("compare --data val.json --train a --train b --out x", 2, "2 files for 1 data set."),
         ("ablate --hparams tiny --data val.json --n-edits 99 --out x", 2, "99 edits asked for"),
         ("stats --hparams tiny.yaml --corpus val.json", 2, "not a YAML that asks for statistics"),
         ("stats --hparams asks --corpus val.json", 2, "statistics: model_name is missing"),

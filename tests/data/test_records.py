@@ -373,7 +373,7 @@ def test_a_subject_takes_the_place_of_its_braces(prompt, filled):
 
 def test_braces_beside_the_subject_are_kept_and_counted():
     item = {"prompt": "In Ada {} is", "subject": "Ada", "target_new": "x"}
-    with pytest.warns(UserWarning, match="1 prompts with {} that name their subject"):
+    with pytest.warns(UserWarning, match="1 prompt with {} beside the name of the subject"):
         assert one(item).prompt == item["prompt"]
 
 
@@ -386,7 +386,7 @@ def test_what_nothing_reads_is_named_once():
 
 def test_prompts_without_an_answer_are_left_out_and_counted():
     item = {**REQUEST, "portability": {"hop": [{"prompt": "Ada writes in", "ground_truth": []}]}}
-    with pytest.warns(UserWarning, match="1 prompts without an answer left out"):
+    with pytest.warns(UserWarning, match="1 prompt without an answer left out"):
         assert one(item).portability == ()
 
 

@@ -120,7 +120,7 @@ def test_what_was_answered_before_a_failure_is_kept(server, tmp_path):
     server.say = grade
     with kept.open("a") as file:
         file.write('{"id": "half of a li')  # as a stop leaves it
-    assert judge.cost(written(["Oslo", "Lima"]), kept).startswith("1 requests")
+    assert judge.cost(written(["Oslo", "Lima"]), kept).startswith("1 request to")
     assert len(judge.grade(written(["Oslo", "Lima"]), kept)) == 2
     assert judge.cost(written(["Oslo", "Lima"]), kept).startswith("0 requests")
 
