@@ -32,7 +32,6 @@ ADVICE = {
     "v_num_grad_steps": "It is MEMIT's; ours is edit_sweeps",
     "clamp_norm_factor": "It is MEMIT's; ours is residual_cap",
     "kl_factor": "It is MEMIT's; ours is loc_coef",
-    "evaluation_type": "HORSE counts tokens; leave it out",
     "editor": "The released code's groups of keys are flat here",
     "model": "The released code's group; ours is model_name",
     "data": "The released code's group; name the files to horse train",

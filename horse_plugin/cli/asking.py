@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.text import Text
 from transformers import TextStreamer
 
-from horse_plugin.cli.console import PlainConsole
+from horse_plugin.cli.app import console
 from horse_plugin.cli.show import printed
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import HorseError, UsageError, visible
@@ -22,7 +22,6 @@ A line is a prompt, which the model goes on with.
   /undo NAME   take an edit out of this conversation; its files stay
   /help        this list
   /quit        the end; so is Ctrl-D"""
-console = PlainConsole()
 
 
 def prompts_of(file: Path) -> list[str]:

@@ -159,18 +159,18 @@ def compare(
         numbers, batch = batches_of(sequential)
     rows = experiments.compare(
         out,
-        names_of(methods),
-        names_of(models),
-        experiments.data_sets(data or (), train or (), val or ()),
-        numbers,
-        numbers_of("seeds", seeds, least=0),
-        hparams_dir,
-        corpus,
-        quick,
-        check,
-        batch,
-        command_line(),
-        probabilities,
+        methods=names_of(methods),
+        models=names_of(models),
+        datasets=experiments.data_sets(data or (), train or (), val or ()),
+        n_edits=numbers,
+        seeds=numbers_of("seeds", seeds, least=0),
+        hparams_dir=hparams_dir,
+        corpus=corpus,
+        quick=quick,
+        check=check,
+        batch=batch,
+        command=command_line(),
+        probabilities=probabilities,
     )
     _compared(out, rows)
 
@@ -192,13 +192,13 @@ def ablate(
 
     measured = experiments.ablate(
         out,
-        hparams,
-        experiments.data_sets(data or (), train or (), val or ()),
-        numbers_of("n-edits", n_edits),
-        numbers_of("seeds", seeds, least=0),
-        archive and str(archive),
-        names_of(rows),
-        command_line(),
+        hparams=hparams,
+        datasets=experiments.data_sets(data or (), train or (), val or ()),
+        n_edits=numbers_of("n-edits", n_edits),
+        seeds=numbers_of("seeds", seeds, least=0),
+        archive=archive and str(archive),
+        rows=names_of(rows),
+        command=command_line(),
     )
     _compared(out, measured)
 

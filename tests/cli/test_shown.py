@@ -200,4 +200,4 @@ def test_a_models_name_is_no_way_out_of_a_folder():
 def test_a_console_of_ours_is_the_only_one():
     assert isinstance(app.console, PlainConsole) and issubclass(PlainConsole, Console)
     assert all(commands.console is app.console for commands in COMMANDS)
-    assert isinstance(asking.console, PlainConsole)
+    assert asking.console is app.console
