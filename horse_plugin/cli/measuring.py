@@ -4,7 +4,7 @@ import contextlib
 import functools
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ from horse_plugin.cli.options import (
     path_option,
 )
 from horse_plugin.errors import UsageError, visible
+
+if TYPE_CHECKING:
+    from horse_plugin.hparams import HORSEHyperParams
 
 command = functools.partial(app.command, rich_help_panel="Measure")
 
@@ -57,44 +60,32 @@ def evaluate(
     from horse_plugin.cli import show
     from horse_plugin.data.formats import load_records
     from horse_plugin.distributed import is_main_process
-    from horse_plugin.editing.chain import Chain
-    from horse_plugin.editing.delta import CHAIN_FILE
-    from horse_plugin.editing.standing import measure_again
     from horse_plugin.evaluation import probability, results, written
     from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
     from horse_plugin.evaluation.facts import fact_rows, save_facts
     from horse_plugin.evaluation.judge import Judge
     from horse_plugin.evaluation.metrics import Evaluator
-    from horse_plugin.storage.files import locked_folder, reserved
+    from horse_plugin.storage.files import reserved
 
     if data is None and (delta is None or n_edits or generate or probabilities):
         raise UsageError("eval: give --data, or --delta for the facts of its edits.")
-    settings, records = hparams_of(hparams), load_records(data, n_edits) if data else []
+    settings = hparams_of(hparams)
     generate = generate or bool(data and settings.evaluation_type)
     if judge and not (generate and out):
         raise UsageError("eval: --judge needs --generate, and --out for the answers to keep.")
+    if data is None:
+        _evaluate_edits(settings, delta, out)
+        return
+    records = load_records(data, n_edits)
     if probabilities:
         probability.comparisons(records)  # refuses facts that have none before the work
     grader = Judge(judge, judge_model) if judge else None
     beside = ("facts.csv", "written.csv", "judged.jsonl")
-    files = [out, *(out.with_name(f"{out.stem}-{name}") for name in beside)] if out else []
+    facts, texts_file, judged = (out and out.with_name(f"{out.stem}-{name}") for name in beside)
     with contextlib.ExitStack() as stack:
-        for path in files:
+        for path in (out, facts, texts_file, judged) if out else ():
             stack.enter_context(reserved(path))
-        chain = None
-        if data is None and (delta / CHAIN_FILE).exists():
-            chain = Chain(stack.enter_context(locked_folder(delta)))
         editor, deltas = editor_of(settings, delta)
-        if data is None:
-            rows = measure_again(editor, deltas)
-            if not is_main_process():
-                return
-            if chain:
-                chain.save_now(rows)
-            if out:
-                results.save(out, rows)
-            console.print(show.figures(rows))
-            return
         text = OrdinaryText(editor.backbone, heldout_pieces())
         evaluator = Evaluator(editor.backbone, records, text=text, writing=True)
         editor.apply_chain(deltas)
@@ -106,22 +97,49 @@ def evaluate(
             parts = editor.backbone, records
             rows[0]["probabilities"] = probability.success_and_magnitude(*parts)
         if grader and is_main_process():  # the others, if any, have nothing left to do
-            say(f"The judge gets {grader.cost(texts, files[3])}.")
+            say(f"The judge gets {grader.cost(texts, judged)}.")
             yes or typer.confirm("Go on?", abort=True, err=True)
-            texts = grader.grade(texts, files[3])
+            texts = grader.grade(texts, judged)
         if generate:
             rows[0]["generated"] = written.figures(texts)
         if out and is_main_process():
             results.save(out, rows)
             parts = editor.backbone.tokenizer, evaluator.before, evaluation
-            save_facts(files[1], fact_rows(evaluator.edits, *parts))
+            save_facts(facts, fact_rows(evaluator.edits, *parts))
             if texts:
-                save_facts(files[2], written.rows(texts))
+                save_facts(texts_file, written.rows(texts))
     console.print(show.figures(rows))
     if generate:
         console.print(show.printed(written.table(rows[0]["generated"])))
     if probabilities:
         console.print(show.printed(probability.table(rows[0]["probabilities"])))
+
+
+def _evaluate_edits(settings: "HORSEHyperParams", delta: Path, out: Path | None):
+    """Measure each edit in the folder ``delta`` on its own facts; a chain keeps what was found."""
+    from horse_plugin.cli import show
+    from horse_plugin.distributed import is_main_process
+    from horse_plugin.editing.chain import Chain
+    from horse_plugin.editing.delta import CHAIN_FILE
+    from horse_plugin.editing.standing import measure_again
+    from horse_plugin.evaluation import results
+    from horse_plugin.storage.files import locked_folder, reserved
+
+    with contextlib.ExitStack() as stack:
+        if out:
+            stack.enter_context(reserved(out))
+        chain = None
+        if (delta / CHAIN_FILE).exists():
+            chain = Chain(stack.enter_context(locked_folder(delta)))
+        editor, deltas = editor_of(settings, delta)
+        rows = measure_again(editor, deltas)
+        if not is_main_process():
+            return
+        if chain:
+            chain.save_now(rows)
+        if out:
+            results.save(out, rows)
+    console.print(show.figures(rows))
 
 
 @command()
