@@ -58,7 +58,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", required=True, help="such as FT or MEMIT")
     parser.add_argument("--data", required=True, help="validation records")
-    parser.add_argument("--train", help="records for statistics, and for MEND to train on")
+    parser.add_argument("--train", help="records for MEND to train on")
     parser.add_argument("--val", help="records for MEND to validate on")
     parser.add_argument("--n-edits", type=int, default=50)
     parser.add_argument("--set", action="append", default=[], help="keys of the YAML to change")

@@ -30,6 +30,11 @@ def reason(error: BaseException) -> str:
     return line if isinstance(error, HorseError) else f"{type(error).__name__}: {line}"
 
 
+def counted(n: int, what: str) -> str:
+    """Return a number with what it counts, in words: "1 record", "2,000 records"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean …?" with the known name that is nearest to this one, or nothing."""
     by_lower = {k.lower(): k for k in known}

@@ -1,5 +1,6 @@
 """Settings files of other methods and of the released code: what their keys mean here."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 
 import yaml
@@ -31,7 +32,6 @@ ADVICE = {
     "v_num_grad_steps": "It is MEMIT's; ours is edit_sweeps",
     "clamp_norm_factor": "It is MEMIT's; ours is residual_cap",
     "kl_factor": "It is MEMIT's; ours is loc_coef",
-    "evaluation_type": "HORSE counts tokens; leave it out",
     "editor": "The released code's groups of keys are flat here",
     "model": "The released code's group; ours is model_name",
     "data": "The released code's group; name the files to horse train",
@@ -76,7 +76,7 @@ def converted(files: Sequence[Mapping], known: Sequence[str]) -> tuple[dict, dic
         Our keys, and for each key that was left out the reason.
 
     Raises:
-        UsageError: the files name no model.
+        UsageError: the files name no model, or layers that are none.
     """
     keys = {}
     for file in files:
@@ -92,7 +92,7 @@ def converted(files: Sequence[Mapping], known: Sequence[str]) -> tuple[dict, dic
         name = OF_MEND.get(key, key) if method == "MEND" else key
         name = RENAMED.get(name, name)
         if key == "layers" and module:
-            value = [module.format(layer) for layer in value]
+            value = modules_of_layers(module, value)
         elif key == "fact_token":
             value = "subject" if value == "subject_last" else "ans"
         elif key == "inner_params" and method == "MEND":
@@ -116,3 +116,24 @@ def converted(files: Sequence[Mapping], known: Sequence[str]) -> tuple[dict, dic
     if "model_name" not in made:
         raise UsageError("no model is named in these files (model_name, or name_or_path).")
     return made, left_out
+
+
+def modules_of_layers(template, layers) -> list[str]:
+    """Return the names of modules that MEMIT's keys name.
+
+    Args:
+        template: ``rewrite_module_tmp``, a name with ``{}`` for the number of a layer.
+        layers: the numbers.
+
+    Raises:
+        UsageError: they are something else.
+    """
+    try:
+        if isinstance(layers, (list, tuple)):
+            return [template.format(layer) for layer in layers]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        pass  # it is no text, or has no place for one number
+    raise UsageError(
+        f"layers: expected a list of numbers, got {reprlib.repr(layers)}, and for "
+        f"rewrite_module_tmp a name with {{}} for each, got {reprlib.repr(template)}."
+    )

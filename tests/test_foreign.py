@@ -86,7 +86,13 @@ def test_the_released_code(tmp_path, composed):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("rank: 3", "no model is named"), ("model_name: m\nrank: x", "rank: expected")],
+    [
+        ("rank: 3", "no model is named"),
+        ("model_name: m\nrank: x", "rank: expected"),
+        (MEMIT.replace("[4, 5]", "5"), "layers: expected a list of numbers, got 5"),
+        (MEMIT.replace('"model.layers.{}.mlp.down_proj"', "7"), "a name with {} for each, got 7"),
+        (MEMIT.replace("model.layers.{}", "m.{a}"), "got 'm.{a}.mlp.down_proj'"),
+    ],
 )
 def test_what_cannot_be_converted_is_named(tmp_path, text, says):
     (tmp_path / "x.yaml").write_text(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.text import Text
 from transformers import TextStreamer
 
-from horse_plugin.cli.console import PlainConsole
+from horse_plugin.cli.app import console
 from horse_plugin.cli.show import printed
 from horse_plugin.editing.editor import HorseEditor
 from horse_plugin.errors import HorseError, UsageError, visible
@@ -22,7 +22,6 @@ A line is a prompt, which the model goes on with.
   /undo NAME   take an edit out of this conversation; its files stay
   /help        this list
   /quit        the end; so is Ctrl-D"""
-console = PlainConsole()
 
 
 def prompts_of(file: Path) -> list[str]:
@@ -32,12 +31,14 @@ def prompts_of(file: Path) -> list[str]:
         UsageError: the file cannot be read, or holds none.
     """
     try:
-        lines = read_text(file).splitlines()
+        # Not splitlines(), which also breaks at marks that a prompt may hold.
+        lines = read_text(file).removeprefix("\ufeff").split("\n")
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: not readable as UTF-8 text ({error}).") from None
-    if not any(line.strip() for line in lines):
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    if not prompts:
         raise UsageError(f"{file}: holds no prompt.")
-    return [line for line in lines if line.strip()]
+    return prompts
 
 
 def answer(editor: HorseEditor, prompts: Sequence[str], before: bool, n_tokens: int):

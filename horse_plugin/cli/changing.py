@@ -9,7 +9,16 @@ import typer
 
 from horse_plugin.assets import DEFAULT_MODEL
 from horse_plugin.cli.app import app, console, say
-from horse_plugin.cli.options import Folder, Hparams, NEdits, command_line, editor_of, hparams_of
+from horse_plugin.cli.options import (
+    Folder,
+    Hparams,
+    NEdits,
+    command_line,
+    editor_of,
+    hparams_of,
+    path_argument,
+    path_option,
+)
 from horse_plugin.errors import UsageError, visible
 
 command = functools.partial(app.command, rich_help_panel="Edit")
@@ -21,21 +30,19 @@ def edit(
         str | None, typer.Option(help="Facts; none, with --onto: those in force, anew.")
     ] = None,
     hparams: Hparams = DEFAULT_MODEL,
-    out: Annotated[Path | None, typer.Option(help="Folder for the edit, by itself.")] = None,
-    onto: Annotated[Path | None, typer.Option(help="Chain of edits to put it on top of.")] = None,
+    out: Annotated[Path | None, path_option(help="Folder for the edit, by itself.")] = None,
+    onto: Annotated[Path | None, path_option(help="Chain of edits to put it on top of.")] = None,
     name: Annotated[str | None, typer.Option(help="Its name; else a number, or OUT's.")] = None,
     archive: Annotated[
-        Path | None, typer.Option(help="Trained archive, shipped, or untrained; none: the YAML's.")
+        Path | None, path_option(help="Trained archive, shipped, or untrained; none: the YAML's.")
     ] = None,
     n_edits: NEdits = None,
-    save_model: Annotated[
-        Path | None, typer.Option(help="Also save the edited model here.")
-    ] = None,
+    save_model: Annotated[Path | None, path_option(help="Also save the edited model here.")] = None,
     strict: Annotated[bool, typer.Option(help="Refuse conflicts; undo a bad edit.")] = False,
     max_drift: Annotated[
         float | None, typer.Option(help="Most drift of ordinary text, in nats a token: 0.05.")
     ] = None,
-    heldout: Annotated[Path | None, typer.Option(help="Text for drift and perplexity.")] = None,
+    heldout: Annotated[Path | None, path_option(help="Text for drift and perplexity.")] = None,
     max_rise: Annotated[float, typer.Option(help="Perplexity's rise without warning, %.")] = 20.0,
 ):
     """Edit all the facts at once, measure the edit, save it: as --out, or on top of --onto.
@@ -62,7 +69,7 @@ def edit(
     records = None if data is None else load_records(data, n_edits)
     with contextlib.ExitStack() as stack:
         if save_model:
-            saved, edited = (p.expanduser().resolve() for p in (save_model, out or onto))
+            saved, edited = (p.resolve() for p in (save_model, out or onto))
             if saved == edited or saved in edited.parents:
                 raise UsageError(f"--save-model: {save_model} is to hold the edit; choose another.")
             stack.enter_context(reserved(save_model))
@@ -168,8 +175,8 @@ def show_edit(
 
 @command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Of an edit, a chain, a comparison, a demo …")],
-    out: Annotated[Path | None, typer.Option(help="The page; else report.html in it.")] = None,
+    folder: Annotated[Path, path_argument(help="Of an edit, a chain, a comparison, a demo …")],
+    out: Annotated[Path | None, path_option(help="The page; else report.html in it.")] = None,
 ):
     """Draw the report of a folder, or draw it again."""
     from horse_plugin.comparison.again import report_of
@@ -183,8 +190,8 @@ def report(
 
 @command()
 def export(
-    delta: Annotated[Path, typer.Option(help="An edit, or a chain of them.")],
-    out: Annotated[Path, typer.Option(help="New folder for the model or the adapter.")],
+    delta: Annotated[Path, path_option(help="An edit, or a chain of them.")],
+    out: Annotated[Path, path_option(help="New folder for the model or the adapter.")],
     hparams: Hparams = DEFAULT_MODEL,
     lora: Annotated[bool, typer.Option(help="A PEFT LoRA adapter, not the whole model.")] = False,
     rank: Annotated[int | None, typer.Option(help="The adapter's rank; else exact.", min=1)] = None,
@@ -214,7 +221,7 @@ def export(
 
 @command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="Of an archive, edit, chain or adapter.")],
+    folder: Annotated[Path, path_argument(help="Of an archive, edit, chain or adapter.")],
     name: Annotated[str, typer.Argument(help="Its name on the hub: owner/name.")],
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
 ):
@@ -227,7 +234,7 @@ def push(
 @command()
 def pull(
     name: Annotated[str, typer.Argument(help="owner/name, or owner/name@revision.")],
-    out: Annotated[Path, typer.Option(help="New folder for it.")],
+    out: Annotated[Path, path_option(help="New folder for it.")],
 ):
     """Copy an archive, an edit, a chain or an adapter from the hub, and check it."""
     from horse_plugin.editing.sharing import pull

@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,8 +25,12 @@ from horse_plugin.cli.options import (
     hparams_of,
     names_of,
     numbers_of,
+    path_option,
 )
 from horse_plugin.errors import UsageError, visible
+
+if TYPE_CHECKING:
+    from horse_plugin.hparams import HORSEHyperParams
 
 command = functools.partial(app.command, rich_help_panel="Measure")
 
@@ -39,7 +43,9 @@ def evaluate(
     hparams: Hparams = DEFAULT_MODEL,
     delta: Delta = None,
     n_edits: NEdits = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write the row, and facts.csv.")] = None,
+    out: Annotated[
+        Path | None, path_option(help="Where to write the row, and beside it OUT-facts.csv.")
+    ] = None,
     generate: Annotated[bool, typer.Option(help="Let the model write its answers, too.")] = False,
     probabilities: Annotated[
         bool, typer.Option(help="CounterFact's success and magnitude, too.")
@@ -54,42 +60,32 @@ def evaluate(
     from horse_plugin.cli import show
     from horse_plugin.data.formats import load_records
     from horse_plugin.distributed import is_main_process
-    from horse_plugin.editing.chain import Chain
-    from horse_plugin.editing.delta import CHAIN_FILE
-    from horse_plugin.editing.standing import measure_again
     from horse_plugin.evaluation import probability, results, written
     from horse_plugin.evaluation.drift import OrdinaryText, heldout_pieces
     from horse_plugin.evaluation.facts import fact_rows, save_facts
     from horse_plugin.evaluation.judge import Judge
     from horse_plugin.evaluation.metrics import Evaluator
-    from horse_plugin.storage.files import locked_folder, reserved
+    from horse_plugin.storage.files import reserved
 
     if data is None and (delta is None or n_edits or generate or probabilities):
         raise UsageError("eval: give --data, or --delta for the facts of its edits.")
-    settings, records = hparams_of(hparams), load_records(data, n_edits) if data else []
+    settings = hparams_of(hparams)
     generate = generate or bool(data and settings.evaluation_type)
     if judge and not (generate and out):
         raise UsageError("eval: --judge needs --generate, and --out for the answers to keep.")
+    if data is None:
+        _evaluate_edits(settings, delta, out)
+        return
+    records = load_records(data, n_edits)
+    if probabilities:
+        probability.comparisons(records)  # refuses facts that have none before the work
     grader = Judge(judge, judge_model) if judge else None
     beside = ("facts.csv", "written.csv", "judged.jsonl")
-    files = [out, *(out.with_name(f"{out.stem}-{name}") for name in beside)] if out else []
+    facts, texts_file, judged = (out and out.with_name(f"{out.stem}-{name}") for name in beside)
     with contextlib.ExitStack() as stack:
-        for path in files:
+        for path in (out, facts, texts_file, judged) if out else ():
             stack.enter_context(reserved(path))
-        chain = None
-        if data is None and (delta / CHAIN_FILE).exists():
-            chain = Chain(stack.enter_context(locked_folder(delta)))
         editor, deltas = editor_of(settings, delta)
-        if data is None:
-            rows = measure_again(editor, deltas)
-            if not is_main_process():
-                return
-            if chain:
-                chain.save_now(rows)
-            if out:
-                results.save(out, rows)
-            console.print(show.figures(rows))
-            return
         text = OrdinaryText(editor.backbone, heldout_pieces())
         evaluator = Evaluator(editor.backbone, records, text=text, writing=True)
         editor.apply_chain(deltas)
@@ -101,17 +97,17 @@ def evaluate(
             parts = editor.backbone, records
             rows[0]["probabilities"] = probability.success_and_magnitude(*parts)
         if grader and is_main_process():  # the others, if any, have nothing left to do
-            say(f"The judge gets {grader.cost(texts, files[3])}.")
+            say(f"The judge gets {grader.cost(texts, judged)}.")
             yes or typer.confirm("Go on?", abort=True, err=True)
-            texts = grader.grade(texts, files[3])
+            texts = grader.grade(texts, judged)
         if generate:
             rows[0]["generated"] = written.figures(texts)
         if out and is_main_process():
             results.save(out, rows)
             parts = editor.backbone.tokenizer, evaluator.before, evaluation
-            save_facts(files[1], fact_rows(evaluator.edits, *parts))
+            save_facts(facts, fact_rows(evaluator.edits, *parts))
             if texts:
-                save_facts(files[2], list(map(asdict, texts)))
+                save_facts(texts_file, written.rows(texts))
     console.print(show.figures(rows))
     if generate:
         console.print(show.printed(written.table(rows[0]["generated"])))
@@ -119,9 +115,36 @@ def evaluate(
         console.print(show.printed(probability.table(rows[0]["probabilities"])))
 
 
+def _evaluate_edits(settings: "HORSEHyperParams", delta: Path, out: Path | None):
+    """Measure each edit in the folder ``delta`` on its own facts; a chain keeps what was found."""
+    from horse_plugin.cli import show
+    from horse_plugin.distributed import is_main_process
+    from horse_plugin.editing.chain import Chain
+    from horse_plugin.editing.delta import CHAIN_FILE
+    from horse_plugin.editing.standing import measure_again
+    from horse_plugin.evaluation import results
+    from horse_plugin.storage.files import locked_folder, reserved
+
+    with contextlib.ExitStack() as stack:
+        if out:
+            stack.enter_context(reserved(out))
+        chain = None
+        if (delta / CHAIN_FILE).exists():
+            chain = Chain(stack.enter_context(locked_folder(delta)))
+        editor, deltas = editor_of(settings, delta)
+        rows = measure_again(editor, deltas)
+        if not is_main_process():
+            return
+        if chain:
+            chain.save_now(rows)
+        if out:
+            results.save(out, rows)
+    console.print(show.figures(rows))
+
+
 @command()
 def compare(
-    out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
+    out: Annotated[Path, path_option(help="Folder for tables, report and results.json.")],
     methods: Annotated[str, typer.Option(help="Names, comma-separated; all by default.")] = "",
     data: Datas = None,
     train: Trains = None,
@@ -131,7 +154,7 @@ def compare(
         str, typer.Option(help="Batches one after the other, instead: 20x100.")
     ] = "",
     models: Annotated[str, typer.Option(help="Stems of YAMLs in <hparams-dir>/<method>.")] = "",
-    hparams_dir: Annotated[Path | None, typer.Option(help="Folder of YAMLs.")] = None,
+    hparams_dir: Annotated[Path | None, path_option(help="Folder of YAMLs.")] = None,
     seeds: Seeds = "0",
     corpus: Annotated[
         str, typer.Option(help="Text for the baselines' statistics: file, hub id or shipped.")
@@ -154,27 +177,27 @@ def compare(
         numbers, batch = batches_of(sequential)
     rows = experiments.compare(
         out,
-        names_of(methods),
-        names_of(models),
-        experiments.data_sets(data or (), train or (), val or ()),
-        numbers,
-        numbers_of("seeds", seeds, least=0),
-        hparams_dir,
-        corpus,
-        quick,
-        check,
-        batch,
-        command_line(),
-        probabilities,
+        methods=names_of(methods),
+        models=names_of(models),
+        datasets=experiments.data_sets(data or (), train or (), val or ()),
+        n_edits=numbers,
+        seeds=numbers_of("seeds", seeds, least=0),
+        hparams_dir=hparams_dir,
+        corpus=corpus,
+        quick=quick,
+        check=check,
+        batch=batch,
+        command=command_line(),
+        probabilities=probabilities,
     )
     _compared(out, rows)
 
 
 @command()
 def ablate(
-    out: Annotated[Path, typer.Option(help="Folder for tables, report and results.json.")],
+    out: Annotated[Path, path_option(help="Folder for tables, report and results.json.")],
     hparams: Hparams = DEFAULT_MODEL,
-    archive: Annotated[Path | None, typer.Option(help="The full method's; else trained.")] = None,
+    archive: Annotated[Path | None, path_option(help="The full method's; else trained.")] = None,
     data: Datas = None,
     train: Trains = None,
     val: Vals = None,
@@ -187,34 +210,34 @@ def ablate(
 
     measured = experiments.ablate(
         out,
-        hparams,
-        experiments.data_sets(data or (), train or (), val or ()),
-        numbers_of("n-edits", n_edits),
-        numbers_of("seeds", seeds, least=0),
-        archive and str(archive),
-        names_of(rows),
-        command_line(),
+        hparams=hparams,
+        datasets=experiments.data_sets(data or (), train or (), val or ()),
+        n_edits=numbers_of("n-edits", n_edits),
+        seeds=numbers_of("seeds", seeds, least=0),
+        archive=archive and str(archive),
+        rows=names_of(rows),
+        command=command_line(),
     )
     _compared(out, measured)
 
 
 @command()
 def general(
-    out: Annotated[Path, typer.Option(help="Folder for results.json and table.md.")],
+    out: Annotated[Path, path_option(help="Folder for results.json and table.md.")],
     hparams: Hparams = DEFAULT_MODEL,
-    delta: Annotated[Path | None, typer.Option(help="An edit, or a chain of them.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Or a folder with the edited model.")] = None,
+    delta: Annotated[Path | None, path_option(help="An edit, or a chain of them.")] = None,
+    model: Annotated[Path | None, path_option(help="Or a folder with the edited model.")] = None,
     tasks: Annotated[
         str, typer.Option(help="Comma-separated.")
     ] = "mmlu,nli,mrpc,qnli,qqp,commonsenseqa",
     data: Annotated[
-        Path | None, typer.Option(help="Folder of <task>.jsonl; none: tasks from the hub.")
+        Path | None, path_option(help="Folder of <task>.jsonl; none: tasks from the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task, at most.", min=1)] = None,
     include: Annotated[
-        Path | None, typer.Option(help="Folder of the harness's YAMLs: tasks of your own.")
+        Path | None, path_option(help="Folder of the harness's YAMLs: tasks of your own.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="A text, for drift and perplexity.")] = None,
+    text: Annotated[Path | None, path_option(help="A text, for drift and perplexity.")] = None,
 ):
     """General ability before and after an edit, as the paper's Table 3."""
     from horse_plugin.cli import show
@@ -229,12 +252,12 @@ def general(
     with locked_folder(out):
         editor, deltas = editor_of(hparams_of(hparams), delta)
         asked = {"tasks": names_of(tasks), "data": data, "limit": limit, "include": include}
+        edited = editor.backbone
+        if model:  # before the work, so that a wrong name costs nothing
+            edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
         ordinary = text and OrdinaryText(editor.backbone, heldout_pieces(text))
         before = general_ability.measure(editor.backbone, **asked)
         editor.apply_chain(deltas)
-        edited = editor.backbone
-        if model:
-            edited = Backbone.load(replace(editor.hparams, model_name=str(model)))
         after = general_ability.measure(edited, **asked)
         for when, found in (("before", before), ("after", after)):
             found.save(out, when)
@@ -255,7 +278,7 @@ def general(
 
 @command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the archive, the edit and the report.")],
+    out: Annotated[Path, path_option(help="Folder for the archive, the edit and the report.")],
     hparams: AnotherModel = None,
 ):
     """Train on real facts, edit 200 at once, show what happened. Needs no file of yours."""
@@ -272,10 +295,10 @@ def demo(
 
 @command()
 def bench(
-    out: Annotated[Path, typer.Option(help="Where to write the figures, as JSON.")],
+    out: Annotated[Path, path_option(help="Where to write the figures, as JSON.")],
     hparams: Hparams = DEFAULT_MODEL,
     config: Annotated[
-        Path | None, typer.Option(help="Config of a model, which gets random weights.")
+        Path | None, path_option(help="Config of a model, which gets random weights.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Facts; the shipped ones by default.")] = None,
     n_edits: Annotated[int, typer.Option(help="Facts edited at once.", min=1)] = 500,

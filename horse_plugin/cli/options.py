@@ -1,5 +1,6 @@
 """What several commands share: options, and what their values mean."""
 
+import functools
 import shlex
 import sys
 from dataclasses import replace
@@ -22,6 +23,24 @@ def _yamls(begun: str) -> list[str]:
     return [name for name in shipped_yamls() if name.startswith(begun)]
 
 
+def expanded(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Return paths with ``~`` as the user's folder, which a shell leaves as it is in ``--out=~/x``.
+
+    Raises:
+        typer.BadParameter: there is no such user.
+    """
+    if isinstance(value, list):
+        return [expanded(path) for path in value]
+    try:
+        return value and value.expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{value}: {error}") from None
+
+
+# How every command declares a path.
+path_option = functools.partial(typer.Option, callback=expanded)
+path_argument = functools.partial(typer.Argument, callback=expanded)
+
 Hparams = Annotated[
     str,
     typer.Option(help="YAML with settings, or a shipped one's name.", autocompletion=_yamls),
@@ -29,10 +48,10 @@ Hparams = Annotated[
 AnotherModel = Annotated[
     str | None, typer.Option(help="Another model's YAML.", autocompletion=_yamls)
 ]
-Folder = Annotated[Path, typer.Argument(help="The folder of an edit, or of a chain of them.")]
+Folder = Annotated[Path, path_argument(help="The folder of an edit, or of a chain of them.")]
 Delta = Annotated[
     Path | None,
-    typer.Option(help="An edit, or a chain of them, also owner/name on the hub; none: the model."),
+    path_option(help="An edit, or a chain of them, also owner/name on the hub; none: the model."),
 ]
 NEdits = Annotated[int | None, typer.Option(help="How many records, from the start.", min=1)]
 
@@ -63,7 +82,7 @@ def names_of(text: str) -> list[str]:
 def numbers_of(option: str, text: str, least: int = 1) -> list[int]:
     """Return the numbers of a list with commas; ``option`` names it where one is none."""
     numbers = names_of(text)
-    if not all(n.isdigit() and int(n) >= least for n in numbers):
+    if not all(n.isdecimal() and int(n) >= least for n in numbers):
         raise UsageError(f"--{option}: expected whole numbers from {least}, got {text!r}.")
     return [int(n) for n in numbers]
 
@@ -71,7 +90,7 @@ def numbers_of(option: str, text: str, least: int = 1) -> list[int]:
 def batches_of(text: str) -> tuple[list[int], int]:
     """Return (number of edits,) and how many of them at once, of a text such as 20x100."""
     times, _, size = text.lower().partition("x")
-    if not (times.isdigit() and size.isdigit() and int(times) and int(size)):
+    if not (times.isdecimal() and size.isdecimal() and int(times) and int(size)):
         raise UsageError(f"--sequential: expected batches x facts, such as 20x100, got {text!r}.")
     return [int(times) * int(size)], int(size)
 

@@ -29,13 +29,17 @@ class Session:
 
     def __init__(self, editor: HorseEditor, chain: Chain):
         self._editor, self.chain = editor, chain
+        self._labels = {}  # of the edits read so far, whose names and files stay as they are
         self._follow()
 
     def labels(self) -> dict[str, str]:
         """Return name → what to call it, for every edit of the chain, switched on or off."""
-        return {e["name"]: self._label(e["name"]) for e in self.chain.entries}
+        for entry in self.chain.entries:
+            if entry["name"] not in self._labels:
+                self._labels[entry["name"]] = self._read_label(entry["name"])
+        return dict(self._labels)
 
-    def _label(self, name: str) -> str:
+    def _read_label(self, name: str) -> str:
         records = EditDelta.load(self.chain.folder / name).records
         if not records:
             return f"{name}: the facts of the edits before it, anew"

@@ -10,8 +10,10 @@ import typer
 
 from horse_plugin.assets import DEFAULT_MODEL
 from horse_plugin.cli.app import app, console
-from horse_plugin.cli.options import Hparams, hparams_of
+from horse_plugin.cli.options import Hparams, hparams_of, path_argument, path_option
 from horse_plugin.errors import UsageError
+
+CONFIGS = ("config.json", "adapter_config.json")  # one of which a folder of transformers has
 
 command = functools.partial(app.command, rich_help_panel="Prepare")
 
@@ -19,13 +21,16 @@ command = functools.partial(app.command, rich_help_panel="Prepare")
 @command()
 def init(
     model: Annotated[str, typer.Argument(help="The model's folder, or its hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path(),
+    out: Annotated[Path, path_option(help="Folder for the two files.")] = Path(),
 ):
     """Write a YAML for a model, with what is found in it, and facts.json to fill in."""
     from horse_plugin.editing.settings import EXAMPLE_FACTS, yaml_for
     from horse_plugin.storage.files import reserved, write
 
-    yaml, facts = out / f"{Path(model).expanduser().resolve().name}.yaml", out / "facts.json"
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not any((folder / name).exists() for name in CONFIGS):
+        raise UsageError(f"{model}: holds no {CONFIGS[0]}; name the folder of a model.")
+    yaml, facts = out / f"{folder.resolve().name}.yaml", out / "facts.json"
     with reserved(yaml):
         if yaml.exists():
             raise UsageError(f"{yaml}: there is something already; choose another --out.")
@@ -41,8 +46,8 @@ def init(
 
 @command()
 def convert_hparams(
-    files: Annotated[list[Path], typer.Argument(help="Settings of MEND, MALMEN, MEMIT or HORSE.")],
-    out: Annotated[Path, typer.Option(help="The YAML to write.")],
+    files: Annotated[list[Path], path_argument(help="Settings of MEND, MALMEN, MEMIT or HORSE.")],
+    out: Annotated[Path, path_option(help="The YAML to write.")],
 ):
     """Write a YAML of ours from other methods' of EasyEdit, or from the released code's files."""
     import yaml
@@ -70,7 +75,7 @@ def convert_hparams(
 def train(
     train: Annotated[str, typer.Option(help="Training facts.")],
     val: Annotated[str, typer.Option(help="Validation facts: they choose the archive to keep.")],
-    out: Annotated[Path, typer.Option(help="Folder for the archive.")],
+    out: Annotated[Path, path_option(help="Folder for the archive.")],
     hparams: Hparams = DEFAULT_MODEL,
     edits_per_step: Annotated[
         int | None,
@@ -118,11 +123,13 @@ def train(
 
 @command()
 def stats(
-    hparams: Annotated[list[Path], typer.Option(help="YAML of MEMIT, PMET, …; may be repeated.")],
+    hparams: Annotated[
+        list[Path], path_option(help="YAML of MEMIT …, or a shipped one; repeatable.")
+    ],
     corpus: Annotated[
         str, typer.Option(help="File of text or facts, a hub data-set id, or shipped.")
     ] = "shipped",
-    out: Annotated[Path | None, typer.Option(help="Instead of the YAML's stats_dir.")] = None,
+    out: Annotated[Path | None, path_option(help="Instead of the YAML's stats_dir.")] = None,
 ):
     """Second-moment statistics of any text, in the files that EasyEdit's MEMIT family reads."""
     from horse_plugin.comparison.baselines.stats import statistics_of_yamls

@@ -13,7 +13,7 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.export import Adapter
 from horse_plugin.editing.memory import free_bytes
 from horse_plugin.editing.standing import UNSETTLED, Since, is_unsettled, stale
-from horse_plugin.errors import visible
+from horse_plugin.errors import counted, visible
 from horse_plugin.evaluation.generation import Example
 from horse_plugin.evaluation.metrics import ALL_FIGURES
 from horse_plugin.evaluation.tables import (
@@ -151,6 +151,8 @@ def edit(
         lines = [[r.prompt, r.target_new] for r in delta.records[first : first + n_records]]
         shown = f"Facts {first + 1:,} to {first + len(lines):,} of {len(delta.records):,}"
         records = [printed(Table(["prompt", "answer"], lines, shown, is_text=True))]
+        if not lines:
+            records = [Text(f"None of {len(delta.records):,} facts comes after {first:,} others.")]
     else:
         records = []
     overview = RichTable(box=box.SIMPLE, show_header=False)
@@ -184,8 +186,9 @@ def forecast(found: Forecast, device: torch.device) -> str:
     free, on = free_bytes(device), "GPU" if device.type == "cuda" else "machine"
     there = f"; {number(free / 10**9)} GB are free now" if free else ""
     return (
-        f"{found.steps:,} steps of {number(found.step_seconds)} s, {found.validations:,} "
-        f"validations: about {_duration(found.seconds)} in all. Memory of the {on}: about "
+        f"{counted(found.steps, 'step')} of {number(found.step_seconds)} s, "
+        f"{counted(found.validations, 'validation')}: about {_duration(found.seconds)} in all. "
+        f"Memory of the {on}: about "
         f"{number(found.peak_memory_mb * 2**20 / 10**9)} GB, the model included{there}."
     )
 

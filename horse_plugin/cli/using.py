@@ -9,7 +9,7 @@ import typer
 
 from horse_plugin.assets import DEFAULT_MODEL
 from horse_plugin.cli.app import app, console
-from horse_plugin.cli.options import Delta, Hparams, editor_of, hparams_of
+from horse_plugin.cli.options import Delta, Hparams, editor_of, hparams_of, path_option
 from horse_plugin.errors import UsageError
 
 command = functools.partial(app.command, rich_help_panel="Use")
@@ -22,7 +22,7 @@ def ask(
     ] = None,
     hparams: Hparams = DEFAULT_MODEL,
     delta: Delta = None,
-    file: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
+    file: Annotated[Path | None, path_option(help="File of prompts, one a line.")] = None,
     chat: Annotated[bool, typer.Option(help="Ask through the model's chat template.")] = False,
     before: Annotated[bool, typer.Option(help="Show the unedited model's answer, too.")] = False,
     tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 50,
@@ -45,7 +45,7 @@ def ask(
 @command()
 def play(
     hparams: Hparams = DEFAULT_MODEL,
-    onto: Annotated[Path | None, typer.Option(help="Chain of edits; none: nothing stays.")] = None,
+    onto: Annotated[Path | None, path_option(help="Chain of edits; none: nothing stays.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; else a free one from 7860 on.")] = None,
 ):
     """Ask, switch edits on and off, and add facts, on a page in your browser."""

@@ -7,7 +7,7 @@ from horse_plugin.comparison.runner import ROW
 from horse_plugin.editing.archive import ARCHIVE, HISTORY, read_network
 from horse_plugin.editing.chain import read_edits
 from horse_plugin.editing.delta import CHAIN_FILE, DELTA, EditDelta
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, counted
 from horse_plugin.evaluation import general, report
 from horse_plugin.evaluation.facts import FACTS_FILE, read_facts
 from horse_plugin.evaluation.verdict import judge
@@ -38,7 +38,9 @@ def report_of(folder) -> report.Report:
     if not path.exists():
         raise UsageError(f"{folder}: holds no edit, no training and no results.json.")
     rows = read_json(path, [dict])
-    if rows and "task" in rows[0]:
+    if not rows:
+        raise UsageError(f"{path}: holds no row.")
+    if "task" in rows[0]:
         check_form(path, rows, [general.ROW])
         return report.Report(
             "General ability before and after",
@@ -67,7 +69,7 @@ def _of_training(folder: Path) -> report.Report:
     history = read_history(folder)
     if not history:
         raise UsageError(f"{folder / HISTORY}: holds no step.")
-    made = report.Report(f"A training of {len(history):,} steps")
+    made = report.Report(f"A training of {counted(len(history), 'step')}")
     if (folder / ARCHIVE).exists():
         _, _, about = read_network(folder)
         made.meta = f"Model {about['model']['name']}, {about['hparams']['alg_name']}."

@@ -60,7 +60,7 @@ def run_demo(
             slow machine, and no untrained edit beside it there.
         command: the command line that asks for it, for the report.
     """
-    out, seconds = Path(out), math.inf if hparams else SECONDS
+    out, seconds = Path(out).expanduser(), math.inf if hparams else SECONDS
     hparams = hparams or replace(default_hparams(), **BRIEF)
     hparams = replace(hparams, archive=None, stats_dir=str(out / "stats"))
     with locked_folder(out):

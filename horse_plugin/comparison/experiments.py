@@ -10,7 +10,7 @@ from horse_plugin.comparison.output import write_output
 from horse_plugin.comparison.plan import DataSet, Plan
 from horse_plugin.comparison.runner import held_rows, run
 from horse_plugin.distributed import is_main_process
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, counted
 from horse_plugin.hparams import find_yaml
 from horse_plugin.storage.files import locked_folder
 
@@ -68,14 +68,14 @@ def compare(
     table = choose(names, METHODS)
     if quick:
         table = {name: _briefly_trained(method) for name, method in table.items()}
-    folder = Path(hparams_dir or hparams_folder())
+    folder = Path(hparams_dir or hparams_folder()).expanduser()
     plan = Plan(
         table,
         {m: folder / "HORSE" / f"{m}.yaml" for m in models or (DEFAULT_MODEL,)},
         datasets or [shipped_facts()],
         n_edits or (QUICK["n_edits"] if quick else (100,)),
         folder,
-        Path(out),
+        Path(out).expanduser(),
         seeds,
         corpus,
         check,
@@ -125,7 +125,7 @@ def ablate(
         datasets or [shipped_facts()],
         n_edits,
         yaml.parent.parent,
-        Path(out),
+        Path(out).expanduser(),
         seeds,
         command=command,
     )
@@ -135,7 +135,7 @@ def ablate(
 def shipped_facts() -> DataSet:
     """Return the facts that ship with the package."""
     files = (FACTS / f"{name}.json" for name in ("edit", "train", "val"))
-    return replace(DataSet.load(*files), name="facts")
+    return DataSet.load(*files, name="facts")
 
 
 def data_sets(data: Sequence[str], train: Sequence[str], val: Sequence[str]) -> list[DataSet]:
@@ -146,7 +146,8 @@ def data_sets(data: Sequence[str], train: Sequence[str], val: Sequence[str]) -> 
     """
     for name, files in (("train", train), ("val", val)):
         if files and len(files) != len(data):
-            raise UsageError(f"--{name}: {len(files)} files for {len(data)} data sets.")
+            given, wanted = counted(len(files), "file"), counted(len(data), "data set")
+            raise UsageError(f"--{name}: {given} for {wanted}.")
     nothing = [None] * len(data)
     files = zip(data, train or nothing, val or nothing, strict=True)
     return [DataSet.load(*f) for f in files]

@@ -20,10 +20,21 @@ class DataSet:
     val: Sequence[EditRecord] = ()
 
     @classmethod
-    def load(cls, data, train=None, val=None) -> "DataSet":
-        """Return the data set of files, or of anything that ``load_records`` takes."""
-        files = (load_records(source) if source else () for source in (data, train, val))
-        return cls(visible(Path(data).stem), *files)
+    def load(cls, data, train=None, val=None, name: str | None = None) -> "DataSet":
+        """Return the data set of files, or of anything that ``load_records`` takes.
+
+        Args:
+            name: what the tables call it; None is the name of the file ``data``.
+
+        Raises:
+            UsageError: ``data`` is no file, and there is no name.
+        """
+        if name is None:
+            if not isinstance(data, (str, Path)):
+                raise UsageError("name: records that are no file need one for the tables.")
+            name = visible(Path(data).stem)
+        sources = (data, train, val)
+        return cls(name, *(load_records(source) if source else () for source in sources))
 
 
 @dataclass

@@ -56,12 +56,12 @@ def read_corpus(source, size: int) -> list[str]:
     """
     if not isinstance(source, (str, Path)):
         texts = _of_records(source)
-    elif (path := Path(source)).suffix.lower() in (".json", ".jsonl", ".parquet"):
+    elif (path := Path(source).expanduser()).suffix.lower() in (".json", ".jsonl", ".parquet"):
         items = read_items(path)
         plain = [i["text"] for i in items if isinstance(i, dict) and isinstance(i.get("text"), str)]
         texts = plain or _of_records(load_records(path))
     elif path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
             texts = [line.strip() for line in file]
         if any("\0" in text for text in texts):
             raise UsageError(f"{path}: is no text, as its bytes say.")
@@ -93,5 +93,5 @@ def _hub_texts(name: str, size: int) -> list[str]:
         return [row["text"] for row in rows.take(size)]
     except Exception as error:  # whatever the hub and its formats raise
         raise UsageError(
-            f"corpus: {name!r} is no file, and not loaded as one: {first_line(error)}"
+            f"{name!r}: no such file of text, nor a data set of the hub ({first_line(error)})."
         ) from None

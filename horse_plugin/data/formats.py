@@ -18,7 +18,7 @@ from pathlib import Path
 
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.data.sources import read_items
-from horse_plugin.errors import UsageError, first_line
+from horse_plugin.errors import UsageError, counted, first_line
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,17 @@ def load_records(source, size: int | None = None) -> list[EditRecord]:
     records, notes = [], Counter()
     for i, item in enumerate(raw):
         if _has_no_edit(item):
-            notes["zsRE records without an answer (alt) left out"] += 1
+            notes["zsRE record", "without an answer (alt) left out"] += 1
         else:
             found = _record(item, i, where, notes)
             records += found if isinstance(found, list) else [found]
-    for what, n in notes.items():
+    for (what, why), n in notes.items():
         if n:
-            warnings.warn(f"{where}: {n} {what}", stacklevel=2)
+            warnings.warn(f"{where}: {counted(n, what)} {why}", stacklevel=2)
     _warn_of_unread(raw, where)
     if not records or (size or 0) > len(records):
-        raise UsageError(f"{where}: {size or 1} records asked for, but it holds {len(records)}.")
+        wanted = counted(size or 1, "record")
+        raise UsageError(f"{where}: {wanted} asked for, but it holds {len(records)}.")
     return records[:size]
 
 
@@ -155,7 +156,7 @@ class Fields:
         if not isinstance(item, Mapping):
             raise UsageError(f"{where}: expected an object, found {type(item).__name__}.")
         self.item, self.where = item, where
-        self.notes = Counter() if notes is None else notes  # what to warn of → how many
+        self.notes = Counter() if notes is None else notes  # (what, why) to warn of → how many
 
     def first(self, names: Sequence[str]) -> str:
         """Return the first of these names that the record has a value for; else the first."""
@@ -230,6 +231,9 @@ REPHRASINGS = (
     "paraphrase_prompts",
     "question",
 )
+# What they are called in `requested_rewrite`; the second are of AKEW's WikiUpdate.
+NESTED_ANSWER = ("target_new", "answer_new")
+NESTED_BEFORE = ("target_true", "answer_true")
 UNRELATED = {
     "locality_prompt": ("locality_ground_truth", "locality_ans"),
     "loc": ("loc_ans",),
@@ -238,10 +242,13 @@ UNRELATED = {
 PORTABILITY = {
     "mhop": ("mhop_ans",),
     "portability_hop": ("portability_hop_ans",),
+    "portability_prompt": ("portability_ground_truth",),
     "personas": ANSWER,
     "portability_personas": ANSWER,
     "questions": ("new_answer",),
 }
+# In place of a group of objects, where it is text, with its answers beside it.
+UNRELATED_TEXTS = {"locality": ("locality_ans",)}
 UNRELATED_GROUPS = ("locality", "unrelated", "locality_rs", "locality_f")
 PORTABILITY_GROUPS = ("portability", "portability_r", "portability_s", "portability_l")
 # Nobody misses these: names and notes, and what serves figures that HORSE does not have.
@@ -288,14 +295,14 @@ def nested_counterfact(field: Fields) -> EditRecord | list[EditRecord]:
         rewrite = Fields(item, where)
         subject, template = rewrite.text("subject"), rewrite.text("prompt")
         last = i == len(rewrites) - 1 if several else True
-        truth = rewrite.text("target_true", required=False)
+        truth = rewrite.text(rewrite.first(NESTED_BEFORE), required=False)
         neighbours = field.texts("neighborhood_prompts") if last else ()
         if neighbours and truth is None:
             raise UsageError(f"{rewrite.where}: field 'target_true' is missing or empty.")
         records.append(
             EditRecord(
                 prompt=subject.join(SLOT.split(template)),
-                target_new=rewrite.text("target_new"),
+                target_new=rewrite.text(rewrite.first(NESTED_ANSWER)),
                 rephrases=_rephrasings(field, subject) + _rephrasings(rewrite, subject),
                 unrelated=tuple(Query(prompt, truth) for prompt in neighbours)
                 + (_about(field, _unrelated(field, nested=True), subject) if last else ()),
@@ -378,7 +385,7 @@ def _filled(field: Fields, prompt: str, subject: str | None) -> str:
     if not SLOT.search(prompt):
         return prompt
     if subject and subject in SLOT.sub("", prompt):
-        field.notes["prompts with {} that name their subject, and keep the {}"] += 1
+        field.notes["prompt", "with {} beside the name of the subject; the {} stay"] += 1
         return prompt
     if not subject:
         raise UsageError(
@@ -412,7 +419,14 @@ def _rephrasings(field: Fields, subject: str | None) -> tuple[str, ...]:
 def _unrelated(field: Fields, nested: bool = False) -> tuple[Query, ...]:
     """Return the unrelated queries; of a nested record without its neighbours."""
     pairs = {k: v for k, v in UNRELATED.items() if not (nested and k == "neighborhood_prompts")}
-    return _beside(field, pairs) + _groups(field, UNRELATED_GROUPS)
+    texts = {k: v for k, v in UNRELATED_TEXTS.items() if _are_texts(field.item.get(k))}
+    groups = [name for name in UNRELATED_GROUPS if name not in texts]
+    return _beside(field, pairs | texts) + _groups(field, groups)
+
+
+def _are_texts(value) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return bool(values) and all(isinstance(v, str) and v for v in values)
 
 
 def _portability(field: Fields) -> tuple[Query, ...]:
@@ -474,5 +488,5 @@ def _queries(field: Fields, prompts, accepted, name: str) -> list[Query]:
         accepted = [()] * len(prompts)
     if len(prompts) != len(accepted):
         raise UsageError(f"{field.where}: needs as many {name} texts as prompts.")
-    field.notes["prompts without an answer left out"] += sum(not a for a in accepted)
+    field.notes["prompt", "without an answer left out"] += sum(not a for a in accepted)
     return [Query(p, a[0], tuple(a[1:])) for p, a in zip(prompts, accepted, strict=True) if a]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from horse_plugin.data.reader import Reader
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.data.seam import PLAIN, Seam
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, counted
 
 UNKNOWN = -100  # in place of a token that only the model knows
 # Records whose texts are tokenised in one call. Python looks through all that it holds each time
@@ -184,7 +184,7 @@ def prepare(
                 prepared.prompts[kind].append(group)
     if n_left_out:
         warnings.warn(
-            f"{n_left_out} accepted answers left out: too long, or without tokens",
+            f"{counted(n_left_out, 'accepted answer')} left out: too long, or without tokens",
             stacklevel=3,
         )
     return prepared

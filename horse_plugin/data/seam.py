@@ -16,7 +16,10 @@ ENDS_OPEN = re.compile(
     )$""",
     re.VERBOSE,
 )
-BEGINS_CLOSED = re.compile(r"[,;?)\]}”’»›]|!(?!=)|[.:](?!\w)|'(?:s|t|re|ve|ll|d|m)\b|n't\b")
+# An apostrophe begins names, too: a hyphen tells 's-Hertogenbosch, and 't ends words in n only.
+BEGINS_CLOSED = re.compile(
+    r"[,;?)\]}”’»›]|!(?![=\w])|[.:](?!\w)|'(?:re|ve|ll|d|m)\b|'s\b(?!-)|(?<=n)'t\b|n't\b"
+)
 WITHIN_NUMBER = re.compile(r"\d(?:%|\.\d)$")
 CODE = re.compile(r"[={}_]|\w[(\[]")
 # Scripts without spaces between words, as Unicode names their characters.
@@ -138,7 +141,7 @@ def _split(prompt: str, answer: str) -> tuple[str, str, str]:
 def _are_words(head: str, body: str) -> bool:
     """Return whether a space belongs between these texts, of which neither has one at the seam."""
     last, first = head[-1], body[0]
-    if ENDS_OPEN.search(head) or BEGINS_CLOSED.match(body):
+    if ENDS_OPEN.search(head) or BEGINS_CLOSED.match(last + body, 1):
         return False
     if WITHIN_NUMBER.search(head[-2:] + first) or (last == "." and _is_code(head)):
         return False

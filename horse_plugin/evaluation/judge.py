@@ -8,14 +8,16 @@ import http.client
 import ipaddress
 import json
 import os
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from horse_plugin.errors import HorseError, UsageError, first_line
+from horse_plugin.errors import HorseError, UsageError, counted, first_line
 from horse_plugin.evaluation.written import Written
 from horse_plugin.storage.digest import json_digest
 from horse_plugin.storage.schema import read_text
@@ -56,7 +58,10 @@ class Judge:
     model: str
 
     def __post_init__(self):
-        parts = urllib.parse.urlsplit(self.url)
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+        except ValueError:  # half an address of IPv6
+            parts = urllib.parse.urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"judge: {self.url!r} is no URL such as http://localhost:8000/v1.")
         if parts.scheme == "http" and os.environ.get(KEY) and not _is_here(parts.hostname):
@@ -66,10 +71,12 @@ class Judge:
         """Return how much there is to ask beyond what is kept, in words."""
         asked = [self._question(w) for w in self._missing(written, self._kept(kept))]
         tokens = sum(len(question) for question in asked) // 4
-        return f"{len(asked):,} requests to {self.url}, of about {tokens:,} tokens in all"
+        return f"{counted(len(asked), 'request')} to {self.url}, of about {tokens:,} tokens in all"
 
     def grade(self, written: Sequence[Written], kept) -> list[Written]:
-        """Return what was written with its grades; one not understood counts as wrong.
+        """Return what was written with its grades.
+
+        A reply that is not understood counts as wrong; a warning counts such replies.
 
         Args:
             kept: the file of answers, to which each is added as it comes.
@@ -87,10 +94,18 @@ class Judge:
                 line |= {"text": w.text, "judge": self.model, "answer": answer}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
-        return [replace(w, judged=_is_right(answers[self._name(w)])) for w in written]
+        grades = [_grade(answers[self._name(w)]) for w in written]
+        if unclear := grades.count(None):
+            warnings.warn(
+                f"judge: {unclear} of {len(grades)} replies hold no A and no B, and count as "
+                f"wrong; {kept} has them.",
+                stacklevel=2,
+            )
+        return [replace(w, judged=g == "A") for w, g in zip(written, grades, strict=True)]
 
     def _question(self, w: Written) -> str:
-        return QUESTION.format(prompt=w.prompt, wanted=w.wanted, text=w.text)
+        wanted = ", or as well: ".join((w.wanted, *w.accepted))
+        return QUESTION.format(prompt=w.prompt, wanted=wanted, text=w.text)
 
     def _name(self, w: Written) -> str:
         return json_digest([self.model, self._question(w)], 32)
@@ -132,8 +147,13 @@ def _whole_lines(path) -> str:
     return text[: text.rfind("\n") + 1]
 
 
-def _is_right(answer: str) -> bool:
-    return answer.strip().strip("\"'.* ").upper() == "A"
+def _grade(answer: str) -> str | None:
+    """Return the first letter A or B that stands alone in a reply, or None.
+
+    Small letters count where nothing else is there: ``a`` is a word, too.
+    """
+    found = re.search(r"\b([AB])\b", answer) or re.fullmatch(r"\W*([ab])\W*", answer)
+    return found and found[1].upper()
 
 
 def _is_here(host: str) -> bool:

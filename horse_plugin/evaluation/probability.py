@@ -8,6 +8,7 @@ prompts their own.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -37,6 +38,28 @@ def answer_probabilities(backbone: Backbone, prompts: Sequence[Prompt]) -> list[
     return torch.stack(found).exp().tolist()
 
 
+def comparisons(records: Sequence[EditRecord]) -> list[list[tuple[str, Query, Query]]]:
+    """Return what is compared for each record: kind, the likelier answer, and the other one.
+
+    Raises:
+        UsageError: there is nothing to compare.
+    """
+    found = []
+    for r in records:
+        texts = [("efficacy", r.prompt), *(("generalization", text) for text in r.rephrases)]
+        texts = texts if r.ground_truth else []
+        found.append(
+            [(kind, Query(t, r.target_new), Query(t, r.ground_truth)) for kind, t in texts]
+            + [
+                ("specificity", Query(q.prompt, q.answer), Query(q.prompt, r.target_new))
+                for q in r.unrelated
+            ]
+        )
+    if not any(found):
+        raise UsageError("probabilities: no record has its true answer, or an unrelated prompt.")
+    return found
+
+
 def success_and_magnitude(backbone: Backbone, records: Sequence[EditRecord]) -> dict[str, float]:
     """Return ``<kind>_success`` and ``<kind>_magnitude`` in percent, the mean over the records.
 
@@ -46,22 +69,19 @@ def success_and_magnitude(backbone: Backbone, records: Sequence[EditRecord]) -> 
     Raises:
         UsageError: a prompt cannot be tokenised, or nothing can be compared.
     """
-    asked = []  # record, kind, the prompt with the answer that should be likelier and the other one
-    for i, r in enumerate(records):
-        texts = [("efficacy", r.prompt), *(("generalization", text) for text in r.rephrases)]
-        if r.ground_truth:
-            asked += [(i, kind, text, r.target_new, r.ground_truth) for kind, text in texts]
-        asked += [(i, "specificity", q.prompt, q.answer, r.target_new) for q in r.unrelated]
-    if not asked:
-        raise UsageError("probabilities: no record has its true answer, or an unrelated prompt.")
-    pairs = [EditRecord(t, a, unrelated=(Query(t, a), Query(t, b))) for _, _, t, a, b in asked]
+    compared = comparisons(records)
+    pairs = [
+        replace(r, unrelated=tuple(query for _, *pair in of_record for query in pair))
+        for r, of_record in zip(records, compared, strict=True)
+    ]
     edits = backbone.prepare(pairs, ["unrelated"], warn=False)
     edits.check()
-    probabilities = answer_probabilities(backbone, edits.flat())
+    probabilities = iter(answer_probabilities(backbone, edits.flat()))
     differences = {}  # kind → record → of each of its prompts
-    for k, (i, kind, *_) in enumerate(asked):
-        right, other = probabilities[2 * k : 2 * k + 2]
-        differences.setdefault(kind, {}).setdefault(i, []).append(right - other)
+    for i, of_record in enumerate(compared):
+        for kind, *_ in of_record:
+            difference = next(probabilities) - next(probabilities)
+            differences.setdefault(kind, {}).setdefault(i, []).append(difference)
     found = {}
     for kind, of_records in differences.items():
         of_records = of_records.values()

@@ -6,7 +6,7 @@ greedily, and then look for the answer in its text.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from horse_plugin.data.prompts import KINDS
 from horse_plugin.data.records import EditRecord, Query
@@ -33,6 +33,7 @@ class Written:
         exact: whether the text begins with the answer, and a stop mark or nothing follows.
         contains: whether the answer is in the text as whole words.
         judged: whether a judge finds it right; None without one.
+        accepted: other answers that are as good as ``wanted``.
     """
 
     record: int
@@ -44,6 +45,7 @@ class Written:
     exact: bool
     contains: bool
     judged: bool | None = None
+    accepted: tuple[str, ...] = ()
 
 
 FOUND = ("exact", "contains", "judged")
@@ -67,9 +69,17 @@ def write_answers(
     prompts = [CONTEXTS[context].format(query.prompt) for _, _, context, query in asked]
     texts = answers(backbone, prompts, n_tokens)
     return [
-        Written(i, kind, context, query.prompt, query.answer, text, *_matches(query, text))
+        Written(
+            *(i, kind, context, query.prompt, query.answer, text, *_matches(query, text)),
+            accepted=query.accepted,
+        )
         for (i, kind, context, query), text in zip(asked, texts, strict=True)
     ]
+
+
+def rows(written: Sequence[Written]) -> list[dict]:
+    """Return what was written as rows of a CSV file."""
+    return [asdict(w) | {"accepted": "; ".join(w.accepted)} for w in written]
 
 
 def figures(written: Sequence[Written]) -> dict[str, float]:

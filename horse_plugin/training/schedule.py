@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, counted
 from horse_plugin.hparams import HORSEHyperParams
 
 
@@ -114,4 +114,5 @@ def described(n_steps: int, settings: dict) -> str:
         settings: the run's, by their present names.
     """
     least, most = settings.get("min_edits_per_step"), settings["edits_per_step"]
-    return f"{n_steps} steps of {f'{least:,} to ' if least else ''}{most:,} records"
+    sizes = f"{f'{least:,} to ' if least else ''}{counted(most, 'record')}"
+    return f"{counted(n_steps, 'step')} of {sizes}"

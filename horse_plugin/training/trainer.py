@@ -113,7 +113,7 @@ class HORSETrainer:
                 "keep_coef: there is no text to keep with preserve: none. Name a text, and set "
                 "preserve_rho: 1 for the paper's ridge term."
             )
-        self.out = Path(out or config.archive_folder)
+        self.out = Path(out or config.archive_folder).expanduser()
         self.writer = Writer(self.out)
         self.backbone = backbone or Backbone.load(config)
         self.validation = Validation(self.backbone, config, self.val_records)

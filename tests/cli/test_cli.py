@@ -8,14 +8,18 @@ import re
 import signal
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 
 from horse_plugin import HorseEditor, HORSEHyperParams, HORSETrainer
+from horse_plugin.cli.asking import prompts_of
+from horse_plugin.cli.main import app
+from horse_plugin.cli.options import expanded
 from horse_plugin.editing.archive import ARCHIVE
 from horse_plugin.evaluation.facts import read_facts
 from horse_plugin.storage.tensors import load_tensors
-from tests import tiny
+from tests import ROOT, tiny
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +201,17 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ("edit --hparams n.yaml --data val.json --out x", 2, "horse: n.yaml: no such hparams"),
         ("eval --hparams lama2-7b --data val.json", 2, "Did you mean llama2-7b?"),
         ("eval --hparams near --data val.json", 2, "modle' not loaded"),
+        (
+            "eval --hparams near --data bare.json --probabilities",
+            2,
+            "no record has its true answer",
+        ),
+        ("general --hparams tiny --model wrong --data . --out x", 2, "'wrong' not loaded"),
+        ("edit --hparams own --data val.json --out x", 2, "horse: 'own.txt': no such file of text"),
+        ("init broken --out x", 2, "broken: holds no config.json"),
+        ("compare --data val.json --seeds ² --out x", 2, "--seeds: expected whole numbers"),
+        ("compare --data val.json --sequential ²x² --out x", 2, "batches x facts"),
+        ("report nothing", 2, "results.json: holds no row"),
         ("eval --hparams tiny", 2, "give --data, or --delta for the facts of its edits"),
         ("eval --hparams near --data val.json", 2, "Did you mean model?"),
         ("edit --hparams tiny --data none.json --out x", 2, "none.json: no such file"),
@@ -224,9 +239,17 @@ def test_stats_go_where_the_yaml_says(folder, horse):
         ("compare --data val.json --n-edits 3,x --out x", 2, "--n-edits: expected whole numbers"),
         ("compare --data val.json --sequential 3 --out x", 2, "batches x facts, such as 20x100"),
         ("compare --data val.json --sequential 2x2 --n-edits 4 --out x", 2, "leave --n-edits out"),
-        ("compare --data val.json --train a --train b --out x", 2, "2 files for 1 data sets"),
+        ("compare --data val.json --train a --train b --out x", 2, "2 files for 1 data set."),
         ("ablate --hparams tiny --data val.json --n-edits 99 --out x", 2, "99 edits asked for"),
         ("stats --hparams tiny.yaml --corpus val.json", 2, "not a YAML that asks for statistics"),
+        ("stats --hparams asks --corpus val.json", 2, "statistics: model_name is missing"),
+        ("stats --hparams FT/llama-smollm2-135m --out x", 2, "mom2_dataset is missing"),
+        ("stats --hparams layers --out x", 2, "layers: expected a list of numbers, got 5"),
+        (
+            "stats --hparams MEMIT/llama-smollm2 --out x",
+            2,
+            "Did you mean MEMIT/llama-smollm2-135m?",
+        ),
         (
             "train --hparams tiny --train val.json --val val.json --out x --n-edits 7",
             2,
@@ -235,10 +258,17 @@ def test_stats_go_where_the_yaml_says(folder, horse):
     ],
 )
 def test_bad_input_gives_one_line_and_leaves_nothing(folder, horse, line, code, says):
+    good = json.loads((folder / "tiny.yaml").read_text())
     (folder / "bad.json").write_text("[{]")
     (folder / "empty.json").write_text("[]")
     (folder / "field.json").write_text('[{"prompt": "a", "target_new": "b"}, {"prompt": "a"}]')
-    good = json.loads((folder / "tiny.yaml").read_text())
+    (folder / "asks.yaml").write_text("layers: [2]\nstats_dir: s\nmom2_dataset: corpus\n")
+    asks = (ROOT / "hparams/MEMIT/llama-smollm2-135m.yaml").read_text()
+    (folder / "layers.yaml").write_text(re.sub("layers: .*", "layers: 5", asks))
+    (folder / "own.yaml").write_text(json.dumps(good | {"preserve": "own.txt"}))
+    (folder / "nothing").mkdir(exist_ok=True)
+    (folder / "nothing/results.json").write_text("[]")
+    (folder / "bare.json").write_text('[{"prompt": "a", "target_new": "b"}]')
     (folder / "key.yaml").write_text(json.dumps(good | {"rnak": 3}))
     (folder / "type.yaml").write_text(json.dumps(good | {"rank": "high"}))
     (folder / "nomodel.yaml").write_text(json.dumps(good | {"model_name": "nowhere"}))
@@ -352,6 +382,13 @@ def test_the_edited_model_is_asked_once_and_in_a_conversation(folder, horse, mon
     assert "none.txt: holds no prompt" in horse(f"{ask} --file none.txt")[2]
 
 
+def test_a_file_of_prompts_is_read_as_other_files_of_text_are(tmp_path):
+    text = "\ufeffWho is Ada?\r\n\r\nThe city\u2028of Oslo\x0cis\n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    found = prompts_of(tmp_path / "prompts.txt")
+    assert found == ["Who is Ada?", "The city\u2028of Oslo\x0cis"]
+
+
 def test_strict_refuses_on_the_command_line(folder, horse):
     (folder / "twice.json").write_text(
         json.dumps([{"prompt": "the capital is", "target_new": a} for a in ("Oslo", "Lima")])
@@ -359,6 +396,54 @@ def test_strict_refuses_on_the_command_line(folder, horse):
     code, _, err = horse("edit --hparams tiny --data twice.json --out strict --strict")
     assert (code, "facts that contradict another one on the same prompt: 1" in err) == (2, True)
     assert not list((folder / "strict").iterdir())
+
+
+def test_every_command_takes_the_users_folder_in_every_path():
+    commands = [command.callback for command in app.registered_commands]
+    hints = [h for c in commands for h in get_type_hints(c, include_extras=True).items()]
+    paths = [(name, hint) for name, hint in hints if "Path" in str(hint)]
+    assert len(paths) > 30
+    assert [name for name, hint in paths if hint.__metadata__[0].callback is not expanded] == []
+
+
+def test_a_users_folder_is_looked_at_before_it_is_written_to(folder, horse, tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    again = "there is something already"
+    assert horse("init model --out=~/begin")[0] == 0
+    (tmp_path / "begin/facts.json").write_text("[]")
+    code, _, err = horse("init model --out=~/begin")
+    assert (code, again in err) == (2, True)
+    (tmp_path / "begin/model.yaml").unlink()
+    assert horse("init model --out=~/begin")[0] == 0
+    assert (tmp_path / "begin/facts.json").read_text() == "[]"
+
+    (tmp_path / "other.yaml").write_text("alg_name: MALMEN\nmodel_name: m\n")
+    assert horse("convert-hparams ~/other.yaml --out=~/ours.yaml")[0] == 0
+    code, _, err = horse("convert-hparams ~/other.yaml --out=~/ours.yaml")
+    assert (code, again in err) == (2, True)
+
+    line = "train --hparams tiny --train train.json --val val.json --epochs 1 --out=~/a"
+    assert horse(line)[0] == 0
+    code, _, err = horse(line)
+    assert (code, "holds an archive already" in err) == (2, True)
+
+    assert horse("edit --hparams tiny --data val.json --onto=~/chain --max-rise 1e9")[0] == 0
+    assert horse("eval --hparams tiny --delta=~/chain")[0] == 0
+    assert (tmp_path / "chain/now.json").is_file()
+
+    (tmp_path / "mine/HORSE").mkdir(parents=True)
+    (tmp_path / "mine/HORSE/small.yaml").write_text((folder / "tiny.yaml").read_text())
+    line = "compare --hparams-dir=~/mine --models small --methods unedited --data val.json"
+    line += " --out=~/o --n-edits"
+    assert horse(f"{line} 2")[0] == 0
+    assert horse(f"{line} 3")[0] == 0
+    rows = json.loads((tmp_path / "o/results.json").read_text())
+    assert [row["n_edits"] for row in rows] == [2, 3]
+    assert not (folder / "~").exists()
+
+    code, _, err = horse("show ~nobody-of-that-name/e")
+    assert (code, "~nobody-of-that-name/e" in err) == (2, True)
 
 
 def test_wrong_options_are_usage(horse):

@@ -9,6 +9,7 @@ from playwright import sync_api
 
 from horse_plugin import Chain, HorseEditor
 from horse_plugin.cli.play import Session, page_of, serve
+from horse_plugin.editing.delta import EditDelta
 from horse_plugin.errors import UsageError
 from tests import tiny
 
@@ -73,6 +74,14 @@ def test_a_fact_gets_a_verdict_and_one_that_cannot_be_kept_leaves_the_model(sess
     assert weights(session) == held
     with pytest.raises(UsageError, match="target_new is empty"):
         session.add({"prompt": "the capital of Norway is", "target_new": " "})
+
+
+def test_an_edit_is_read_once_for_its_label(session, monkeypatch):
+    session.add(FACT)
+    labels = session.labels()
+    assert list(labels) == ["001"]
+    monkeypatch.setattr(EditDelta, "load", None)
+    assert session.labels() == labels
 
 
 def test_before_is_the_unedited_model(session):

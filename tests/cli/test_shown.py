@@ -99,6 +99,8 @@ def test_show_pages_through_all_facts(tmp_path, horse, printed):
         assert re.search(r"Facts \d+ to \d+ of 25", plain(printed.getvalue()))
         printed.seek(0), printed.truncate()
     assert seen == [str(i) for i in range(25)]
+    assert horse("show e --skip 30")[0] == 0
+    assert "None of 25 facts comes after 30 others." in plain(printed.getvalue())
 
 
 def test_an_error_or_a_warning_steers_no_terminal(tmp_path, horse):
@@ -206,4 +208,4 @@ def test_a_models_name_is_no_way_out_of_a_folder():
 def test_a_console_of_ours_is_the_only_one():
     assert isinstance(app.console, PlainConsole) and issubclass(PlainConsole, Console)
     assert all(commands.console is app.console for commands in COMMANDS)
-    assert isinstance(asking.console, PlainConsole)
+    assert asking.console is app.console

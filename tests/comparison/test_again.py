@@ -65,7 +65,7 @@ def test_a_training_has_a_report_with_its_curves(tmp_path):
     step = {"step": 1, "edit": 2.5, "rephrase": None, "validation": {"efficacy": 99.0}}
     save_history(tmp_path, [step])
     page = report_of(tmp_path).html()
-    assert "A training of 1 steps" in page and page.count("<svg") == 2
+    assert "A training of 1 step<" in page and page.count("<svg") == 2
     save_history(tmp_path, [])
     with pytest.raises(UsageError, match="holds no step"):
         report_of(tmp_path)

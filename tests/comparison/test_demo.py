@@ -121,3 +121,14 @@ def test_a_slow_machine_has_no_untrained_edit(tmp_path):
     outcome = demo._run_demo(tmp_path, hparams, 3, 0.0, None)
     assert [r["method"] for r in outcome.rows] == ["unedited", "HORSE, trained"]
     assert "of 3 facts hold" in (tmp_path / "report.html").read_text()
+
+
+def test_a_demo_runs_again_in_the_users_folder(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    tiny.files(tmp_path)
+    settings = {"edits_per_step": 3, "max_iters": 1, "val_interval": 1, "val_edits": 3}
+    hparams = tiny.hparams(model_name=str(tmp_path / "model"), keep_coef=0.0, **settings)
+    for _ in range(2):
+        run_demo("~/d", hparams, 3)
+    assert (tmp_path / "d/edit/delta.safetensors").is_file()

@@ -434,6 +434,13 @@ def test_other_seeds_do_not_measure_again_what_they_do_not_change(plan, tmp_path
     assert len(counted.seen) == 2 and json.loads(results.read_text()) == again
 
 
+def test_records_that_are_no_file_are_a_data_set_by_a_name():
+    data = DataSet.load(tiny.records(3), tiny.records(2), name="mine")
+    assert (data.name, len(data.records), len(data.train), data.val) == ("mine", 3, 2, ())
+    with pytest.raises(UsageError, match="name: records that are no file need one"):
+        DataSet.load(tiny.records(3))
+
+
 def test_more_edits_than_records_are_refused_before_anything_runs(plan):
     with pytest.raises(UsageError, match="facts: 7 edits asked for"):
         plan({}, (7,))

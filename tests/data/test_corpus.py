@@ -9,7 +9,7 @@ from tests import tiny
 
 
 def test_a_corpus_is_any_text(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\nthree\n")
+    (tmp_path / "a.txt").write_text("\ufeffone\n\ntwo\nthree\n", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert read_corpus(tmp_path / "a.txt", 2) == ["one", "two"]
     assert read_corpus(tmp_path / "b.jsonl", 9) == ["one", "two"]
@@ -29,6 +29,13 @@ def test_shipped_text_begins_with_all_kinds_and_is_not_the_held_out_one(shipped_
     kept = [t for _, t in shipped_pieces("preserve")]
     assert texts_of("shipped", 5) == kept[:5]
     assert any("return" in t for t in kept[:5]) and any(ord(max(t)) > 0x400 for t in kept[:15])
+
+
+def test_a_corpus_is_found_in_the_users_folder(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    (tmp_path / "a.txt").write_text("one\n")
+    assert read_corpus("~/a.txt", 2) == ["one"]
 
 
 def test_a_file_of_bytes_is_no_text_and_parquet_is_read(tmp_path):

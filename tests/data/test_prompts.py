@@ -52,7 +52,7 @@ def tokenizer(request):
 def test_an_accepted_answer_that_is_too_long_is_left_out_with_a_count():
     said = Query("the capital of Norway is", "Lima", ("Oslo", "Lima " * 40))
     record = EditRecord("the city is", "Rome", portability=(said,))
-    with pytest.warns(match="1 accepted answers left out: too long"):
+    with pytest.warns(match="1 accepted answer left out: too long"):
         edits = prepare(tiny.bpe_tokenizer(), [record], max_length=20)
     assert not edits.errors
     (prompt,) = edits.of("portability", 0)
@@ -67,7 +67,7 @@ def test_the_answer_is_the_answer(tokenizer, slow):
     assert tuple(tokenizer("the capital of Norway is Lima France")["input_ids"]) == p.ids
 
 
-@pytest.mark.filterwarnings("ignore:.*accepted answers left out")
+@pytest.mark.filterwarnings("ignore:.*accepted answers? left out")
 @pytest.mark.parametrize("slow", [False, True])
 def test_many_texts_read_at_once_have_the_tokens_of_each_alone(tokenizer, slow):
     tokenizer = Slow(tokenizer) if slow else tokenizer

@@ -234,6 +234,38 @@ def test_wikibigedit():
     )
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_locality_may_be_text_with_its_answers_beside_it(several):
+    """The objects of EasyEdit's WikiBigEdit and AKEW, which has a list of the same answer."""
+    item = {"subject": "Ada", "prompt": "What is Ada?", "target_new": "a cook"}
+    item |= {"ground_truth": None, "rephrase": ["Ada is what?"], "portability_hop": None}
+    prompts, answers = ["What is Bob?", "What is Eve?"], ["a guard", "a guard"]
+    item |= {"locality": prompts if several else "What is Bob?"}
+    item |= {"locality_ans": answers if several else "a guard"}
+    asked = prompts if several else prompts[:1]
+    assert one(item).unrelated == tuple(Query(prompt, "a guard") for prompt in asked)
+    with pytest.raises(UsageError, match="record 0: field 'locality_ans' is missing"):
+        one(without(item, "locality_ans"))
+
+
+def test_portability_may_stand_flat():
+    """As in EasyEdit's MQuAKE, whose questions all have one answer."""
+    item = without(FLAT, "subject") | {"portability_prompt": ["Who then?", "And who?"]}
+    item |= {"portability_ground_truth": ["Eve", "Eve"]}
+    assert one(item).portability == (Query("Who then?", "Eve"), Query("And who?", "Eve"))
+    flat = {**FLAT, "portability_prompt": "Who then?", "portability_ground_truth": "Eve"}
+    assert one(flat).portability == (Query("Who then?", "Eve"),)
+    none = {**FLAT, "portability_prompt": None, "portability_ground_truth": None}
+    assert one(none) == RECORD
+
+
+def test_akews_wikiupdate():
+    rewrite = {"subject": "Ada", "prompt": "The mother tongue of {} is"}
+    rewrite |= {"answer_new": "English", "answer_true": "French", "question": "Ada speaks"}
+    item = {"case_id": 0, "requested_rewrite": rewrite, "loc": "Bob speaks", "loc_ans": "Welsh"}
+    assert one(item) == RECORD
+
+
 def test_zsre_portability():
     ports = {"Recalled Relation": "x", "New Question": "Who reads it?", "New Answer": "Eve"}
     assert one({**ZSRE, "portability": ports}).portability == (Query("Who reads it?", "Eve"),)
@@ -341,7 +373,7 @@ def test_a_subject_takes_the_place_of_its_braces(prompt, filled):
 
 def test_braces_beside_the_subject_are_kept_and_counted():
     item = {"prompt": "In Ada {} is", "subject": "Ada", "target_new": "x"}
-    with pytest.warns(UserWarning, match="1 prompts with {} that name their subject"):
+    with pytest.warns(UserWarning, match="1 prompt with {} beside the name of the subject"):
         assert one(item).prompt == item["prompt"]
 
 
@@ -354,7 +386,7 @@ def test_what_nothing_reads_is_named_once():
 
 def test_prompts_without_an_answer_are_left_out_and_counted():
     item = {**REQUEST, "portability": {"hop": [{"prompt": "Ada writes in", "ground_truth": []}]}}
-    with pytest.warns(UserWarning, match="1 prompts without an answer left out"):
+    with pytest.warns(UserWarning, match="1 prompt without an answer left out"):
         assert one(item).portability == ()
 
 

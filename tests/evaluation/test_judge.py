@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -34,7 +35,12 @@ def grade(body):
     lines = body["messages"][0]["content"].splitlines()
     right = next(x for x in lines if x.startswith("Right answer: ")).partition(": ")[2]
     given = next(x for x in lines if x.startswith("Answer to grade: "))
-    answer = "A." if right in given else "B"
+    answer = given.partition(": ")[2]
+    is_right = any(r in answer for r in right.split(", or as well: "))
+    return said("A." if is_right else "B")
+
+
+def said(answer):
     return 200, json.dumps({"choices": [{"message": {"content": answer}}]})
 
 
@@ -76,6 +82,36 @@ def test_grades_are_the_judge_s_and_kept(server, tmp_path, monkeypatch):
     assert "judged" in table(share).columns and "judged" not in table(figures(texts)).columns
 
 
+def test_any_accepted_answer_is_right(server, tmp_path):
+    (text,) = written(["Evelyn"])
+    text = replace(text, accepted=("Evelyn", "Eva"))
+    assert Judge(server.url, "m").grade([text], tmp_path / "judged.jsonl")[0].judged
+    asked = server.asked[0][2]["messages"][0]["content"]
+    assert "Right answer: Oslo, or as well: Evelyn, or as well: Eva\n" in asked
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_right"),
+    [
+        *((r, True) for r in ("A", "a.", "(A)", "A)", "A: right", "Answer: A", "**A**")),
+        *((r, True) for r in ("A\n\nBecause it is not B.", "It is right: A")),
+        *((r, False) for r in ("B", "(b)", "B: not A", "This is a wrong answer: B")),
+    ],
+)
+def test_a_reply_is_its_first_lone_letter(server, tmp_path, recwarn, reply, is_right):
+    server.say = lambda body: said(reply)
+    (found,) = Judge(server.url, "m").grade(written(["Oslo"]), tmp_path / "judged.jsonl")
+    assert found.judged is is_right and not recwarn
+
+
+def test_replies_that_are_not_understood_are_counted(server, tmp_path):
+    server.say = lambda body: said("This is a good answer.")
+    kept = tmp_path / "judged.jsonl"
+    with pytest.warns(UserWarning, match=r"2 of 2 replies hold no A .*judged\.jsonl has them"):
+        found = Judge(server.url, "m").grade(written(["Oslo", "Lima"]), kept)
+    assert [w.judged for w in found] == [False, False]
+
+
 def test_what_was_answered_before_a_failure_is_kept(server, tmp_path):
     kept, judge = tmp_path / "judged.jsonl", Judge(server.url, "m")
     server.say = lambda body: grade(body) if len(server.asked) < 2 else (401, "no")
@@ -84,7 +120,7 @@ def test_what_was_answered_before_a_failure_is_kept(server, tmp_path):
     server.say = grade
     with kept.open("a") as file:
         file.write('{"id": "half of a li')  # as a stop leaves it
-    assert judge.cost(written(["Oslo", "Lima"]), kept).startswith("1 requests")
+    assert judge.cost(written(["Oslo", "Lima"]), kept).startswith("1 request to")
     assert len(judge.grade(written(["Oslo", "Lima"]), kept)) == 2
     assert judge.cost(written(["Oslo", "Lima"]), kept).startswith("0 requests")
 
@@ -107,8 +143,9 @@ def test_a_key_goes_nowhere_else(server, tmp_path, monkeypatch):
     Judge("https://example.org/v1", "m"), Judge("http://localhost:1/v1", "m")
     monkeypatch.delenv(KEY)
     Judge("http://example.org/v1", "m")
-    with pytest.raises(UsageError, match="is no URL"):
-        Judge("file:///etc/passwd", "m")
+    for url in ("file:///etc/passwd", "http://[x/v1"):
+        with pytest.raises(UsageError, match="is no URL"):
+            Judge(url, "m")
 
 
 def test_kept_answers_of_another_form_are_named(tmp_path):

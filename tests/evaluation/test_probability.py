@@ -65,3 +65,13 @@ def test_without_a_true_answer_there_is_nothing_to_compare():
     assert set(found) == {"specificity_success", "specificity_magnitude"}
     with pytest.raises(UsageError, match="no record has its true answer"):
         success_and_magnitude(backbone, [EditRecord("the capital is", "Oslo")])
+
+
+def test_a_true_answer_without_tokens_is_named_by_its_record():
+    backbone = HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams()).backbone
+    records = [
+        replace(r, ground_truth=true)
+        for r, true in zip(tiny.records(2), ("Oslo", " "), strict=True)
+    ]
+    with pytest.raises(UsageError, match="record 1: answer ' '"):
+        success_and_magnitude(backbone, records)

@@ -75,6 +75,7 @@ def test_a_run_says_how_many_steps_of_how_many_records():
     settings = {"edits_per_step": 1000, "min_edits_per_step": 20}
     assert described(40, settings) == "40 steps of 20 to 1,000 records"
     assert described(40, {"edits_per_step": 125}) == "40 steps of 125 records"
+    assert described(1, {"edits_per_step": 1}) == "1 step of 1 record"
 
 
 def test_the_smallest_step_is_no_larger_than_the_largest():

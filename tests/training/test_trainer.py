@@ -176,6 +176,13 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(
         assert read(tmp_path / "whole", name) == read(tmp_path / "parts", name)
 
 
+def test_a_run_in_the_users_folder_is_resumed(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    trainer("~/a", max_iters=2).run()
+    assert trainer("~/a", max_iters=2, resume=True).step == 2
+
+
 def test_resuming_on_other_records_is_refused(tmp_path):
     trainer(tmp_path, max_iters=2).run()
     t = trainer(tmp_path, max_iters=2)

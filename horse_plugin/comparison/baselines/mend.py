@@ -21,7 +21,7 @@ import torch
 from horse_plugin.comparison.task import Task, records_digest
 from horse_plugin.data.records import EditRecord
 from horse_plugin.easyedit.patches import EditTrainer, hparams_class
-from horse_plugin.errors import UsageError
+from horse_plugin.errors import UsageError, counted
 from horse_plugin.model.loading import copy_of, pad_with_eos
 from horse_plugin.storage.digest import text_digest
 from horse_plugin.storage.files import write
@@ -109,7 +109,7 @@ def trained(hparams, task: Task, within) -> dict:
         found = {
             "archive": file,
             "train_seconds": time.perf_counter() - start,
-            "budget": f"{steps} steps of {n} records from {len(records):,}",
+            "budget": f"{counted(steps, 'step')} of {counted(n, 'record')} from {len(records):,}",
         }
         write(done, json.dumps(found))
     found = read_json(done, {"archive": str, "train_seconds": (int, float), "budget": str})

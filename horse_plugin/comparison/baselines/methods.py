@@ -100,6 +100,7 @@ def load_hparams(method: str, path, device: torch.device):
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not hparams of EasyEdit's {method} ({error}).") from None
     hparams.device = str(device)
+    stats.expand_paths(hparams)
     return hparams
 
 

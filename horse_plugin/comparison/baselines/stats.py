@@ -16,7 +16,8 @@ import torch
 from horse_plugin.data.corpus import texts_of
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import UsageError
-from horse_plugin.hparams import HORSEHyperParams, read_keys
+from horse_plugin.foreign import modules_of_layers
+from horse_plugin.hparams import HORSEHyperParams, find_yaml, read_keys
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.moments import (
     Moments,
@@ -29,6 +30,9 @@ from horse_plugin.storage.files import locked_folder
 from horse_plugin.storage.files import write as write_file
 
 LONGEST = 1024  # tokens of a text
+# What a YAML has that asks for statistics.
+ASKING = ("model_name", "layers", "rewrite_module_tmp", "stats_dir")
+ASKING += ("mom2_dataset", "mom2_dtype", "mom2_n_samples")
 
 
 def stats_file(hparams, backbone: Backbone, module: str) -> Path:
@@ -81,21 +85,19 @@ def statistics_of_yamls(yamls: Sequence[Path], corpus, folder: Path | None = Non
     """Prepare the statistics that YAMLs of EasyEdit's methods ask for, and return the files made.
 
     Args:
+        yamls: the files, or the names of shipped ones.
         folder: instead of their ``stats_dir``.
 
     Raises:
         UsageError: a YAML that names no statistics, or no corpus there.
     """
     made, backbones = [], {}
-    for path in yamls:
+    for name in yamls:
+        path = find_yaml(name)
         try:
-            hparams = SimpleNamespace(**read_keys(path))
-            hparams.stats_dir = str(folder or hparams.stats_dir)
-            modules_of(hparams), hparams.mom2_dataset, hparams.mom2_dtype, hparams.mom2_n_samples
-        except (TypeError, AttributeError) as error:
-            raise UsageError(f"{path}: not a YAML that asks for statistics ({error}).") from None
-        if (threshold := getattr(hparams, "nullspace_threshold", None)) is not None:
-            hparams.nullspace_threshold = float(threshold)
+            hparams = _asking(read_keys(path), folder)
+        except UsageError as error:
+            raise UsageError(f"{path}: not a YAML that asks for statistics: {error}") from None
         name = hparams.model_name
         if name not in backbones:
             backbones[name] = Backbone.load(HORSEHyperParams(model_name=name))
@@ -103,10 +105,35 @@ def statistics_of_yamls(yamls: Sequence[Path], corpus, folder: Path | None = Non
     return made
 
 
+def _asking(keys: dict, folder: Path | None) -> SimpleNamespace:
+    """Return the keys of a YAML as attributes, if all are there that statistics need."""
+    keys = keys | ({"stats_dir": str(folder)} if folder else {})
+    keys.setdefault("rewrite_module_tmp", keys.get("rewrite_module_tmps"))  # PMET's has several
+    for key in ASKING:
+        if keys.get(key) is None:
+            raise UsageError(f"{key} is missing.")
+    for key, kind in (("mom2_n_samples", int), ("nullspace_threshold", float)):
+        try:
+            keys |= {key: kind(keys[key])} if keys.get(key) is not None else {}
+        except (TypeError, ValueError):
+            raise UsageError(f"{key}: expected a number, got {keys[key]!r}.") from None
+    hparams = SimpleNamespace(**keys)
+    expand_paths(hparams)
+    modules_of(hparams)
+    return hparams
+
+
+def expand_paths(hparams):
+    """Have ``~`` mean the user's folder in EasyEdit's hparams, whose code takes it as a name."""
+    for key in ("archive", "P_loc", "stats_dir"):
+        if path := getattr(hparams, key, None):
+            setattr(hparams, key, str(Path(path).expanduser()))
+
+
 def modules_of(hparams) -> list[str]:
     """Return the names of the edit modules that EasyEdit's hparams name."""
     templates = getattr(hparams, "rewrite_module_tmps", None) or [hparams.rewrite_module_tmp]
-    return [template.format(layer) for layer in hparams.layers for template in templates]
+    return [name for t in templates for name in modules_of_layers(t, hparams.layers)]
 
 
 def prepare(hparams, backbone: Backbone, corpus) -> list[Path]:
