@@ -379,7 +379,7 @@ def test_a_loss_that_is_not_finite_names_its_record(tmp_path, monkeypatch):
         return own(i, batch) + torch.where(objective.kinds[i] == rephrased, math.nan, 0.0)
 
     monkeypatch.setattr(objective, "_token_losses", losses)
-    with pytest.raises(HorseError, match="record [345]: the loss on its rephrase prompt"):
+    with pytest.raises(HorseError, match=r"record [345]: the loss on its rephrase prompt"):
         objective.weight_gradients()
 
 
