@@ -91,9 +91,9 @@ class AppliedEdits:
         """Add a delta to the model, such as a loaded one.
 
         It must have been made on the weights as they are now, or as they were before all edits of
-        this editor, so that several edits of one model can be combined; none counts twice. A model
-        in another dtype will do if its weights round to the very weights that the edit was made on,
-        such as a bf16 model that was loaded in fp32.
+        this editor, so that several edits of one model can be combined; one that
+        is applied twice counts twice. A model in another dtype will do if its weights round to the
+        very weights that the edit was made on, such as a bf16 model that was loaded in fp32.
 
         Raises:
             UsageError: the delta was made for another model, other modules or other weights.
@@ -119,8 +119,6 @@ class AppliedEdits:
         here += [self.original_weights] if done else []
         for delta in deltas:
             check_made_for(delta.name, delta.about, self.backbone)
-            if any(_is_same(delta, other) for other in done):
-                raise UsageError(f"{delta.name}: is in force already, and would count twice.")
             wanted = delta.about[made_on]
             if wanted not in known and not any(_differing(w, wanted) is None for w in here):
                 module = _differing(here[0], wanted)
@@ -236,13 +234,6 @@ class AppliedEdits:
     def load_delta(folder) -> EditDelta:
         """Return a delta that :meth:`EditDelta.save` wrote; :meth:`apply` puts it into a model."""
         return EditDelta.load(folder)
-
-
-def _is_same(a: EditDelta, b: EditDelta) -> bool:
-    """Return whether one edit was read twice: names and times are not enough to tell."""
-    if a.name != b.name or a.tensors.keys() != b.tensors.keys():
-        return False
-    return all(torch.equal(t.cpu(), b.tensors[n].cpu()) for n, t in a.tensors.items())
 
 
 def _differing(weights: dict[str, torch.Tensor], digests: dict[str, str]) -> str | None:

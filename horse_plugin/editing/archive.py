@@ -140,7 +140,9 @@ def network_of(path, tensors: dict[str, torch.Tensor], form: dict) -> HyperNetwo
         shapes = {n: t.shape for n, t in network.state_dict().items()}
         if shapes != {n: t.shape for n, t in tensors.items()}:
             raise ValueError("does not have the form of the tensors")
-        network.to(tensors["log_eta"].dtype).to_empty(device="cpu").load_state_dict(tensors)
+        if tensors["log_eta"].dtype is torch.float64:  # of a model of that precision
+            network.double()
+        network.to_empty(device="cpu").load_state_dict(tensors)
     except Exception as error:  # of a size, a name or a type that torch does not take
         raise HorseError(f"{path}: damaged: field 'network': {first_line(error)}.") from None
     for name, p in network.named_parameters():

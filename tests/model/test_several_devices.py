@@ -11,7 +11,7 @@ from horse_plugin.easyedit.apply import apply_horse_to_model
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.metrics import predict
 from horse_plugin.evaluation.probability import answer_probabilities
-from horse_plugin.model import backbone as module
+from horse_plugin.model import halves as module
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
 from horse_plugin.model.modules import find_edit_modules
