@@ -7,7 +7,7 @@ from pathlib import Path
 from horse_plugin.comparison.methods import Method
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.records import EditRecord
-from horse_plugin.errors import UsageError, visible
+from horse_plugin.errors import UsageError, counted, visible
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Plan:
             if max(self.n_edits) > len(data.records):
                 raise UsageError(
                     f"{data.name}: {max(self.n_edits)} edits asked for, but it holds "
-                    f"{len(data.records)} records."
+                    f"{counted(len(data.records), 'record')}."
                 )
 
     def cells(self) -> list[tuple]:
