@@ -119,11 +119,12 @@ class Preserve:
 
     def unread(self, backbone: Backbone, folder) -> int:
         """Return the number of tokens whose moments :meth:`roots` would not find in the folder."""
-        tokens = 0
-        for prompts in filter(None, (self.text, self.unrelated)):
-            if not all(file.is_file() for file in _files(backbone, prompts, folder).values()):
-                tokens += sum(len(p.ids) for p in prompts)
-        return tokens
+        parts = (self.text, self.unrelated)
+        return sum(
+            sum(len(p.ids) for p in prompts)
+            for prompts, files in zip(parts, _files(backbone, parts, folder), strict=True)
+            if not all(file.is_file() for file in files.values())
+        )
 
     def roots(self, backbone: Backbone, folder) -> list[torch.Tensor]:
         """Return W with W Wᵀ = C̄⁻¹ for each edit module, d×d, on the edit device.
@@ -133,8 +134,9 @@ class Preserve:
         Args:
             folder: of the moments; they are computed if they are not there, and written.
         """
-        text = moments_of(backbone, self.text, folder)
-        unrelated = moments_of(backbone, self.unrelated, folder) if self.unrelated else None
+        of_text, of_unrelated = _files(backbone, (self.text, self.unrelated), folder)
+        text = moments_of(backbone, self.text, of_text)
+        unrelated = moments_of(backbone, self.unrelated, of_unrelated) if self.unrelated else None
         roots = []
         for name, (total, count) in text.items():
             # One at a time: each takes several float64 d×d matrices.
@@ -184,12 +186,8 @@ def up_to(n_tokens: int, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     return tuple(taken)
 
 
-def moments_of(backbone: Backbone, prompts: Sequence[Prompt], folder) -> Moments:
-    """Return the moments over these prompts, from files in the folder or computed and written.
-
-    The files' name holds a digest of the model with all of its weights, and of the prompts.
-    """
-    files = _files(backbone, prompts, folder)
+def moments_of(backbone: Backbone, prompts: Sequence[Prompt], files: dict[str, Path]) -> Moments:
+    """Return the moments over these prompts, from a file a module or computed and written."""
     missing = torch.tensor(float(not all(file.is_file() for file in files.values())))
     if not distributed.sum_over_ranks(missing):  # the same for all processes, who sum together
         return {name: load_moments(file) for name, file in files.items()}
@@ -200,11 +198,17 @@ def moments_of(backbone: Backbone, prompts: Sequence[Prompt], folder) -> Moments
     return moments
 
 
-def _files(backbone: Backbone, prompts: Sequence[Prompt], folder) -> dict[str, Path]:
-    """Return module → the file of its moment over these prompts."""
-    about = [backbone.fingerprint(), _bits(backbone), [[p.ids, p.start] for p in prompts]]
-    data = f"horse-{json_digest(about)}"
-    return {m: moments_file(folder, backbone, m, data, len(prompts)) for m in backbone.modules}
+def _files(backbone: Backbone, parts: Sequence[Sequence[Prompt]], folder) -> list[dict[str, Path]]:
+    """Return, for each part of the prompts, module → the file of its moment over that part.
+
+    A file's name holds a digest of the model with all of its weights, and of the prompts.
+    """
+    model, found = [backbone.fingerprint(), _bits(backbone)], []
+    for prompts in parts:
+        data = f"horse-{json_digest([*model, [[p.ids, p.start] for p in prompts]])}"
+        n = len(prompts)
+        found.append({m: moments_file(folder, backbone, m, data, n) for m in backbone.modules})
+    return found
 
 
 def _bits(backbone: Backbone) -> list[int]:
