@@ -1,6 +1,7 @@
 """Prompts side by side, in batches that waste little on padding."""
 
 import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -40,27 +41,38 @@ class Batch:
         pairs = zip(of_prompts, self.prompts, strict=True)
         return [value for value, p in pairs for _ in p.labels]
 
+    def late(self) -> torch.Tensor:
+        """Return the positions from each prompt's first key or answer position on, on the CPU.
 
-# No row of a batch is shorter than this share of its longest row, to waste little on padding.
-FILLED = 0.8
-SMALL = 512  # tokens, padding included, for which a GPU hardly takes longer than for one
+        They count the tokens of all rows in sequence.
+        """
+        ends = [i * self.ids.shape[1] + len(p.inputs) for i, p in enumerate(self.prompts)]
+        spans = zip(ends, self.prompts, strict=True)
+        return torch.cat([torch.arange(end - p.n_late, end) for end, p in spans])
+
+
+# A pass takes as long as it would for so many tokens more: padding up to there is for nothing.
+PASS_ON_CPU, PASS_ON_GPU = 64, 512
 
 
 def batches(prompts: Sequence[Prompt], max_tokens: int, device="cpu") -> Iterable[Batch]:
     """Yield the prompts in batches of at most ``max_tokens`` padded tokens, longest first.
 
-    A prompt longer than ``max_tokens`` makes a batch of its own. On a GPU a few prompts of any
-    lengths are one batch, since each batch costs a pass.
+    A prompt longer than ``max_tokens`` makes a batch of its own. All prompts of a shorter length
+    join a batch, or none, as long as its padding costs less than a pass of their own.
     """
     lengths = [len(p.inputs) for p in prompts]
-    small = 0 if torch.device(device).type == "cpu" else SMALL
+    a_pass = PASS_ON_CPU if torch.device(device).type == "cpu" else PASS_ON_GPU
     order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
     while order:
         width = lengths[order[0]]
-        alike = bisect.bisect_right(order, -FILLED * width, key=lambda i: -lengths[i])
-        n_rows = max(1, min(max(alike, small // width), max_tokens // width))
-        yield _batch(prompts, order[:n_rows], width, device)
-        order = order[n_rows:]
+        index = order[: max(1, max_tokens // width)]
+        padding = list(itertools.accumulate(width - lengths[i] for i in index))
+        n = bisect.bisect_right(padding, a_pass)
+        if n < len(index):
+            n = bisect.bisect_left(index, -lengths[index[n]], key=lambda i: -lengths[i])
+        yield _batch(prompts, index[:n], width, device)
+        order = order[n:]
 
 
 def _batch(prompts, index, width, device) -> Batch:

@@ -64,6 +64,11 @@ class Prompt:
         return first, *range(self.start, len(self.inputs))
 
     @property
+    def n_late(self) -> int:
+        """The number of positions from the first key or answer position on."""
+        return len(self.inputs) - min(self.start - 1, *self.keys_at)
+
+    @property
     def labels(self) -> tuple[int, ...]:
         """What is predicted from the first answer token on; ``UNKNOWN`` is what follows it."""
         return self.answer + (UNKNOWN,) * self.ends

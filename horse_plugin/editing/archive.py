@@ -9,6 +9,7 @@ import torch
 from horse_plugin.assets import TRAINED
 from horse_plugin.errors import HorseError, UsageError, first_line
 from horse_plugin.hparams import SHIPPED, HORSEHyperParams
+from horse_plugin.method.finite import all_finite
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.fingerprint import FINGERPRINT, describe, is_same_model
@@ -146,7 +147,7 @@ def network_of(path, tensors: dict[str, torch.Tensor], form: dict) -> HyperNetwo
     except Exception as error:  # of a size, a name or a type that torch does not take
         raise HorseError(f"{path}: damaged: field 'network': {first_line(error)}.") from None
     for name, p in network.named_parameters():
-        if not p.isfinite().all() and name != "log_eta":  # which is NaN until it is set
+        if not all_finite(p) and name != "log_eta":  # which is NaN until it is set
             raise HorseError(f"{path}: damaged: network.{name} is not finite.")
     return network
 

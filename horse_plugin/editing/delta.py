@@ -12,6 +12,7 @@ from horse_plugin.distributed import is_main_process
 from horse_plugin.editing.archive import MADE_FOR
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.evaluation.facts import FACTS_FILE, save_facts
+from horse_plugin.method.finite import all_finite
 from horse_plugin.storage.digest import text_digest
 from horse_plugin.storage.files import locked_folder, to_json, write
 from horse_plugin.storage.schema import Maybe, check_form, count, finite, read_text
@@ -209,7 +210,7 @@ def _check_tensors(path, tensors: dict[str, torch.Tensor], modules: list[str]):
             raise HorseError(f"{path}: damaged: {module}: neither a shift nor a pair of factors.")
         if len({len(t) for t in parts}) > 1 or len({t.dtype for t in parts}) > 1:
             raise HorseError(f"{path}: damaged: {module}: its factors do not fit each other.")
-        if not all(t.isfinite().all() for t in parts):
+        if not all(map(all_finite, parts)):
             raise HorseError(f"{path}: {module}: the shift is not finite.")
     if {name.rpartition(".")[0] for name in tensors} != set(modules):
         raise HorseError(f"{path}: damaged: field 'modules' names others than the tensors do.")

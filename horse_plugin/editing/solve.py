@@ -11,6 +11,7 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.in_force import InForce
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.method.finite import all_finite
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.method.metric import times_root, whitened
 from horse_plugin.method.ridge import Ridge
@@ -65,7 +66,7 @@ def calibrate(network: HyperNetwork, captured: Capture, hparams: HORSEHyperParam
             hparams.strength,
             hparams.editor_batch_size,
         )
-    if network.has_cap and not network.largest.isfinite().all():
+    if network.has_cap and not all_finite(network.largest):
         network.calibrate_cap(captured.value_norms, hparams.residual_cap)
 
 
@@ -115,8 +116,9 @@ def edit_residuals(
     residuals = residuals_of(network, captured, hparams)
     with raise_on_all_ranks():
         for name, r in zip(backbone.modules, residuals, strict=True):
-            if (bad := ~r.isfinite().all(-1)).any():
-                record = captured.record_of_row[bad.cpu()][0].item()
+            if not all_finite(r):
+                bad = ~r.isfinite().all(-1).cpu()
+                record = captured.record_of_row[bad][0].item()
                 raise HorseError(
                     f"record {record}: {name}: its residual is not finite. {HALF_PRECISION_HINT}"
                 )
@@ -184,7 +186,7 @@ def solve(
             solved = {"shift": ridge.shift(r) - in_force.pulled(l, ridge)}
         else:
             solved = ridge.smallest_form(r)
-        if not all(t.isfinite().all() for t in solved.values()):
+        if not all(map(all_finite, solved.values())):
             record = _record_of_largest_row(captured, r)
             raise HorseError(
                 f"{name}: the shift is not finite. {HALF_PRECISION_HINT} "

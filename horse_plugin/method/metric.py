@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 
 from horse_plugin.errors import HorseError
+from horse_plugin.method.finite import all_finite
 
 STRIPES = 4  # of W, each of which leaves its own zeros out: 5 of 8 products are left
 
@@ -30,7 +31,7 @@ def metric_of(moment: torch.Tensor, rho: float) -> torch.Tensor:
     """
     moment = moment.double()
     scale = moment.diagonal().mean()
-    if not (scale > 0 and moment.isfinite().all()):
+    if not (scale > 0 and all_finite(moment)):
         raise HorseError("the second moment of the keys on ordinary text is zero or not finite.")
     metric = (1 - rho) / scale * moment
     metric.diagonal().add_(rho)

@@ -13,6 +13,7 @@ import torch
 
 from horse_plugin.distributed import gather_rows, row_range, sum_over_ranks
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
+from horse_plugin.method.finite import all_finite
 from horse_plugin.method.metric import times_root, whitened
 
 CHUNK = 8192  # rows of H in one product
@@ -218,7 +219,7 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor):
 
 
 def _check_finite(gram: torch.Tensor):
-    if not gram.isfinite().all():
+    if not all_finite(gram):
         raise HorseError(f"the Gram matrix of the keys is not finite. {HALF_PRECISION_HINT}")
 
 

@@ -6,6 +6,7 @@
     sharding      the trunk's weights, shared out over processes
     fingerprint   how a model is recognised
     guard         a caller's model: held by one thread, and given back as it was
+    backward      backward passes of the positions that need a gradient
     halves        its forward pass cut in two: trunk, and edited blocks with the head
     backbone      how prompts come to the halves: tokenised, batched, shared out, kept
     weights       edit weights: adding shifts, restoring bits, gradients

@@ -11,6 +11,7 @@ import torch
 from horse_plugin import distributed
 from horse_plugin.data.prompts import UNKNOWN, Prompt
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
+from horse_plugin.method.finite import all_finite
 from horse_plugin.method.losses import cross_entropy, likeliest
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded, hooked
@@ -131,6 +132,8 @@ def capture(
                     positions = backbone.key_positions(name, batch)
                     hook = captured[name].hook(positions, at, backward)
                     hooks.enter_context(hooked(module.register_forward_hook, hook))
+                if backward:
+                    hooks.enter_context(backbone.late_gradients(batch))
                 with torch.set_grad_enabled(backward):
                     logits = backbone.top(batch, states)
                     ends = end.nonzero()[:, 0]
@@ -164,8 +167,8 @@ def capture(
         holds |= still
         for name, module_rows in captured.items():
             for what, values in (("keys", module_rows.keys), ("gradient", module_rows.grads)):
-                bad = ~values.isfinite().all(-1).cpu()
-                if bad.any():
+                if not all_finite(values):
+                    bad = ~values.isfinite().all(-1).cpu()
                     record = record_of_row[bad][0].item()
                     raise HorseError(
                         f"record {record}: the {what} at {name} is not finite. "

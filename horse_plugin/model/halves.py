@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from horse_plugin.data.batches import Batch, batches
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import UsageError, first_line
+from horse_plugin.method.finite import all_finite
+from horse_plugin.model.backward import gradients_at
 from horse_plugin.model.guard import guard, guarded, hooked, none_packed, with_forward
 from horse_plugin.model.modules import (
     find_blocks,
@@ -52,6 +54,7 @@ class Halves:
         first_edited: the index of the lowest edited block.
         head: the output head.
         last_mlp: the name of the last block's MLP, which works at answer positions only, or None.
+        late_backward: whether backward passes can leave out what lies before a prompt's first key.
 
     Raises:
         UsageError: a named module is missing, or none can be found.
@@ -76,6 +79,7 @@ class Halves:
         self.edit_device = next(iter(self.modules.values())).weight.device
         self.first_edited = first_edited_block(model, inner_params, token)
         self.last_mlp = find_last_mlp(model)
+        self.late_backward = True
 
     def held(self) -> contextlib.AbstractContextManager:
         """Hold the model for the length of a ``with``, see :mod:`horse_plugin.model.guard`."""
@@ -86,7 +90,8 @@ class Halves:
     def check_halves(self):
         """Compare trunk and top with the model's own forward pass, on a few tokens.
 
-        Where they differ, the last MLP runs at all positions; it may mix tokens.
+        Where they differ, the last MLP runs at all positions; it may mix tokens. And where
+        gradients differ, backward passes run at all positions, too.
 
         Raises:
             UsageError: they differ even so, or the model is not causal.
@@ -96,7 +101,7 @@ class Halves:
         (batch,) = batches(made, len(ids) * 4, self.device)
         logits = self._forward(batch.ids).logits
         whole = logits[batch.rows, batch.cols]
-        if not whole.isfinite().all():
+        if not all_finite(whole):
             return  # an edit will name the number
         n = batch.ids.shape[1] // 2
         if not self.agree(self._forward(batch.ids[:, :n]).logits, logits[:, :n]):
@@ -118,6 +123,7 @@ class Halves:
                 problem = first_line(error)  # a block has inputs or outputs of its own kind
                 continue
             if agree:
+                self.late_backward = self._late_gradients_agree(batch, states)
                 return
         raise UsageError(
             f"{type(self.model).__name__}: HORSE cannot run this architecture's blocks in two "
@@ -128,6 +134,28 @@ class Halves:
         """Return whether logits are the same but for their rounding."""
         least = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1
         return bool((found - wanted).abs().max() <= least * wanted.abs().max())
+
+    @torch.enable_grad()
+    def _late_gradients_agree(self, batch: Batch, states: torch.Tensor) -> bool:
+        """Return whether gradients are the same where positions before the first key have none."""
+        at, found = batch.late(), []
+        for without in (contextlib.nullcontext(), self.late_gradients(batch)):
+            entering = states.detach().requires_grad_()
+            with without:
+                logits = self.top(batch, entering.clone())  # some models write into it
+            (grad,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), entering)
+            found.append(grad.flatten(0, -2)[at.to(grad.device)])
+        return self.agree(*found)
+
+    def late_gradients(self, batch: Batch) -> contextlib.AbstractContextManager:
+        """Let ``top`` in a ``with`` have gradients from each prompt's first key on only.
+
+        Before it they are wrong, see :mod:`horse_plugin.model.backward`.
+        """
+        if not self.late_backward:
+            return contextlib.nullcontext()
+        edited = self.blocks[self.first_edited :]
+        return gradients_at(edited, batch.late().to(self.edit_device), batch.ids.numel())
 
     def few_tokens(self) -> list[int]:
         """Return some token ids, all over the vocabulary, to try the model on."""

@@ -204,14 +204,21 @@ def _check_weight(name: str, module: nn.Module):
             f"{name}: its weight is offloaded to CPU or disk. Load the model where the edit "
             "modules fit, or in a smaller dtype."
         )
-    plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
-    if not plain or not weight.is_floating_point() or weight.dim() != 2:
-        kind = type(weight).__name__ if not plain else str(weight.dtype).removeprefix("torch.")
+    if not is_plain(weight) or weight.dim() != 2:
+        kind = type(weight).__name__
+        if type(weight) is nn.Parameter:
+            kind = str(weight.dtype).removeprefix("torch.")
         raise UsageError(
             f"{name}: its weight is quantised or packed ({kind}). Load the model unquantised, or "
             "edit the full model and put the edit on the quantised one as an adapter "
             "(horse export --lora)."
         )
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Return whether a weight holds its numbers itself: neither quantised, packed nor computed."""
+    is_tensor = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
+    return is_tensor and weight.is_floating_point()
 
 
 def _check_apart(modules: dict[str, nn.Module]):

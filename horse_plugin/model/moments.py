@@ -16,6 +16,7 @@ import torch
 from horse_plugin import distributed
 from horse_plugin.data.prompts import Prompt
 from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.method.finite import all_finite
 from horse_plugin.method.ridge import add_gram
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded, hooked
@@ -127,7 +128,7 @@ def load_moments(path: Path) -> tuple[torch.Tensor, int]:
             total, count = torch.from_numpy(data["mom2.mom2"]), int(data["mom2.count"])
         if total.dim() != 2 or len(set(total.shape)) > 1 or count < 1:
             raise ValueError("no moment of at least one key")
-        if not total.isfinite().all():
+        if not all_finite(total):
             raise ValueError("a number is not finite")
         return total, count
     except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:

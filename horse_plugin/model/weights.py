@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
+from horse_plugin.method.finite import all_finite
 from horse_plugin.model.modules import shape_of
 from horse_plugin.storage.digest import weight_digest
 
@@ -85,7 +86,7 @@ class EditWeights:
                     f"{name}: the shift is {tuple(shift.shape)}, the weight {tuple(weight.shape)}."
                 )
             weight.copy_(weight.to(self.dtype) + shift.to(weight.device, self.dtype))
-            if not weight.isfinite().all():
+            if not all_finite(weight):
                 raise HorseError(f"{name}: the edited weight is not finite. {HALF_PRECISION_HINT}")
             del shift  # the next one may be made just now
 

@@ -14,6 +14,7 @@ from horse_plugin.editing.archive import (
 from horse_plugin.errors import HorseError, UsageError, first_line
 from horse_plugin.evaluation.metrics import FIGURES
 from horse_plugin.hparams import CHANGE_NO_FIGURE, HORSEHyperParams, canonical
+from horse_plugin.method.finite import all_finite
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.storage.schema import Maybe, check_form, count, finite
@@ -97,7 +98,7 @@ def restore(path: Path, tensors, about: dict, network: HyperNetwork, optimizer):
             shapes = {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[i].shape)}
             if {k: t.shape for k, t in of_parameter.items()} != shapes:
                 raise ValueError(f"optimizer.{i} is not the state of its parameter")
-            if not all(t.isfinite().all() for t in of_parameter.values()):
+            if not all(map(all_finite, of_parameter.values())):
                 raise ValueError(f"optimizer.{i} is not finite")
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (RuntimeError, ValueError, LookupError) as error:

@@ -16,6 +16,7 @@ from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.editing.solve import moving_rows, residuals_of
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError, UsageError
 from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.method.finite import all_finite
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.method.losses import LOSSES
 from horse_plugin.method.ridge import Ridge
@@ -171,7 +172,7 @@ class Objective:
         totals = distributed.sum_over_ranks(totals)
         grads = {name: distributed.sum_over_ranks(grad) * unit for name, grad in grads.items()}
         for name, grad in grads.items():
-            if not grad.isfinite().all():
+            if not all_finite(grad):
                 raise HorseError(
                     f"{name}: the gradient of the loss is not finite. {HALF_PRECISION_HINT}"
                 )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from horse_plugin.data.batches import FILLED, batches
+from horse_plugin.data.batches import PASS_ON_CPU, PASS_ON_GPU, batches
 from horse_plugin.data.prompts import KINDS, Prompt, prepare, tokenize
 from horse_plugin.data.records import EditRecord, Query
 from horse_plugin.errors import UsageError
@@ -145,20 +145,32 @@ def test_batches_hold_every_prompt_once_within_the_budget_and_little_padding(len
     seen = []
     for batch in batches(made, budget):
         assert batch.ids.numel() <= budget or len(batch.prompts) == 1
-        assert all(len(p.inputs) >= FILLED * batch.ids.shape[1] for p in batch.prompts)
+        assert padding(batch) <= PASS_ON_CPU
         seen += batch.index
         at = batch.ids[batch.rows, batch.cols]
         assert torch.equal(at + 1, batch.labels)  # ids count up, so the label is the next one
     assert sorted(seen) == list(range(len(made)))
 
 
+def padding(batch) -> int:
+    return batch.ids.numel() - sum(len(p.inputs) for p in batch.prompts)
+
+
+@pytest.mark.parametrize(("n_short", "n_batches"), [(16, 1), (17, 2)])
+def test_prompts_of_a_length_join_a_longer_one_while_padding_costs_less_than_a_pass(
+    n_short, n_batches
+):
+    made = [Prompt(tuple(range(11)), 9)] + [Prompt(tuple(range(7)), 5)] * n_short
+    found = list(batches(made, 4096))
+    assert len(found) == n_batches
+    assert PASS_ON_CPU == 64 and sum(map(padding, found)) in (0, 64)
+
+
 def test_on_a_gpu_few_prompts_of_any_lengths_are_one_batch():
     made = [Prompt(tuple(range(n)), n - 1) for n in range(2, 22)]
     (few,) = batches(made, 4096, "meta")
-    assert len(few.index) == len(made) and len(list(batches(made, 4096))) > 4
-    for batch in batches(made * 100, 4096, "meta"):
-        shortest = min(len(p.inputs) for p in batch.prompts)
-        assert batch.ids.numel() <= 512 or shortest >= FILLED * batch.ids.shape[1]
+    assert len(few.index) == len(made) and len(list(batches(made, 4096))) > 1
+    assert all(padding(batch) <= PASS_ON_GPU for batch in batches(made * 100, 4096, "meta"))
     assert all(batch.ids.numel() <= 100 for batch in batches(made, 100, "meta"))
 
 

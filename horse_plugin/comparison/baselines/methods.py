@@ -27,6 +27,7 @@ from horse_plugin.data.records import EditRecord
 from horse_plugin.data.seam import PLAIN
 from horse_plugin.easyedit.patches import ALG_DICT, device_of, hparams_class, read_yaml
 from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.method.finite import all_finite
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import copy_of, own_random_numbers, pad_with_eos
 from horse_plugin.model.moments import model_name
@@ -152,7 +153,7 @@ def edits(
             before = targets.seconds(kept)
             seconds = None if before is None else seconds + before
         model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # LoRA
-        if not all(p.isfinite().all() for p in model.parameters()):
+        if not all(map(all_finite, model.parameters())):
             raise HorseError(f"{method} left weights that are not finite.")
         edited = deepcopy(model) if i + 1 < len(batches) else model
         edited = edited.to(backbone.model.dtype)
