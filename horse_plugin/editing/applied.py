@@ -13,7 +13,7 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded
-from horse_plugin.model.weights import on_host
+from horse_plugin.model.weights import copied_to_host
 from horse_plugin.storage.digest import matches
 
 
@@ -173,12 +173,14 @@ class AppliedEdits:
         Args:
             before: copies of the weights as they are now.
         """
-        edits, original = self._state.edits, self.original_weights
-        self.backbone.weights.move(delta.lazy_shifts(self.backbone.edit_device))
-        original = original if edits else on_host(before)
-        delta.tensors = {name: t.cpu() for name, t in delta.tensors.items()}
-        delta.about.setdefault("moved", self._moved(before))
-        self._state = _State((*edits, delta), self.backbone.weights.digests(), original)
+        edits, weights = self._state.edits, self.backbone.weights
+        with copied_to_host({} if edits else before) as first:
+            weights.move(delta.lazy_shifts(self.backbone.edit_device))
+            delta.tensors = {name: t.cpu() for name, t in delta.tensors.items()}
+            delta.about.setdefault("moved", self._moved(before))
+            digests = weights.digests()
+        original = self.original_weights if edits else first
+        self._state = _State((*edits, delta), digests, original)
 
     def _moved(self, before: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return how far each weight moved: ‖W − W before‖/‖W before‖ (Frobenius)."""

@@ -16,7 +16,7 @@ import torch
 from horse_plugin.errors import HorseError
 from horse_plugin.method.finite import all_finite
 
-STRIPES = 4  # of W, each of which leaves its own zeros out: 5 of 8 products are left
+STRIPES = 8  # of W, each of which leaves its own zeros out: 9 of 16 products are left
 
 
 def metric_of(moment: torch.Tensor, rho: float) -> torch.Tensor:

@@ -144,7 +144,7 @@ class Halves:
             with without:
                 logits = self.top(batch, entering.clone())  # some models write into it
             (grad,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), entering)
-            found.append(grad.flatten(0, -2)[at.to(grad.device)])
+            found.append(grad.flatten(0, -2)[at.to(grad.device, non_blocking=True)])
         return self.agree(*found)
 
     def late_gradients(self, batch: Batch) -> contextlib.AbstractContextManager:
@@ -154,8 +154,8 @@ class Halves:
         """
         if not self.late_backward:
             return contextlib.nullcontext()
-        edited = self.blocks[self.first_edited :]
-        return gradients_at(edited, batch.late().to(self.edit_device), batch.ids.numel())
+        at = batch.late().to(self.edit_device, non_blocking=True)
+        return gradients_at(self.blocks[self.first_edited :], at, batch.ids.numel())
 
     def few_tokens(self) -> list[int]:
         """Return some token ids, all over the vocabulary, to try the model on."""

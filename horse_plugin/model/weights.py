@@ -15,17 +15,29 @@ from horse_plugin.storage.digest import weight_digest
 Tensors = dict[str, torch.Tensor]
 
 
-def on_host(tensors: Tensors) -> Tensors:
-    """Return tensors on the CPU; those of GPUs are copied side by side, into pinned memory."""
-    found = {
-        name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-        if t.device.type == "cuda"
-        else t.cpu()
-        for name, t in tensors.items()
-    }
-    for device in {t.device for t in tensors.values() if t.device.type == "cuda"}:
-        torch.cuda.synchronize(device)
-    return found
+@contextlib.contextmanager
+def copied_to_host(tensors: Tensors) -> Iterator[Tensors]:
+    """Yield tensors on the CPU, those of GPUs as copies that are whole when the ``with`` ends.
+
+    A GPU copies them into pinned memory in a stream of its own, beside its work in the ``with``,
+    which must not change them.
+    """
+    streams, found = {}, {}
+    for name, t in tensors.items():
+        if t.device.type != "cuda":
+            found[name] = t.cpu()
+            continue
+        if t.device not in streams:
+            streams[t.device] = torch.cuda.Stream(t.device)
+            streams[t.device].wait_stream(torch.cuda.current_stream(t.device))
+        found[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+        with torch.cuda.stream(streams[t.device]):
+            found[name].copy_(t, non_blocking=True)
+    try:
+        yield found
+    finally:
+        for stream in streams.values():
+            stream.synchronize()
 
 
 class EditWeights:

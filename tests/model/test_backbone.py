@@ -1,5 +1,7 @@
 """The model cut in two equals the model, for every architecture; edits come off bit for bit."""
 
+import contextlib
+
 import accelerate
 import pytest
 import torch
@@ -14,6 +16,7 @@ from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import capture
 from horse_plugin.model.halves import UNFUSED
 from horse_plugin.model.loading import dtype_of, resolve_device
+from horse_plugin.model.weights import copied_to_host
 from tests import tiny
 
 MIDDLE = [f"model.layers.{i}.mlp.down_proj" for i in (3, 4)]
@@ -117,6 +120,56 @@ def test_a_failure_half_way_leaves_every_weight_as_it_was():
         backbone.weights.add(shifts)
     for k, v in backbone.model.state_dict().items():
         assert torch.equal(v, before[k]), k
+
+
+class OfAGPU:
+    """What a copy to the host asks of a tensor of a GPU."""
+
+    device, shape, dtype = torch.device("cuda", 1), (2,), torch.float32
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_gpu_copies_in_a_stream_of_its_own_and_is_waited_for_at_the_end(fails, monkeypatch):
+    asked = []
+
+    class Stream:
+        def __init__(self, device):
+            asked.append(f"stream on {device}")
+
+        def wait_stream(self, other):
+            asked.append(f"after {other}")
+
+        def synchronize(self):
+            asked.append("waited")
+
+    class Host:
+        def copy_(self, source, non_blocking):
+            asked.append(f"copy, non_blocking={non_blocking}")
+            return self
+
+    def pinned(shape, dtype, pin_memory):
+        assert (shape, dtype, pin_memory) == (OfAGPU.shape, OfAGPU.dtype, True)
+        return Host()
+
+    @contextlib.contextmanager
+    def inside(stream):
+        asked.append("in it")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the work of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch, "empty", pinned)
+    here = torch.ones(2)
+    tensors = {"a": OfAGPU(), "here": here, "b": OfAGPU()}
+    with contextlib.suppress(HorseError), copied_to_host(tensors) as found:
+        assert list(found) == ["a", "here", "b"] and torch.equal(found["here"], here)
+        asked.append("work")
+        if fails:
+            raise HorseError("while it copies")
+    copy = ["in it", "copy, non_blocking=True"]
+    begun = ["stream on cuda:1", "after the work of cuda:1"]
+    assert asked == [*begun, *copy, *copy, "work", "waited"]
 
 
 def test_no_hook_and_no_patch_stays_behind():

@@ -37,7 +37,10 @@ def backbone_of(model, monkeypatch, places=None, **settings) -> Backbone:
     """
     found = find_edit_modules(model, NAMES, "ans")
     monkeypatch.setattr(module, "find_edit_modules", lambda *names: found)
-    return Backbone(spread(model) if places else model, tiny.bpe_tokenizer(), **settings)
+    monkeypatch.setattr("horse_plugin.model.backward.is_plain", lambda weight: True)
+    backbone = Backbone(spread(model) if places else model, tiny.bpe_tokenizer(), **settings)
+    assert backbone.late_backward
+    return backbone
 
 
 def work(backbone: Backbone, out) -> tuple[dict[str, torch.Tensor], list]:
