@@ -246,6 +246,11 @@ class HORSEHyperParams:
                 f"min_edits_per_step: must be at most edits_per_step, {self.edits_per_step}, got "
                 f"{self.min_edits_per_step}. Lower it, or set it to null."
             )
+        if self.system_prompt is not None and not self.chat_template:
+            raise UsageError(
+                "system_prompt: without a chat nothing says it. Set chat_template: true, or leave "
+                "system_prompt out."
+            )
         if not self.edit_coef + self.gen_coef > 0:
             raise UsageError("edit_coef and gen_coef are both 0: nothing would teach the edit.")
 

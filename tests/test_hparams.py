@@ -94,6 +94,10 @@ def test_a_malmen_file_becomes_a_horse_file_by_its_name(tmp_path):
         ("model_name: m\nspread: wide", "spread: 'wide' is not one of orthogonal"),
         ("model_name: m\nalg_name: ROME", "alg_name: 'ROME' is not one of"),
         ("model_name: 3", "model_name: expected text"),
+        (
+            "model_name: m\nsystem_prompt: Be brief.",
+            "system_prompt: without a chat nothing says it",
+        ),
         ("rank: 3", "model_name is missing"),
         ("- a\n- b", "expected `key: value` lines"),
         ("a: [", "not a readable YAML file"),

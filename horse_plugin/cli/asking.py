@@ -32,7 +32,7 @@ def prompts_of(file: Path) -> list[str]:
     """
     try:
         # Not splitlines(), which also breaks at marks that a prompt may hold.
-        lines = read_text(file).removeprefix("\ufeff").split("\n")
+        lines = read_text(file).split("\n")
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: not readable as UTF-8 text ({error}).") from None
     prompts = [line.removesuffix("\r") for line in lines if line.strip()]

@@ -190,13 +190,13 @@ def solve_operations(n: float, d: int, d_out: int) -> float:
 
 def _floors(backbone: Backbone, network, prompts, rates: dict) -> dict[str, float]:
     """Return the seconds of each stage that no implementation of the method goes below."""
-    tokens = sum(len(p.inputs) for p in dict.fromkeys(prompts))
+    distinct = dict.fromkeys(prompts)
+    tokens, late = sum(len(p.inputs) for p in distinct), sum(p.n_late for p in distinct)
     n, sizes = sum(len(p.answer) for p in prompts), weight_counts(backbone)
     item = torch.finfo(backbone.edit_dtype).bits // 8
     weight = torch.finfo(backbone.model.dtype).bits // 8
     # The gradient stops at the lowest module, and what lies before a prompt's first key needs none.
     # The last MLP and the head see answers only.
-    late = sum(p.n_late for p in prompts) if backbone.late_backward else tokens
     captured = 2 * (sizes["top"] * tokens + sizes["above"] * late)
     captured += (4 if sizes["above"] else 2) * sizes["last"] * n + 4 * sizes["head"] * n
     lowrank = spread_bytes = solving = applying = 0

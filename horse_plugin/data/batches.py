@@ -42,7 +42,7 @@ class Batch:
         return [value for value, p in pairs for _ in p.labels]
 
     def late(self) -> torch.Tensor:
-        """Return the positions from each prompt's first key or answer position on, on the CPU.
+        """Return, on the CPU, the positions from each prompt's first key or answer position on.
 
         They count the tokens of all rows in sequence.
         """
@@ -51,15 +51,15 @@ class Batch:
         return torch.cat([torch.arange(end - p.n_late, end) for end, p in spans])
 
 
-# A pass takes as long as it would for so many tokens more: padding up to there is for nothing.
+# A pass costs as much as so many tokens beside its own: less padding is cheaper than another pass.
 PASS_ON_CPU, PASS_ON_GPU = 64, 512
 
 
 def batches(prompts: Sequence[Prompt], max_tokens: int, device="cpu") -> Iterable[Batch]:
     """Yield the prompts in batches of at most ``max_tokens`` padded tokens, longest first.
 
-    A prompt longer than ``max_tokens`` makes a batch of its own. All prompts of a shorter length
-    join a batch, or none, as long as its padding costs less than a pass of their own.
+    A prompt longer than ``max_tokens`` makes a batch of its own. Shorter prompts join a batch, all
+    of one length together, as long as its padding costs less than a pass of their own.
     """
     lengths = [len(p.inputs) for p in prompts]
     a_pass = PASS_ON_CPU if torch.device(device).type == "cpu" else PASS_ON_GPU

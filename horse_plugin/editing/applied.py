@@ -174,12 +174,12 @@ class AppliedEdits:
             before: copies of the weights as they are now.
         """
         edits, weights = self._state.edits, self.backbone.weights
-        with copied_to_host({} if edits else before) as first:
+        with copied_to_host({} if edits else before) as originals:
             weights.move(delta.lazy_shifts(self.backbone.edit_device))
             delta.tensors = {name: t.cpu() for name, t in delta.tensors.items()}
             delta.about.setdefault("moved", self._moved(before))
             digests = weights.digests()
-        original = self.original_weights if edits else first
+        original = self.original_weights if edits else originals
         self._state = _State((*edits, delta), digests, original)
 
     def _moved(self, before: dict[str, torch.Tensor]) -> dict[str, float]:

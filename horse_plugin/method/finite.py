@@ -1,4 +1,4 @@
-"""Whether numbers are finite, which is asked of every key, gradient, residual, shift and weight."""
+"""Whether numbers are finite: every key, gradient, residual, shift and weight must be."""
 
 import torch
 
@@ -6,8 +6,8 @@ import torch
 def all_finite(x: torch.Tensor) -> torch.Tensor:
     """Return whether all entries are finite, as a boolean on the tensor's device.
 
-    The extremes tell, since NaN is one wherever it occurs. They are found many times as fast as
-    ``isfinite().all()`` looks at each entry.
+    Where an entry is NaN, the smallest and the largest are NaN, too; where one is infinite, it is
+    one of the two. They are found many times as fast as ``isfinite().all()`` looks at each entry.
     """
     if not x.numel():
         return torch.ones((), dtype=torch.bool, device=x.device)

@@ -54,7 +54,7 @@ def token_loss(name: str, needs_reference: bool = False):
 
 @token_loss("ce")
 def cross_entropy(logits, labels, reference, dtype) -> torch.Tensor:
-    """−log p of each label."""
+    """−log p of each label, which is a token and never ``UNKNOWN``."""
     return _CrossEntropy.apply(logits, labels, dtype)
 
 
@@ -77,7 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy that keeps nothing but the logits for the backward pass.
 
     torch's own keeps several n×vocabulary tensors in ``dtype``, which is most of the memory of a
-    pass. Here the gradient, p − 1 at the label and p elsewhere, is made of some rows at a time.
+    pass. Here the gradient, p − 1 at the label and p elsewhere, is computed of some rows at a time.
     """
 
     @staticmethod

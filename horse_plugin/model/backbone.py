@@ -40,7 +40,7 @@ from horse_plugin.progress import Job
 T = TypeVar("T")
 # The time of a token in a step, over that of one whose trunk state is kept, as measured on a CPU. A
 # token of each prompt is written in a pass, and of ordinary text every token goes through the head.
-WORK = {"trunk": 2.5, "capture": 3, "statistics": 3.5, "ordinary text": 3, "writing": 100}
+WORK = {"trunk": 2.5, "capture": 2.3, "statistics": 3.5, "ordinary text": 3, "writing": 100}
 
 # oneDNN keeps what it compiled for the last 1,024 shapes of products. Batches have shapes of their
 # own, so that this grows to gigabytes; a few are as quick.

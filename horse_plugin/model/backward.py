@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from horse_plugin.model.guard import with_forward
-from horse_plugin.model.modules import is_plain
+from horse_plugin.model.modules import find_plain_maps
 
 
 @contextlib.contextmanager
@@ -31,12 +31,14 @@ def gradients_at(
         n_positions: how many there are in a pass. A linear map that is given another number of
             rows, as the last block's MLP is, has gradients at all of them.
     """
-    maps = [m for b in blocks for m in b.modules() if type(m) in (nn.Linear, Conv1D)]
+    on_device = {positions.device: positions}
     with contextlib.ExitStack() as stack:
-        for module in maps:
-            if is_plain(module.weight) and not module.weight.is_meta:
-                forward = _forward(module, positions, n_positions)
-                stack.enter_context(with_forward(module, forward))
+        for module in find_plain_maps(blocks):
+            device = module.weight.device
+            if device not in on_device:
+                on_device[device] = positions.to(device, non_blocking=True)
+            forward = _forward(module, on_device[device], n_positions)
+            stack.enter_context(with_forward(module, forward))
         yield
 
 
@@ -44,10 +46,12 @@ def _forward(module: nn.Module, positions: torch.Tensor, n_positions: int) -> Ca
     """Return what a linear map runs instead of its own forward pass."""
     own = module.forward
 
-    def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if x.requires_grad and x.shape[:-1].numel() == n_positions:
-            return _Linear.apply(x, own, module, positions)
-        return own(x, *args, **kwargs)
+    def forward(*args, **kwargs) -> torch.Tensor:
+        if len(args) == 1 and not kwargs:
+            (x,) = args
+            if x.requires_grad and x.shape[:-1].numel() == n_positions:
+                return _Linear.apply(x, own, module, positions)
+        return own(*args, **kwargs)
 
     return forward
 
@@ -57,14 +61,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, own, module, positions):
-        ctx.module, ctx.positions, ctx.shape = module, positions, x.shape
-        return own(x)
+        ctx.module, ctx.positions = module, positions
+        ctx.like = {"size": x.shape, "device": x.device}  # a hook may take x to the weight's device
+        return own(x).detach()  # what a view of our making is not: one may write into it
 
     @staticmethod
     def backward(ctx, grad):
-        weight, at = ctx.module.weight, ctx.positions.to(grad.device)
-        found = grad.new_zeros(ctx.shape)
-        at_positions = grad.flatten(0, -2)[at]
+        weight, at = ctx.module.weight, ctx.positions
         weight = weight.T if isinstance(ctx.module, Conv1D) else weight
-        found.flatten(0, -2)[at] = at_positions @ weight
-        return found, None, None, None
+        found = grad.flatten(0, -2).to(weight.device)[at] @ weight
+        whole = grad.new_zeros(**ctx.like)
+        whole.flatten(0, -2)[at.to(whole.device)] = found.to(whole.device)
+        return whole, None, None, None

@@ -82,7 +82,8 @@ def capture(
 ) -> Capture:
     """Run the prompts through the model as it is, forward and backward.
 
-    The graph starts at the lowest edit module's output, since nothing below it needs a gradient.
+    The graph starts at the lowest edit module's output, since nothing below it needs a gradient,
+    and its linear maps have none before a prompt's first key (:mod:`horse_plugin.model.backward`).
     The cross-entropy is summed, so that a token's gradient does not depend on its batch. That of a
     token that follows an answer counts as far as it exceeds what it may cost.
 

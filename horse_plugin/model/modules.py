@@ -221,6 +221,24 @@ def is_plain(weight: torch.Tensor) -> bool:
     return is_tensor and weight.is_floating_point()
 
 
+def find_plain_maps(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the linear maps in blocks of which nothing but their weight decides the gradient.
+
+    Those of routed experts, which get tokens in an order of their own, are left out, and so are
+    those whose ``forward`` was replaced by others than accelerate.
+    """
+    return [
+        m
+        for block in blocks
+        for name, m in block.named_modules()
+        if type(m) in (nn.Linear, Conv1D)
+        and is_plain(m.weight)
+        and not m.weight.is_meta
+        and not _is_routed(name)
+        and ("forward" not in vars(m) or hasattr(m, "_hf_hook"))
+    ]
+
+
 def _check_apart(modules: dict[str, nn.Module]):
     """Refuse two modules whose weights share memory: each would be edited twice."""
     spans = []

@@ -23,17 +23,17 @@ def copied_to_host(tensors: Tensors) -> Iterator[Tensors]:
     which must not change them.
     """
     streams, found = {}, {}
-    for name, t in tensors.items():
-        if t.device.type != "cuda":
-            found[name] = t.cpu()
-            continue
-        if t.device not in streams:
-            streams[t.device] = torch.cuda.Stream(t.device)
-            streams[t.device].wait_stream(torch.cuda.current_stream(t.device))
-        found[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
-        with torch.cuda.stream(streams[t.device]):
-            found[name].copy_(t, non_blocking=True)
     try:
+        for name, t in tensors.items():
+            if t.device.type != "cuda":
+                found[name] = t.cpu()
+                continue
+            if t.device not in streams:
+                streams[t.device] = torch.cuda.Stream(t.device)
+                streams[t.device].wait_stream(torch.cuda.current_stream(t.device))
+            found[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+            with torch.cuda.stream(streams[t.device]):
+                found[name].copy_(t, non_blocking=True)
         yield found
     finally:
         for stream in streams.values():

@@ -40,13 +40,13 @@ def plain_file(path) -> Path:
 
 
 def read_text(path) -> str:
-    """Return the text of a UTF-8 file, with its ends of lines as they are.
+    """Return the text of a UTF-8 file, with its ends of lines as they are and no byte order mark.
 
     Raises:
         OSError: there is none, or it is no plain file.
         ValueError: it is not UTF-8.
     """
-    return plain_file(path).read_bytes().decode()
+    return plain_file(path).read_bytes().decode("utf-8-sig")
 
 
 def read_json(path, form):

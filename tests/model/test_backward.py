@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from horse_plugin.data.batches import batches
 from horse_plugin.data.prompts import Prompt
@@ -76,12 +77,85 @@ class TokensFirst(torch.nn.Module):
         return self.inner(x.transpose(0, 1)).transpose(0, 1)
 
 
-def test_a_model_with_another_order_of_positions_has_whole_backward_passes():
+def captures_agree(backbone, plain):
+    found, wanted = (capture(b, prompts()) for b in (backbone, plain))
+    return all(
+        torch.allclose(a, b, atol=1e-6, rtol=1e-4)
+        for a, b in zip(found.grads, wanted.grads, strict=True)
+    )
+
+
+def test_others_may_write_into_what_a_linear_map_returns():
+    model = tiny.model("gpt2")  # its maps return views
+    model.transformer.h[5].attn.c_proj.register_forward_hook(lambda m, args, out: out.mul_(2))
+    backbone = Backbone(model, None, batch_tokens=99)
+    late, whole = both_captures(backbone, prompts())
+    for found, wanted in zip(late.grads, whole.grads, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_model_that_clips_with_a_bias_has_late_gradients():
+    sizes = {k: v for k, v in tiny._SIZES.items() if k != "head_dim"}
+    config = transformers.OlmoConfig(**sizes, attention_bias=True, clip_qkv=0.01)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    late, whole = both_captures(Backbone(model, None, batch_tokens=99), prompts())
+    for found, wanted in zip(late.grads, whole.grads, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_an_adapter_in_place_of_a_forward_pass_keeps_its_gradient():
     model, plain = tiny.model(), tiny.model()
+    for m in (model, plain):
+        torch.manual_seed(1)
+        proj, more = m.model.layers[5].self_attn.o_proj, torch.nn.Linear(32, 32)
+        proj.forward = lambda x, own=proj.forward, more=more: own(x) + more(x)
+    backbone, whole = Backbone(model, None), Backbone(plain, None)
+    assert backbone.late_backward
+    whole.late_backward = False
+    assert captures_agree(backbone, whole)
+
+
+class ByName(torch.nn.Module):
+    """A map that calls its own with a keyword."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(input=x)
+
+
+def test_a_linear_map_may_be_called_with_a_keyword():
+    model = tiny.model()
+    attention = model.model.layers[5].self_attn
+    attention.o_proj = ByName(attention.o_proj)
+    assert captures_agree(Backbone(model, None), Backbone(tiny.model(), None))
+
+
+class OneWay(torch.autograd.Function):
+    """Computes forward, and cannot backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
+def test_a_model_without_a_backward_pass_can_still_be_asked():
+    model = tiny.model()
+    model.model.layers[5].register_forward_hook(lambda m, args, out: OneWay.apply(out))
+    backbone = Backbone(model, None)
+    assert not backbone.late_backward
+    (batch,) = batches(prompts(), 4096)
+    assert backbone.logits(batch).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_another_order_of_positions_has_whole_backward_passes(dtype):
+    model, plain = tiny.model(dtype=dtype), tiny.model(dtype=dtype)
     attention = model.model.layers[5].self_attn
     attention.o_proj = TokensFirst(attention.o_proj)
-    backbone = Backbone(model, None, batch_tokens=99)
+    backbone, whole = Backbone(model, None), Backbone(plain, None)
     assert not backbone.late_backward
-    found, wanted = (capture(b, prompts()) for b in (backbone, Backbone(plain, None)))
-    for a, b in zip(found.grads, wanted.grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    whole.late_backward = False
+    assert captures_agree(backbone, whole)

@@ -144,6 +144,7 @@ def test_a_family_is_edited_and_undone_or_refused_by_name(name):
         return
     backbone = edited_and_undone(model)
     assert not any(re.search(r"\.\d+\..*(norm|att)", n) for n in backbone.modules)
+    assert backbone.late_backward == (name != "deepseek_v4")
 
 
 def test_every_family_is_counted():
