@@ -151,6 +151,7 @@ def main():
     parser.add_argument("--data", default=str(FACTS / "train.json"))
     parser.add_argument("--n-edits", type=int, nargs="+", default=[100, 500, 1000, 8000])
     parser.add_argument("--n-train", type=int, nargs="*", default=[500, 1000])
+    parser.add_argument("--preserve", default="shipped", help="the text of our metric; none")
     parser.add_argument("--times", type=int, default=3, help="turns, at most")
     parser.add_argument("--minutes", type=float, default=7.0, help="no new turn after so long")
     parser.add_argument("--out", default="gpu.json")
@@ -173,6 +174,7 @@ def main():
     device = next(model.parameters()).device
     found = {
         "model": Path(name).name,
+        "preserve": args.preserve,
         "model_mb": sum(p.nbytes for p in model.parameters()) / 2**20,
         "float32_products": torch.get_float32_matmul_precision(),
         "rates": rates(device),
@@ -188,7 +190,8 @@ def main():
         Path(args.out).write_text(json.dumps(found, indent=1))
 
     def pair_of(n: int) -> Pair:
-        return Pair(replace(hparams), enough(records, n), Backbone.of(model, tokenizer, hparams))
+        backbone = Backbone.of(model, tokenizer, hparams)
+        return Pair(replace(hparams), enough(records, n), backbone, args.preserve)
 
     def measure(work: str, n: int, ours, reference) -> dict:
         found["work"].append({"work": work, "facts": n, "turns": []})

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.errors import HorseError
+from horse_plugin.errors import HorseError, UsageError, reason
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
 SLURM = {"RANK": "PROCID", "WORLD_SIZE": "STEP_NUM_TASKS", "LOCAL_RANK": "LOCALID"}
@@ -28,8 +28,19 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}  # counts, labels and messages stay o
 
 
 def initialize():
-    """Join the processes that a launcher has started; each takes one GPU if there are any."""
-    if not dist.is_available() or dist.is_initialized():
+    """Join the processes that a launcher has started; each takes one GPU if there are any.
+
+    Raises:
+        UsageError: the caller has joined them in a way that HORSE cannot use.
+    """
+    if not dist.is_available():
+        return
+    if dist.is_initialized():
+        if dist.get_world_size() > 1 and "cpu:" not in dist.get_backend_config():
+            raise UsageError(
+                "init_process_group: its group has no backend for the CPU, where counts and "
+                'messages stay. Call it with "cpu:gloo,cuda:nccl".'
+            )
         return
     _translate_slurm(os.environ)
     if not all(name in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
@@ -162,8 +173,9 @@ def raise_on_all_ranks() -> Iterator[None]:
         error = raised
     if _is_distributed():
         messages = [None] * world_size()
-        dist.all_gather_object(messages, error and f"{error}")
+        dist.all_gather_object(messages, reason(error) if error else None)
         if error:
             raise error
-        for message in filter(None, messages):
-            raise HorseError(message)
+        for message in messages:
+            if message is not None:
+                raise HorseError(message)

@@ -74,6 +74,9 @@ METHODS = {
 UNTRAINED, SHIPPED = "untrained", "shipped"
 # Where a run works, and no figure of it.
 CHANGE_NO_FIGURE = ("stats_dir", "edit_memory_gb", "offload_keys", "shard_trunk")
+# Settings that say where a run works, and from what files.
+WHERE_IT_RUNS = """device model_parallel batch_size trunk_cache_gb trunk_disk_gb trunk_dir
+    results_dir archive model_name tokenizer_name evaluation_type""".split()
 # Settings that only a training reads.
 OF_TRAINING = """edits_per_step min_edits_per_step max_epochs max_iters meta_lr eta_meta_lr
     decay_meta_lr train_sweeps train_lamda train_spread edit_coef gen_coef loc_coef loc_loss

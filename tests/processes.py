@@ -76,7 +76,7 @@ def chain(folder, n: int, die_at: int | None = None, ready=None):
 
 def blocks(folder, die_at: int | None = None):
     """Make an edit in blocks whose files are all saved as soon as they can be."""
-    module.SECONDS = 0.0
+    module.SECONDS, module.BUSY = 0.0, 0
     settings = tiny.hparams(edit_sweeps=2, edit_block=3)
     editor = HorseEditor(MODEL, TOKENIZER, settings)
     _die(die_at, None)

@@ -62,16 +62,20 @@ def train(out, settings: dict) -> dict:
     return {"network": trainer.network.state_dict(), "history": trainer.history}
 
 
-def failure() -> str:
-    """What an edit says that fails in the last process alone."""
+def failure(error: Exception, kind: type[Exception]) -> str:
+    """What an edit says that fails in the last process alone.
+
+    Args:
+        kind: of error, there.
+    """
     editor = HorseEditor(tiny.model(), tiny.bpe_tokenizer(), tiny.hparams())
     if distributed.rank() == distributed.world_size() - 1:
 
         def fails(batch):
-            raise HorseError("record 3: is to blame")
+            raise error
 
         editor.backbone.trunk = fails
-    with pytest.raises(HorseError) as failed:
+    with pytest.raises((HorseError, kind)) as failed:
         editor.edit(tiny.records(12))
     return str(failed.value)
 
@@ -85,7 +89,8 @@ def work(folder) -> dict:
         "swept": swept(),
         "trained": {name: train(folder / name, changes) for name, changes in TRAINED.items()},
         "figures": evaluator.evaluate().records,
-        "failure": failure(),
+        "failure": failure(HorseError("record 3: is to blame"), HorseError),
+        "without a message": failure(MemoryError(), MemoryError),
     }
 
 
@@ -157,6 +162,16 @@ def test_two_processes_measure_what_one_does(both):
 
 def test_what_fails_in_one_process_fails_in_both(both):
     assert [found["failure"] for found in both] == ["record 3: is to blame"] * 3
+    alone, first, last = (found["without a message"] for found in both)
+    assert alone == last == "" and first == "MemoryError: MemoryError"
+
+
+def test_a_callers_group_that_takes_no_tensor_of_the_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(UsageError, match=r"init_process_group: .*cpu:gloo,cuda:nccl"):
+        Backbone(tiny.model(), None)
 
 
 def test_prompts_are_shared_out_once(monkeypatch):

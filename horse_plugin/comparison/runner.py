@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -161,6 +162,7 @@ class _MeasuredModel:
         if held and self._has_extras(held):
             return held
         self._load(task)
+        gc.collect()  # edited models of the last cell, which may be in circles
         results.reset_peak_memory()
         known = {"settings": settings, "command": self.plan.command}
         known |= {"batch": task.batch} if task.batch else {}

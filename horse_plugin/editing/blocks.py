@@ -12,6 +12,7 @@ import contextlib
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ from horse_plugin.model.capture import Capture, Notes, capture
 from horse_plugin.storage.files import locked_folder
 from horse_plugin.storage.tensors import load_tensors, save_tensors
 
-SECONDS = 60.0  # between two times that the sums are saved
+SECONDS = 60.0  # between two times that the sums are saved, or more:
+BUSY = 20  # so many times as long as saving them took
 SUMS = "sums.safetensors"
 PREFIX = ".unfinished-"  # of the folder of an edit that is not made yet
 
@@ -188,7 +190,7 @@ class _Store:
     def __init__(self, folder: Path, device: torch.device):
         self.folder, self.device = folder, device
         folder.mkdir(parents=True, exist_ok=True)
-        self._saved = time.monotonic()
+        self._saved, self._took = time.monotonic(), 0.0
 
     def block(self, i: int, sweep: int) -> tuple[int | None, Notes | None, list[torch.Tensor]]:
         """Return the sweep that a block is at, its notes before this sweep, and its residuals."""
@@ -243,12 +245,14 @@ class _Store:
 
     def save(self, sweep: int, done: int, made: Sums | None, sums: Sums, due: bool):
         """Write the sums, if it is time to."""
-        if not due and time.monotonic() - self._saved < SECONDS:
+        start = time.monotonic()
+        if not due and start - self._saved < max(SECONDS, BUSY * self._took):
             return
         parts = {"sums": sums} | ({"made": made} if made else {})
         tensors = {f"{p}.{name}": t for p, s in parts.items() for name, t in s.tensors().items()}
         save_tensors(self.folder / SUMS, tensors, {"sweep": sweep, "done": done})
         self._saved = time.monotonic()
+        self._took = self._saved - start
 
 
 @contextlib.contextmanager
@@ -271,4 +275,9 @@ def forget_others(folder: Path, mine: Path | None = None):
     """Remove the files of edits in blocks that were stopped, but for those in ``mine``."""
     for other in folder.glob(f"{PREFIX}*"):
         if other != mine:
+            warnings.warn(
+                f"{other}: a stopped edit of other facts, weights or settings; removed, since this "
+                "edit cannot go on from it",
+                stacklevel=3,
+            )
             shutil.rmtree(other)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from horse_plugin import distributed
 from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.prompts import PreparedEdits, Prompt
 from horse_plugin.data.records import EditRecord
@@ -26,7 +25,7 @@ from horse_plugin.editing.budget import Budget, smallest_ridge
 from horse_plugin.editing.crowding import Crowding
 from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.in_force import InForce
-from horse_plugin.editing.memory import check_memory
+from horse_plugin.editing.memory import check_blocks, check_edit_memory, check_memory
 from horse_plugin.editing.solve import (
     Roots,
     calibrate,
@@ -42,7 +41,13 @@ from horse_plugin.evaluation.drift import OrdinaryText, Pieces
 from horse_plugin.evaluation.generation import answers
 from horse_plugin.evaluation.metrics import mean, predict
 from horse_plugin.evaluation.results import versions
-from horse_plugin.hparams import CHANGE_NO_FIGURE, OF_TRAINING, UNTRAINED, HORSEHyperParams
+from horse_plugin.hparams import (
+    CHANGE_NO_FIGURE,
+    OF_TRAINING,
+    UNTRAINED,
+    WHERE_IT_RUNS,
+    HORSEHyperParams,
+)
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.capture import Capture, capture
@@ -55,7 +60,7 @@ from horse_plugin.storage.files import new_folder
 # Settings by which facts become prompts.
 WRITTEN_BY = "token", "chat_template", "system_prompt", "append_eos", "separator"
 # Settings that an edit in blocks may go on with when they have changed: its sums know none of them.
-NOT_OF_SUMS = (*CHANGE_NO_FIGURE, *OF_TRAINING, "max_drift", "archive", "results_dir", "trunk_dir")
+NOT_OF_SUMS = (*CHANGE_NO_FIGURE, *OF_TRAINING, *WHERE_IT_RUNS, "max_drift", "batch_tokens")
 # From settings, the metric and the edits in force to the tensors of an edit.
 SolveWith = Callable[[HORSEHyperParams, Roots, InForce | None], dict[str, torch.Tensor]]
 # From a share of e^λ to them.
@@ -175,8 +180,8 @@ class HorseEditor(AppliedEdits):
         with self._below():
             return capture(self.backbone, prompts, holds_from=self.hparams.edit_holds)
 
-    def _check_memory(self, prompts: Sequence[Prompt], sums: int = 0):
-        check_memory(self.backbone, prompts, self.hparams, on_top=self._is_on_top, sums=sums)
+    def _check_memory(self, prompts: Sequence[Prompt]):
+        check_memory(self.backbone, prompts, self.hparams, on_top=self._is_on_top)
 
     @property
     def _is_on_top(self) -> bool:
@@ -202,11 +207,7 @@ class HorseEditor(AppliedEdits):
                 raise UsageError(f"a fact in force cannot be written again: {error}")
             edits = self.backbone.place_keys(edits.on_top_of(earlier))
         prompts = edits.to_capture(self.hparams.keep_next)
-        if distributed.world_size() > 1 and len(prompts) > self.hparams.edit_block:
-            raise UsageError(
-                f"edit_block: several processes edit {len(prompts):,} prompts at once, in no "
-                f"blocks of {self.hparams.edit_block:,}. Raise it, or edit in one process."
-            )
+        check_blocks(prompts, self.hparams)
         return prompts
 
     @guarded
@@ -338,10 +339,11 @@ class HorseEditor(AppliedEdits):
             crowding = Crowding.of(ridge_of(0, self.backbone, captured, mus, self.roots))
             crowding.warn(self.hparams)
             parts = self.backbone, network, captured, self.hparams, self.roots
-            step = crowding.step(self.hparams)
+            made = sweeps(*parts, crowding.step(self.hparams))
+            del captured, parts  # gigabytes, and each sweep makes its own
             with self._below():
                 # The last one; the others are not kept.
-                ((captured, residuals),) = collections.deque(sweeps(*parts, step), maxlen=1)
+                ((captured, residuals),) = collections.deque(made, maxlen=1)
         return network, functools.partial(solve, self.backbone, network, captured, residuals)
 
     def _sweep_blocks(
@@ -359,7 +361,7 @@ class HorseEditor(AppliedEdits):
         """
         backbone, hp, roots = self.backbone, self.hparams, self.roots
         block = prompts[: hp.edit_block]
-        self._check_memory(block, sums=1 if hp.edit_sweeps == 1 else 2)
+        check_edit_memory(backbone, prompts, hp, on_top=self._is_on_top)
         network = self.network or self.untrained_network(self._read_below(block))
         about = [[[p.ids, p.start, p.subject, p.still] for p in prompts]]
         about += [{k: v for k, v in hp.to_dict().items() if k not in NOT_OF_SUMS}]

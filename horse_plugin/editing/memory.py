@@ -8,8 +8,9 @@ import torch
 
 from horse_plugin import distributed
 from horse_plugin.data.prompts import Prompt
-from horse_plugin.errors import HorseError
+from horse_plugin.errors import HorseError, UsageError
 from horse_plugin.hparams import HORSEHyperParams
+from horse_plugin.method.ridge import doubles_are_fast
 from horse_plugin.model.backbone import Backbone
 
 GB = 1e9
@@ -55,6 +56,35 @@ def check_memory(
         )
 
 
+def check_edit_memory(
+    backbone: Backbone, prompts: Sequence[Prompt], hparams: HORSEHyperParams, **options
+):
+    """Do what :func:`check_memory` does for an edit of so many prompts, in blocks if it is in such.
+
+    Raises:
+        UsageError: it would be in blocks, and there are several processes.
+        HorseError: as :func:`check_memory`.
+    """
+    check_blocks(prompts, hparams)
+    block = prompts[: hparams.edit_block]
+    sums = 1 if hparams.edit_sweeps == 1 else 2
+    sums = sums if len(prompts) > len(block) else 0
+    check_memory(backbone, block, hparams, sums=sums, **options)
+
+
+def check_blocks(prompts: Sequence[Prompt], hparams: HORSEHyperParams):
+    """Refuse an edit in blocks where several processes make it.
+
+    Raises:
+        UsageError: there are several, and more prompts than ``edit_block``.
+    """
+    if distributed.world_size() > 1 and len(prompts) > hparams.edit_block:
+        raise UsageError(
+            f"edit_block: several processes edit {len(prompts):,} prompts at once, in no "
+            f"blocks of {hparams.edit_block:,}. Raise it, or edit in one process."
+        )
+
+
 def needed_bytes(
     backbone: Backbone,
     prompts: Sequence[Prompt],
@@ -69,14 +99,18 @@ def needed_bytes(
         on_top: whether edits are in force that it keeps.
     """
     local = [prompts[i] for i in distributed.local_indices(prompts)]
-    n = sum(len(p.keys_at) for p in local)
+    n, n_all = (sum(len(p.keys_at) for p in of) for of in (local, prompts))
     if training:
-        return training_bytes(backbone, n, hparams)
-    return edit_bytes(backbone, n, hparams, on_top)
+        return training_bytes(backbone, n, hparams, n_all)
+    return edit_bytes(backbone, n, hparams, on_top, n_all)
 
 
 def edit_bytes(
-    backbone: Backbone, n: int, hparams: HORSEHyperParams, on_top: bool = False
+    backbone: Backbone,
+    n: int,
+    hparams: HORSEHyperParams,
+    on_top: bool = False,
+    n_all: int | None = None,
 ) -> float:
     """Return the bytes that an edit of n answer tokens takes beside the model, about.
 
@@ -87,11 +121,12 @@ def edit_bytes(
 
     Args:
         on_top: whether edits are in force that it keeps.
+        n_all: the answer tokens of all processes; None is n.
     """
     item, shapes = torch.finfo(backbone.edit_dtype).bits // 8, backbone.shapes
     captures = 1 if hparams.edit_sweeps == 1 else 2  # the earlier one, while the next is made
     rows = _captured(backbone, captures) + captures * item * sum(1 + d_out for _, d_out in shapes)
-    systems = [_system(n, *shape) for shape in shapes]
+    systems = [_system(backbone, n, n_all or n, *shape) for shape in shapes]
     shifts = sum(min(n * (d + d_out), d * d_out) for d, d_out in shapes)
     if on_top:
         rows += item * max(d + 2 * d_out for d, d_out in shapes)
@@ -101,13 +136,19 @@ def edit_bytes(
     return n * rows + item * numbers + _weights(backbone)
 
 
-def training_bytes(backbone: Backbone, n: int, hparams: HORSEHyperParams) -> float:
+def training_bytes(
+    backbone: Backbone, n: int, hparams: HORSEHyperParams, n_all: int | None = None
+) -> float:
     """Return the bytes that a training step on n answer tokens takes beside the model, about.
 
     Counted are keys and gradients of all sweeps, residuals before and after the spread with their
     gradients, all systems of Eq. 2 with the shifts and the gradients at the weights, the network's
     graph of one chunk, the network with its optimiser, the metric, and the weights as they were.
+
+    Args:
+        n_all: the answer tokens of all processes; None is n.
     """
+    n_all = n_all or n
     item, shapes = torch.finfo(backbone.edit_dtype).bits // 8, backbone.shapes
     sweeps, widths = hparams.train_sweeps or hparams.edit_sweeps, sum(d_out for _, d_out in shapes)
     rows = _captured(backbone, sweeps) + item * (5 * sweeps + 2) * widths
@@ -116,8 +157,9 @@ def training_bytes(backbone: Backbone, n: int, hparams: HORSEHyperParams) -> flo
     is_moved = backbone.keys_device != backbone.edit_device
     is_moved |= backbone.model.dtype != backbone.edit_dtype
     copies = has_metric + is_moved  # H', and H in float32 on the device
-    systems = sum(min(n, d) ** 2 + copies * n * d for d, _ in shapes)
-    systems += max(_system(n, *shape) for shape in shapes)
+    wide = _numbers_of_a_double(backbone)
+    systems = sum(wide * min(n_all, d) ** 2 + copies * _rows(n, n_all, d) * d for d, _ in shapes)
+    systems += max(_system(backbone, n, n_all, *shape) for shape in shapes)
     shifts = sum(2 * d * d_out for d, d_out in shapes)
     chunk = _chunk(backbone, n, hparams) * (1 + hparams.n_blocks)
     network = sum(
@@ -147,9 +189,20 @@ def _chunk(backbone: Backbone, n: int, hparams: HORSEHyperParams) -> int:
     return 5 * min(n, hparams.editor_batch_size) * max(sum(shape) for shape in backbone.shapes)
 
 
-def _system(n: int, d: int, d_out: int) -> int:
-    """Return how many numbers Eq. 2 takes for n keys of one edit module."""
-    return 3 * min(n, d) ** 2 + n * d + d * d_out
+def _system(backbone: Backbone, n: int, n_all: int, d: int, d_out: int) -> int:
+    """Return how many numbers Eq. 2 takes for n keys of one edit module, of n_all."""
+    square = _numbers_of_a_double(backbone) * min(n_all, d) ** 2
+    return 3 * square + _rows(n, n_all, d) * d + d * d_out
+
+
+def _rows(n: int, n_all: int, d: int) -> int:
+    """Return how many keys a process holds in Eq. 2: in the dual those of all processes."""
+    return n_all if n_all < d else n
+
+
+def _numbers_of_a_double(backbone: Backbone) -> int:
+    """Return how many numbers one of a Gram matrix takes: GPUs may compute it in float64."""
+    return 2 if doubles_are_fast(backbone.edit_device) and backbone.edit_dtype.itemsize < 8 else 1
 
 
 def free_bytes(device: torch.device) -> float | None:

@@ -21,6 +21,7 @@ except ImportError:  # Windows has none
     resource = None
 
 T = TypeVar("T")
+STATUS = Path("/proc/self/status")
 
 
 def row(method: str, dataset: str, hparams, evaluation: Evaluation, edit_seconds=None) -> dict:
@@ -72,6 +73,11 @@ def peak_memory_mb() -> float | None:
         return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) / 2**20
     if resource is None:
         return None
+    with contextlib.suppress(OSError, StopIteration):
+        # ru_maxrss would count what the process had before it became this program: its parent's.
+        lines = STATUS.read_text().splitlines()
+        peak = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
+        return int(peak) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
@@ -88,7 +94,12 @@ def timed(run: Callable[[], T], *devices: torch.device) -> tuple[float, T]:
     """Return the seconds until all devices have done a function's work, and its result."""
     start = time.perf_counter()
     result = run()
+    wait_for(*devices)
+    return time.perf_counter() - start, result
+
+
+def wait_for(*devices: torch.device):
+    """Wait until GPUs have done what they were asked for."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result

@@ -122,7 +122,8 @@ class Ridge:
         """
         (n, d), d_out = self.keys.shape, residual.shape[1]
         if self.dual and n * (d + d_out) < d * d_out:
-            return {"keys": self._weighted_keys, "factors": self._inverse(gather_rows(residual))}
+            factors = self._inverse(gather_rows(residual)).contiguous()  # as they are read again
+            return {"keys": self._weighted_keys, "factors": factors}
         return {"shift": self.shift(residual)}
 
     def gradients(

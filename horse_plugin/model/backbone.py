@@ -7,13 +7,15 @@ of them are kept, and a bar shows how far they are.
 import contextlib
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from horse_plugin import distributed
 from horse_plugin.data.batches import Batch, batches
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.prompts import (
@@ -26,7 +28,6 @@ from horse_plugin.data.prompts import (
 )
 from horse_plugin.data.seam import PLAIN, Seam
 from horse_plugin.data.subjects import at_subjects
-from horse_plugin.distributed import local_indices
 from horse_plugin.errors import UsageError
 from horse_plugin.model.fingerprint import fingerprint
 from horse_plugin.model.guard import guard, guarded
@@ -46,6 +47,15 @@ WORK = {"trunk": 2.5, "capture": 2.3, "statistics": 3.5, "ordinary text": 3, "wr
 # own, so that this grows to gigabytes; a few are as quick.
 for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_variable, "64")
+
+
+def _weakly(method: Callable[..., T]) -> Callable[..., T]:
+    """Return a function that calls a method without keeping its owner.
+
+    What an object of gigabytes is in a circle with waits for the garbage collector.
+    """
+    found = weakref.WeakMethod(method)
+    return lambda *args: found()(*args)
 
 
 class Backbone(Halves):
@@ -94,6 +104,7 @@ class Backbone(Halves):
         offload_keys: bool = False,
         seam: Seam = PLAIN,
     ):
+        distributed.initialize()
         super().__init__(model, inner_params, token)
         self.tokenizer, self.token, self.seam = tokenizer, token, seam
         self.batch_tokens, self._max_length = batch_tokens, max_length
@@ -102,9 +113,10 @@ class Backbone(Halves):
         self.edit_dtype = torch.promote_types(model.dtype, torch.float32)
         self.weights = EditWeights(self.modules, self.edit_dtype)
         sharded = any(hasattr(t, "to_local") for t in self._trunk_weights())
-        self.lockstep = Lockstep(self._through_trunk if sharded else None)
+        self.lockstep = Lockstep(_weakly(self._through_trunk) if sharded else None)
         limits = trunk_cache_gb, trunk_disk_gb, trunk_dir
-        self.trunk_cache = TrunkCache(self._trunk_weights, self._probe, *limits)
+        of_trunk = _weakly(self._trunk_weights), _weakly(self._probe)
+        self.trunk_cache = TrunkCache(*of_trunk, *limits)
         self._turn = None
         self.check_halves()
 
@@ -276,7 +288,7 @@ class Backbone(Halves):
         """
         by_inputs = {p.inputs: p for p in prompts}
         new = [by_inputs[inputs] for inputs in self.trunk_cache.missing(list(by_inputs))]
-        new = [new[i] for i in local_indices(new)]
+        new = [new[i] for i in distributed.local_indices(new)]
         with self.lockstep.loop():
             for batch in self.batches(new, "trunk", progress):
                 if self.trunk_cache.full:

@@ -23,6 +23,8 @@ class _Hold:
         self.lock, self.is_held, self.turn = threading.RLock(), False, 0
 
 
+# Of torch from 2.9 on, where they say in what precision they multiply float32.
+_PRODUCTS = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
 _holds: weakref.WeakKeyDictionary[nn.Module, _Hold] = weakref.WeakKeyDictionary()
 _making_a_hold = threading.Lock()
 
@@ -32,8 +34,9 @@ def guard(model) -> Iterator[int]:
     """Hold a model for the length of a ``with``, and give it back as it was, whatever happens.
 
     Inside, all modules are in eval mode, no parameter takes a gradient or has one, and autocast,
-    inference mode, anomaly mode and another default dtype or device than float32 on the CPU are
-    off. Afterwards all of it is as before. Only weights that were written stay written.
+    inference mode, anomaly mode, products of float32 in TF32 or bf16, and another default dtype or
+    device than float32 on the CPU are off. Afterwards all of it is as before. Only weights that
+    were written stay written.
 
     Another thread that wants to hold the model waits, and so does one that calls the model: its
     forward pass goes on when the model is free. A guard inside a guard does nothing.
@@ -169,6 +172,10 @@ def _plain_arithmetic(device_types: set[str]) -> Iterator[None]:
             torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
+        for products in _PRODUCTS:
+            if getattr(products, "fp32_precision", "none") not in ("none", "ieee"):
+                stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+                products.fp32_precision = "ieee"
         yield
 
 

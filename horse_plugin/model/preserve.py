@@ -192,9 +192,10 @@ def moments_of(backbone: Backbone, prompts: Sequence[Prompt], files: dict[str, P
     if not distributed.sum_over_ranks(missing):  # the same for all processes, who sum together
         return {name: load_moments(file) for name, file in files.items()}
     moments = second_moments(backbone, prompts)
-    if distributed.is_main_process():
-        for name, (total, count) in moments.items():
-            save_moments(files[name], total, count, len(prompts))
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main_process():
+            for name, (total, count) in moments.items():
+                save_moments(files[name], total, count, len(prompts))
     return moments
 
 

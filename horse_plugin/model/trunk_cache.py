@@ -74,12 +74,19 @@ class TrunkCache:
             self._forget()
 
     @contextlib.contextmanager
-    def for_a_while(self) -> Iterator[None]:
-        """Drop at the end of a ``with`` what was kept inside it."""
+    def for_a_while(self, anew: bool = False) -> Iterator[None]:
+        """Drop at the end of a ``with`` what was kept inside it.
+
+        Args:
+            anew: whether nothing that was kept before is found inside, as by a first edit.
+        """
         self._drop_stale()
         names = ("_weights", "_trunk", "_versions", "full")
         before = {name: getattr(self, name) for name in names}
         before |= {"_kept": dict(self._kept), "_room": dict(self._room)}
+        if anew:  # with room of its own, since what is there stays for afterwards
+            self._kept, self._room = {}, dict(self._limits)
+            self.full = not any(self._room.values())
         try:
             yield
         finally:
@@ -119,7 +126,12 @@ class TrunkCache:
             return None
         self._room[where] -= n_bytes
         if where == "memory":
-            return like.new_empty(n)
+            try:
+                return like.new_empty(n)
+            except torch.OutOfMemoryError:  # states are kept for speed only
+                self._room["memory"] = 0
+                warnings.warn("trunk_cache_gb: no memory is free for more states", stacklevel=5)
+                return self._allocate(n, like)
         handle, path = tempfile.mkstemp(".states", "horse-", self._folder)
         try:
             _reserve(handle, n_bytes)

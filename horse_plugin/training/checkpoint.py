@@ -13,7 +13,7 @@ from horse_plugin.editing.archive import (
 )
 from horse_plugin.errors import HorseError, UsageError, first_line
 from horse_plugin.evaluation.metrics import FIGURES
-from horse_plugin.hparams import CHANGE_NO_FIGURE, HORSEHyperParams, canonical
+from horse_plugin.hparams import CHANGE_NO_FIGURE, WHERE_IT_RUNS, HORSEHyperParams, canonical
 from horse_plugin.method.finite import all_finite
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.model.backbone import Backbone
@@ -27,12 +27,11 @@ FORM = MADE_FOR | {
     "best": Maybe({"step": count, "score": finite, **dict.fromkeys(FIGURES, Maybe(finite))}),
     "history": [{"step": count}],
     "data": [str],
+    "dtype": Maybe(str),
+    "text": Maybe(str),
 }
 # What a resumed run may set anew: how long it goes on, and where it runs.
-MAY_CHANGE = frozenset(
-    """max_epochs early_stop_patience device model_parallel batch_size trunk_cache_gb trunk_disk_gb
-    trunk_dir results_dir archive model_name tokenizer_name evaluation_type""".split()
-).union(CHANGE_NO_FIGURE)
+MAY_CHANGE = {"max_epochs", "early_stop_patience", *WHERE_IT_RUNS, *CHANGE_NO_FIGURE}
 
 # What runs did before there was a key for it.
 WITHOUT = {"preserve": "none", "keep_coef": 0.0, "val_score": "paper", "min_edits_per_step": None}

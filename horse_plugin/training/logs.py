@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from horse_plugin.distributed import is_main_process
 from horse_plugin.errors import UsageError, not_installed
 
 Log = Callable[[dict[str, float]], None]
@@ -22,6 +23,8 @@ PROJECT = "horse"
 def ready_log(name: str, folder, settings: dict | None = None) -> Iterator[Log]:
     """Yield the log of that name, which is closed at the end of a ``with``.
 
+    Of several processes the main one alone has it; those of the others do nothing.
+
     Args:
         name: one of :data:`LOGS`. ``tensorboard`` writes its files into the folder; the others
             write where their own settings say, into the project ``horse``.
@@ -33,6 +36,9 @@ def ready_log(name: str, folder, settings: dict | None = None) -> Iterator[Log]:
     """
     if name not in LOGS:
         raise UsageError(f"log: {name!r} is not one of {', '.join(LOGS)}.")
+    if not is_main_process():
+        yield lambda figures: None
+        return
     try:
         library = importlib.import_module(LOGS[name])
     except ImportError as error:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from horse_plugin.data.formats import load_records
 from horse_plugin.data.prompts import PreparedEdits, Prompt
-from horse_plugin.distributed import is_main_process, sum_over_ranks
+from horse_plugin.distributed import is_main_process, raise_on_all_ranks, sum_over_ranks
 from horse_plugin.editing.archive import ARCHIVE, network_form, network_tensors
 from horse_plugin.editing.memory import check_memory
 from horse_plugin.editing.solve import Roots, calibrate, new_network
@@ -204,8 +204,9 @@ class HORSETrainer:
         return Forecast(len(left), validations, seconds, a_step, peak_memory_mb() + kept / 2**20)
 
     def _run(self):
-        if self.history and is_main_process():  # a kill may have come between checkpoint and CSV
-            save_history(self.out, self.history)
+        with raise_on_all_ranks():
+            if self.history and is_main_process():  # a kill may have come before the CSV
+                save_history(self.out, self.history)
         # Their trunk states are read the most often.
         evaluators = list(self.validation.evaluators())
         self.validation.check_memory(evaluators)
@@ -228,8 +229,9 @@ class HORSETrainer:
                 self.history.append({"step": self.step, **losses})
                 if self.step % self.hparams.val_interval == 0 or self.step == self.n_steps:
                     self._validate(evaluators)
-                if self.log:
-                    self.log(flat(self.history[-1]))
+                with raise_on_all_ranks():
+                    if self.log:
+                        self.log(flat(self.history[-1]))
                 bar.update()
                 bar.set_postfix(self._shown_beside_steps(losses))
                 if sum_over_ranks(torch.tensor(len(interrupts))):  # of any process
@@ -401,6 +403,8 @@ class HORSETrainer:
             "preserve": preserve.about() if preserve else None,
             "hparams": self.hparams.to_dict(),
             "data": self._data,
+            "dtype": str(self.backbone.model.dtype),
+            "text": self.preserve.digest if self.preserve else None,
             "versions": versions(),
             "step": self.step,
             "best": self.best,
@@ -415,6 +419,17 @@ class HORSETrainer:
             warnings.warn(f"{path}: no checkpoint; training starts at the beginning", stacklevel=3)
             return
         tensors, about = checkpoint.read(path, self.backbone, self.hparams, self._data)
+        dtype = str(self.backbone.model.dtype)
+        if about.get("dtype") not in (None, dtype):
+            raise UsageError(
+                f"{path}: was trained in {about['dtype']}, and this model is in {dtype}. Set "
+                "dtype, or train into another folder."
+            )
+        if about.get("text") and (self.preserve is None or self.preserve.digest != about["text"]):
+            raise UsageError(
+                f"{path}: was trained with other ordinary text than preserve: "
+                f"{self.hparams.preserve} gives here and now. Train into another folder."
+            )
         checkpoint.restore(path, tensors, about, self.network, self.optimizer)
         self.step, self.best, self.history = about["step"], about["best"], about["history"]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from horse_plugin.data.corpus import shipped_pieces
 from horse_plugin.data.records import EditRecord
 from horse_plugin.editing.editor import HorseEditor
-from horse_plugin.editing.memory import check_memory
+from horse_plugin.editing.memory import check_edit_memory
 from horse_plugin.editing.solve import Roots
 from horse_plugin.evaluation.drift import OrdinaryText
 from horse_plugin.evaluation.metrics import Evaluation, Evaluator, mean
@@ -43,12 +43,13 @@ class Validation:
         """Refuse edits for which there is not room enough.
 
         Raises:
+            UsageError: an edit would be in blocks, and there are several processes.
             HorseError: an edit would take more memory than is allowed, or than is free.
         """
         advice = "Validate on fewer facts in an edit (val_edits)"
         for evaluator in evaluators:
-            prompts = evaluator.edits.to_capture(self.hparams.keep_next)[: self.hparams.edit_block]
-            check_memory(self.backbone, prompts, self.hparams, advice=advice)
+            prompts = evaluator.edits.to_capture(self.hparams.keep_next)
+            check_edit_memory(self.backbone, prompts, self.hparams, advice=advice)
 
     def measure(
         self,

@@ -1,6 +1,8 @@
 """`horse bench`: every stage measured, the model left alone, random weights for any config."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from typer.testing import CliRunner
 
 from horse_plugin.cli.main import app
 from horse_plugin.comparison.bench import bench, device_name, weight_counts
-from horse_plugin.evaluation.results import peak_memory_mb, reset_peak_memory, timed
+from horse_plugin.evaluation.results import STATUS, peak_memory_mb, reset_peak_memory, timed
 from horse_plugin.model.backbone import Backbone
 from tests import tiny
 
@@ -50,6 +52,18 @@ def test_memory_and_time_are_of_all_gpus(monkeypatch):
     assert timed(lambda: 7, *devices)[1] == 7 and waited == devices[::2]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"GPU {gpu.index}")
     assert device_name(devices[2]) == "GPU 1"
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="the system has no /proc")
+def test_the_peak_is_a_programs_own_and_not_its_parents():
+    held = torch.ones(2**26)  # 256 MB
+    code = "from horse_plugin.evaluation.results import *; import sys; print(peak_memory_mb())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert held[-1] == 1
+    before = peak_memory_mb()
+    more = torch.ones(2**27)
+    assert peak_memory_mb() > before + 400 and more[-1] == 1
+    assert float(child.stdout) < before
 
 
 def test_floors_count_the_operations():

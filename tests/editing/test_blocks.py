@@ -74,6 +74,7 @@ def test_a_stopped_edit_goes_on_and_ends_with_the_same_bits(
 ):
     """Whether the sums were saved after each block, or at the end of a sweep only."""
     monkeypatch.setattr(blocks, "SECONDS", seconds)
+    monkeypatch.setattr(blocks, "BUSY", 0)
     monkeypatch.setattr(crowding, "TOO_CROWDED", 1.5)  # so that the step is one of its own
     whole = editor(network, edit_block=3).edit(tiny.records())
     ran, read = [], blocks.capture

@@ -1,9 +1,11 @@
 """Memory of an edit: estimated before the work, and refused beyond a limit."""
 
+import contextlib
+
 import pytest
 import torch
 
-from horse_plugin import HorseEditor, HorseError, HORSETrainer
+from horse_plugin import HorseEditor, HorseError, HORSETrainer, UsageError
 from horse_plugin.editing import editor as editing
 from horse_plugin.editing import memory
 from horse_plugin.model.backbone import Backbone
@@ -79,6 +81,38 @@ def test_the_sums_of_an_edit_in_blocks_are_counted(monkeypatch):
         e.edit(tiny.records())
     monkeypatch.setattr(memory, "free_bytes", lambda device: block + sums)
     e.edit(tiny.records())
+
+
+def test_a_validation_in_blocks_is_checked_as_its_edit_will_be(monkeypatch, tmp_path):
+    e = editor(edit_block=3, edit_sweeps=2)
+    records = tiny.records()
+    t = HORSETrainer(e.hparams, records, records, tmp_path, e.backbone, progress=False)
+    prompts = e.backbone.prepare(records[:3], ["edit"]).flat()
+    block = memory.needed_bytes(e.backbone, prompts, e.hparams)
+    sums = 2 * sum(8 * d * (d + d_out) for d, d_out in e.backbone.shapes)
+    for free in (block + sums - 1, block + sums):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        with contextlib.ExitStack() as stack:
+            if free < block + sums:
+                stack.enter_context(pytest.raises(HorseError, match="Validate on fewer facts"))
+            t.validation.check_memory(t.validation.evaluators())
+    monkeypatch.setattr(memory.distributed, "world_size", lambda: 2)
+    with pytest.raises(UsageError, match="edit_block: several processes edit 6 prompts"):
+        t.validation.check_memory(t.validation.evaluators())
+
+
+def test_the_systems_of_several_processes_and_of_doubles_are_counted(monkeypatch):
+    e = editor()
+    few = memory.edit_bytes(e.backbone, 5, e.hparams)
+    gathered = memory.edit_bytes(e.backbone, 5, e.hparams, n_all=30)  # fewer than keys are wide
+    d = max(d for d, _ in e.backbone.shapes)
+    assert gathered - few >= 4 * (3 * (30**2 - 5**2) + 25 * d)
+    assert memory.training_bytes(e.backbone, 5, e.hparams, 30) > memory.training_bytes(
+        e.backbone, 5, e.hparams
+    )
+    large = memory.edit_bytes(e.backbone, 90, e.hparams)
+    monkeypatch.setattr(memory, "doubles_are_fast", lambda device: True)
+    assert memory.edit_bytes(e.backbone, 90, e.hparams) - large == 4 * 3 * d**2
 
 
 @pytest.mark.parametrize("n", [2, 30])

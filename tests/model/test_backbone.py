@@ -1,6 +1,8 @@
 """The model cut in two equals the model, for every architecture; edits come off bit for bit."""
 
 import contextlib
+import gc
+import weakref
 
 import accelerate
 import pytest
@@ -170,6 +172,21 @@ def test_a_gpu_copies_in_a_stream_of_its_own_and_is_waited_for_at_the_end(fails,
     copy = ["in it", "copy, non_blocking=True"]
     begun = ["stream on cuda:1", "after the work of cuda:1"]
     assert asked == [*begun, *copy, *copy, "work", "waited"]
+
+
+def test_a_backbone_that_is_dropped_is_gone_at_once():
+    """In a circle, an edited model of gigabytes would wait for the garbage collector."""
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer(), trunk_cache_gb=0.1)
+    backbone.cache_trunk_states(prompts())
+    capture(backbone, prompts())
+    found = weakref.ref(backbone)
+    gc.collect()
+    gc.disable()
+    try:
+        del backbone
+        assert found() is None
+    finally:
+        gc.enable()
 
 
 def test_no_hook_and_no_patch_stays_behind():

@@ -111,6 +111,16 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def float32_products(precision):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        assert torch.get_float32_matmul_precision() == precision
+        torch.set_float32_matmul_precision("highest")
+
+
 AROUND = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference mode": torch.inference_mode,
@@ -119,6 +129,8 @@ AROUND = {
     "bf16 by default": lambda: default_dtype(torch.bfloat16),
     "fp64 by default": lambda: default_dtype(torch.float64),
     "a default device": lambda: torch.device("meta"),
+    "TF32 products": lambda: float32_products("high"),
+    "bf16 products": lambda: float32_products("medium"),
 }
 
 
@@ -411,3 +423,15 @@ def test_a_copy_is_edited_while_the_model_answers():
     fresh.apply(wanted)
     edited, fresh = names["serving"].state_dict(), fresh.backbone.model.state_dict()
     assert all(torch.equal(edited[k], fresh[k]) for k in fresh)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_of_float32_are_exact_inside_the_guard(precision):
+    of_products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backbone = Backbone(tiny.model(), tiny.bpe_tokenizer())
+    with float32_products(precision):
+        before = [products.fp32_precision for products in of_products]
+        assert "ieee" not in before
+        with backbone.held():
+            assert [products.fp32_precision for products in of_products] == ["ieee", "ieee"]
+        assert [products.fp32_precision for products in of_products] == before

@@ -54,6 +54,33 @@ def test_what_is_kept_for_a_while_is_dropped_with_its_room():
     assert store.missing(prompts) == prompts
 
 
+def test_work_that_begins_anew_finds_nothing_and_leaves_what_was_there():
+    prompts, states = some()
+    store = cache([], sum(s.nbytes for s in states[:3]) / 1e9)
+    store.put(prompts[:3], states[:3])
+    store.put(prompts[3:4], states[3:4])
+    assert store.full
+    with store.for_a_while(anew=True):
+        assert store.missing(prompts) == prompts and not store.full
+        store.put(prompts[1:2], states[1:2])
+        assert store.missing(prompts[:2]) == prompts[:1]
+    assert store.missing(prompts) == prompts[3:] and store.full
+
+
+def test_where_memory_is_full_states_go_to_files_or_nowhere(tmp_path):
+    class OnAFullGPU(torch.Tensor):
+        def new_empty(self, n):
+            raise torch.OutOfMemoryError
+
+    prompts, states = some()
+    states = [s.as_subclass(OnAFullGPU) for s in states]
+    for disk, kept in ((0, 0), (1e-3, 6)):
+        store = cache([], 1e-3, disk, tmp_path)
+        with pytest.warns(UserWarning, match="trunk_cache_gb: no memory is free"):
+            store.put(prompts, states)
+        assert len(prompts) - len(store.missing(prompts)) == kept and store.full == (not kept)
+
+
 def test_room_is_kept_to_and_comes_back():
     weight = torch.nn.Parameter(torch.zeros(1))
     prompts, states = some()

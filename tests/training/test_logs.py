@@ -7,6 +7,7 @@ import types
 import pytest
 
 from horse_plugin import UsageError
+from horse_plugin.training import logs
 from horse_plugin.training.history import flat
 from horse_plugin.training.logs import LOGS, ready_log
 from tests.training.test_trainer import trainer
@@ -93,3 +94,11 @@ def test_a_log_that_is_not_there_is_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(UsageError, match=rf"pip install 'horse-plugin\[{name}\]'"):
             ready_log(name, tmp_path).__enter__()
+
+
+def test_only_the_main_process_has_a_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "is_main_process", lambda: False)
+    for name in LOGS:  # whether it is installed or not
+        with ready_log(name, tmp_path) as log:
+            log({"step": 1, "edit": 0.5})
+    assert not list(tmp_path.iterdir())

@@ -205,6 +205,22 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
         trainer(tmp_path / "none", resume=True)
 
 
+def test_resuming_in_another_precision_or_on_another_text_is_refused(tmp_path, monkeypatch):
+    text = tmp_path / "own.txt"
+    text.write_text("\n".join(tiny.words(i, 9) for i in range(9)))
+    settings = {"preserve": str(text), "preserve_tokens": 64, "stats_dir": str(tmp_path / "stats")}
+    trainer(tmp_path / "run", max_epochs=1, **settings).run()
+    trainer(tmp_path / "run", resume=True, **settings)
+    made = tiny.model("llama", torch.bfloat16)
+    monkeypatch.setattr(tiny, "model", lambda architecture: made)
+    with pytest.raises(UsageError, match=r"in torch\.float32, and this model is in torch"):
+        trainer(tmp_path / "run", resume=True, **settings)
+    monkeypatch.undo()
+    text.write_text("\n".join(tiny.words(i, 9) for i in range(3, 9)))
+    with pytest.raises(UsageError, match="was trained with other ordinary text"):
+        trainer(tmp_path / "run", resume=True, **settings)
+
+
 def test_the_best_archive_is_kept_and_edits(tmp_path):
     t = trainer(tmp_path, max_epochs=6)
     t.run()

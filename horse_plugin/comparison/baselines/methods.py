@@ -27,6 +27,7 @@ from horse_plugin.data.records import EditRecord
 from horse_plugin.data.seam import PLAIN
 from horse_plugin.easyedit.patches import ALG_DICT, device_of, hparams_class, read_yaml
 from horse_plugin.errors import HorseError, UsageError
+from horse_plugin.evaluation.results import wait_for
 from horse_plugin.method.finite import all_finite
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.loading import copy_of, own_random_numbers, pad_with_eos
@@ -148,6 +149,7 @@ def edits(
             start = time.perf_counter()
             for group in groups:
                 model, _ = apply(model, tokenizer, group, hparams, **options)
+            wait_for(*backbone.devices)
             seconds = time.perf_counter() - start
         if kept:
             before = targets.seconds(kept)
