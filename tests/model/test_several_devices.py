@@ -37,7 +37,7 @@ def backbone_of(model, monkeypatch, places=None, **settings) -> Backbone:
     """
     found = find_edit_modules(model, NAMES, "ans")
     monkeypatch.setattr(module, "find_edit_modules", lambda *names: found)
-    monkeypatch.setattr("horse_plugin.model.backward.is_plain", lambda weight: True)
+    monkeypatch.setattr("horse_plugin.model.modules.is_plain", lambda weight: True)
     backbone = Backbone(spread(model) if places else model, tiny.bpe_tokenizer(), **settings)
     assert backbone.late_backward
     return backbone
