@@ -406,6 +406,7 @@ def test_every_command_takes_the_users_folder_in_every_path():
     assert [name for name, hint in paths if hint.__metadata__[0].callback is not expanded] == []
 
 
+@pytest.mark.slow
 def test_a_users_folder_is_looked_at_before_it_is_written_to(folder, horse, tmp_path, monkeypatch):
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))

@@ -54,6 +54,7 @@ def test_memory_and_time_are_of_all_gpus(monkeypatch):
     assert device_name(devices[2]) == "GPU 1"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STATUS.is_file(), reason="the system has no /proc")
 def test_the_peak_is_a_programs_own_and_not_its_parents():
     held = torch.ones(2**26)  # 256 MB

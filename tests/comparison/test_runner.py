@@ -137,6 +137,7 @@ def test_records_that_the_model_cannot_read_are_refused_before_the_first_cell(pl
     assert counted.seen == []
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_stopped_leaves_tables_of_what_was_measured(
     yamls, tmp_path, monkeypatch
 ):
@@ -249,6 +250,7 @@ class Stops(methods.Unedited):
         raise self.error("the power went")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", fast([KeyboardInterrupt, RuntimeError], [KeyboardInterrupt]))
 def test_a_method_that_stops_between_batches_leaves_what_was_measured(plan, tmp_path, error):
     table = {"unedited": methods.Unedited(), "FT": Stops(2, error)}
@@ -410,17 +412,20 @@ def test_a_comment_in_a_yaml_is_no_other_setting_but_a_key_is(plan, yamls):
         shutil.rmtree(yamls / "FT")
 
 
+@pytest.mark.slow
 def test_an_archive_serves_all_numbers_of_edits_and_only_its_seed(plan, tmp_path):
     runner.run(plan({"HORSE": Engine()}, (2, 4), seeds=(0, 1)), progress=False)
     assert len(list((tmp_path / "out/archives").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_seeds_do_not_repeat_what_they_do_not_change(plan):
     table = {"unedited": METHODS["unedited"], "HORSE": Engine(trained=False)}
     rows = runner.run(plan(table, seeds=(0, 1, 2)), progress=False)
     assert [r["method"] for r in rows] == ["unedited", "HORSE", "HORSE", "HORSE"]
 
 
+@pytest.mark.slow
 def test_other_seeds_do_not_measure_again_what_they_do_not_change(plan, tmp_path):
     counted = Counted()
     (row,) = runner.run(plan({"unedited": counted}), progress=False)

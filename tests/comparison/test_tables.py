@@ -3,6 +3,8 @@
 import csv
 import re
 
+import pytest
+
 from horse_plugin.comparison import tables
 from horse_plugin.comparison.methods import ABLATIONS
 from horse_plugin.comparison.output import write_output
@@ -164,6 +166,7 @@ def test_a_method_has_one_colour_in_all_panels_and_a_place_in_the_legend():
         assert {text.get_text() for text in legend.texts} == set(colors)
 
 
+@pytest.mark.slow
 def test_two_models_of_one_folder_name_have_pictures_of_their_own(tmp_path):
     models, n_edits = ("a/llama", "b/llama", "c/gpt"), (1, 100)
     rows = [row("HORSE", 99.0, n=n, **COSTS | {"model": m}) for m in models for n in n_edits]
