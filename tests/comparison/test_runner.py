@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from horse_plugin import HorseEditor, HorseError, HORSEHyperParams, UsageError
+from horse_plugin import Evaluator, HorseEditor, HorseError, HORSEHyperParams, UsageError
 from horse_plugin.comparison import experiments, methods, runner
 from horse_plugin.comparison.experiments import ablate
 from horse_plugin.comparison.methods import ABLATIONS, METHODS, Engine
@@ -121,6 +121,7 @@ def test_probabilities_are_those_of_the_edited_model_and_measured_if_a_row_lacks
     (row,) = runner.run(asked, progress=False)
     backbone = HorseEditor.from_hparams(str(asked.models["tiny"])).backbone
     records = asked.datasets[0].records[:4]
+    Evaluator(backbone, records)  # which keeps trunk states, as in a comparison: to the same bits
     assert row["probabilities"] == success_and_magnitude(backbone, records)
     assert runner.run(asked, progress=False) == [row]
     assert len(counted.seen) == 2  # the third run measured nothing
