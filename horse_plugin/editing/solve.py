@@ -11,7 +11,7 @@ from horse_plugin.editing.delta import EditDelta
 from horse_plugin.editing.in_force import InForce
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
 from horse_plugin.hparams import HORSEHyperParams
-from horse_plugin.method.finite import all_finite
+from horse_plugin.method.finite import all_finite, first_not_finite
 from horse_plugin.method.hypernetwork import HyperNetwork
 from horse_plugin.method.metric import times_root, whitened
 from horse_plugin.method.ridge import Ridge
@@ -116,9 +116,8 @@ def edit_residuals(
     residuals = residuals_of(network, captured, hparams)
     with raise_on_all_ranks():
         for name, r in zip(backbone.modules, residuals, strict=True):
-            if not all_finite(r):
-                bad = ~r.isfinite().all(-1).cpu()
-                record = captured.record_of_row[bad][0].item()
+            if (row := first_not_finite(r)) is not None:
+                record = captured.record_of_row[row].item()
                 raise HorseError(
                     f"record {record}: {name}: its residual is not finite. {HALF_PRECISION_HINT}"
                 )

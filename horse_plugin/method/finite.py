@@ -12,3 +12,10 @@ def all_finite(x: torch.Tensor) -> torch.Tensor:
     if not x.numel():
         return torch.ones((), dtype=torch.bool, device=x.device)
     return torch.stack(torch.aminmax(x)).isfinite().all()
+
+
+def first_not_finite(rows: torch.Tensor) -> int | None:
+    """Return the index of the first of n rows with an entry that is not finite, or None."""
+    if all_finite(rows):
+        return None
+    return (~rows.isfinite().all(-1)).nonzero()[0].item()

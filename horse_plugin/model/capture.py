@@ -11,7 +11,7 @@ import torch
 from horse_plugin import distributed
 from horse_plugin.data.prompts import UNKNOWN, Prompt
 from horse_plugin.errors import HALF_PRECISION_HINT, HorseError
-from horse_plugin.method.finite import all_finite
+from horse_plugin.method.finite import first_not_finite
 from horse_plugin.method.losses import cross_entropy, likeliest
 from horse_plugin.model.backbone import Backbone
 from horse_plugin.model.guard import guarded, hooked
@@ -168,9 +168,8 @@ def capture(
         holds |= still
         for name, module_rows in captured.items():
             for what, values in (("keys", module_rows.keys), ("gradient", module_rows.grads)):
-                if not all_finite(values):
-                    bad = ~values.isfinite().all(-1).cpu()
-                    record = record_of_row[bad][0].item()
+                if (row := first_not_finite(values)) is not None:
+                    record = record_of_row[row].item()
                     raise HorseError(
                         f"record {record}: the {what} at {name} is not finite. "
                         f"{HALF_PRECISION_HINT}"

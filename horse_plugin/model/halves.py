@@ -138,9 +138,9 @@ class Halves:
     @torch.enable_grad()
     def _late_gradients_agree(self, batch: Batch, states: torch.Tensor) -> bool:
         """Return whether gradients are the same where positions before the first key have none."""
-        self.late_backward, at, found = True, batch.late().to(states.device), []
+        at, found = batch.late().to(states.device), []
         try:
-            for context in (contextlib.nullcontext(), self.late_gradients(batch)):
+            for context in (contextlib.nullcontext(), self._late_gradients(batch)):
                 entering = states.detach().requires_grad_()
                 with context:
                     logits = self.top(batch, entering.clone())  # some models write into it
@@ -159,8 +159,9 @@ class Halves:
 
         Before it they are wrong, see :mod:`horse_plugin.model.backward`.
         """
-        if not self.late_backward:
-            return contextlib.nullcontext()
+        return self._late_gradients(batch) if self.late_backward else contextlib.nullcontext()
+
+    def _late_gradients(self, batch: Batch) -> contextlib.AbstractContextManager:
         at = batch.late().to(self.edit_device, non_blocking=True)
         return gradients_at(self.blocks[self.first_edited :], at, batch.ids.numel())
 

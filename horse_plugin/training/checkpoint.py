@@ -54,7 +54,8 @@ def read(
         data: digests of the training and of the validation records.
 
     Raises:
-        UsageError: it is from a run on another model, on other records or with other settings.
+        UsageError: it is from a run on another model, in another dtype, on other records or with
+            other settings.
         HorseError: it is damaged.
     """
     tensors, about = load_tensors(path)
@@ -66,6 +67,12 @@ def read(
     check_made_for(path, about, backbone)
     if about["data"] != data:
         raise UsageError(f"{path}: was trained on other records. Give the same files.")
+    dtype = str(backbone.model.dtype)
+    if about.get("dtype") not in (None, dtype):
+        raise UsageError(
+            f"{path}: was trained in {about['dtype']}, and this model is in {dtype}. Set dtype, or "
+            "train into another folder."
+        )
     before = canonical(about["hparams"])
     for key, value in hparams.to_dict().items():
         was = before.get(key, WITHOUT.get(key, value))

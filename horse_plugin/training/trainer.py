@@ -289,6 +289,10 @@ class HORSETrainer:
         unrelated = self._train_edits[0].flat("unrelated")
         return Preserve.of(self.backbone, self.hparams, unrelated)
 
+    @property
+    def _text_digest(self) -> str | None:
+        return self.preserve.digest if self.preserve else None
+
     @functools.cached_property
     @guarded
     def roots(self) -> Roots:
@@ -404,7 +408,7 @@ class HORSETrainer:
             "hparams": self.hparams.to_dict(),
             "data": self._data,
             "dtype": str(self.backbone.model.dtype),
-            "text": self.preserve.digest if self.preserve else None,
+            "text": self._text_digest,
             "versions": versions(),
             "step": self.step,
             "best": self.best,
@@ -419,13 +423,7 @@ class HORSETrainer:
             warnings.warn(f"{path}: no checkpoint; training starts at the beginning", stacklevel=3)
             return
         tensors, about = checkpoint.read(path, self.backbone, self.hparams, self._data)
-        dtype = str(self.backbone.model.dtype)
-        if about.get("dtype") not in (None, dtype):
-            raise UsageError(
-                f"{path}: was trained in {about['dtype']}, and this model is in {dtype}. Set "
-                "dtype, or train into another folder."
-            )
-        if about.get("text") and (self.preserve is None or self.preserve.digest != about["text"]):
+        if about.get("text") and about["text"] != self._text_digest:
             raise UsageError(
                 f"{path}: was trained with other ordinary text than preserve: "
                 f"{self.hparams.preserve} gives here and now. Train into another folder."
